@@ -1,0 +1,43 @@
+"""nanogpt2: GPT-2 by hand. The public names, each loaded when it is first used.
+
+Importing the package imports neither torch nor any other dependency.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanogpt2.config import GenerationConfig as GenerationConfig
+    from nanogpt2.config import GPTConfig as GPTConfig
+    from nanogpt2.generation import generate as generate
+    from nanogpt2.model import GPT as GPT
+    from nanogpt2.tokenizer import Tokenizer as Tokenizer
+    from nanogpt2.weights import load_model as load_model
+    from nanogpt2.weights import load_tokenizer as load_tokenizer
+    from nanogpt2.weights import save_model as save_model
+
+_HOME = {
+    "GPT": "model",
+    "GPTConfig": "config",
+    "GenerationConfig": "config",
+    "Tokenizer": "tokenizer",
+    "generate": "generation",
+    "load_model": "weights",
+    "load_tokenizer": "weights",
+    "save_model": "weights",
+}
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module and return the name (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'nanogpt2' has no attribute {name!r}")
+    value = getattr(import_module(f"nanogpt2.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,392 @@
+"""What a run is told: the model's shape, how to decode, how to train. And how to read it from a command line.
+
+Four frozen dataclasses whose fields are at once the Python options and the command-line flags:
+a field's type, default, range and help text stand in one place, and `parse` turns `argv` into an
+instance. A value out of range raises ValueError from the constructor, so a call from Python and a
+flag are held to the same limits.
+
+Only the standard library is imported, so `--help` and a mistyped flag answer before torch loads.
+This file does not know what a tensor is.
+"""
+
+import difflib
+import math
+import operator
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, NoReturn, TypeVar
+
+T = TypeVar("T", "SampleConfig", "TrainConfig")
+
+FROM_CHECKPOINT: Literal["checkpoint"] = "checkpoint"
+TokenIds = int | tuple[int, ...] | None
+MAX_SEED = 2**63 - 1
+
+
+def flag(
+    default: Any,
+    help: str,  # noqa: A002
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    positional: bool = False,
+) -> Any:
+    """Return a dataclass field that is also a flag: `low` and `high` are allowed, `above` and `below` not."""
+    limits = {">=": low, ">": above, "<=": high, "<": below}
+    metadata = {
+        "help": help,
+        "limits": {sign: limit for sign, limit in limits.items() if limit is not None},
+        "choices": choices,
+        "positional": positional,
+    }
+    return field(default=default, metadata=metadata)
+
+
+# the rules a value is held to
+
+_RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def _check(config: Any) -> None:
+    """Raise ValueError for the first field of `config` with a wrong type or a value out of range."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.metadata and not (_has_type(value, f.type) and _in_range(value, f.metadata)):
+            raise ValueError(f"{f.name} must be {_allowed(f)}, not {_show(value)}")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """int | None -> (int, NoneType); int -> (int,)."""
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    kinds = _alternatives(kind)
+    if isinstance(value, tuple):
+        return tuple in map(typing.get_origin, kinds) and all(type(v) is int for v in value)
+    if value == FROM_CHECKPOINT and FROM_CHECKPOINT in map(_literal, kinds):
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _literal(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Literal else None
+
+
+def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
+    if metadata["choices"]:
+        return value in metadata["choices"]
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(
+        math.isfinite(number) and all(_RELATIONS[sign](number, limit) for sign, limit in metadata["limits"].items())
+        for number in numbers
+        if isinstance(number, (int, float))
+    )
+
+
+def _allowed(f: Field) -> str:
+    """What a field's value may be, in words."""
+    if f.metadata["choices"]:
+        return "one of " + ", ".join(f.metadata["choices"])
+    kinds = _alternatives(f.type)
+    words = next(words for kind, words in _KINDS.items() if kind in kinds)
+    limits = [f"{sign} {limit}" for sign, limit in f.metadata["limits"].items()]
+    return f"{words} {' and '.join(limits)}".strip() + (" or none" if types.NoneType in kinds else "")
+
+
+def _show(value: Any) -> str:
+    return _clip(repr(value))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. Every default is the 124M model's."""
+
+    vocab_size: int = flag(50257, "tokens in the vocabulary, V", low=1)
+    block_size: int = flag(1024, "longest context, in tokens", low=1)
+    n_layer: int = flag(12, "number of blocks", low=1)
+    n_head: int = flag(12, "attention heads, H", low=1)
+    n_embd: int = flag(768, "width, C; a multiple of n_head", low=1)
+    dropout: float = flag(0.0, "on embeddings, attention and residuals", low=0, below=1)
+    layer_norm_epsilon: float = flag(1e-5, "added to the variance", above=0)
+    bos_token_id: int | None = flag(50256, "starts an empty prompt", low=0)
+    eos_token_id: TokenIds = flag(50256, "ends a text", low=0)
+    pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}")
+
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to decode: transformers' names, meanings and defaults."""
+
+    max_new_tokens: int | None = flag(None, "tokens to add; wins over max_length", low=1)
+    max_length: int | None = flag(None, "tokens in all, the prompt included", low=1)
+    do_sample: bool = flag(False, "draw tokens at random instead of taking the likeliest")
+    temperature: float = flag(1.0, "flattens (> 1) or sharpens (< 1) the draw; 0 is greedy", low=0)
+    top_k: int | None = flag(50, "draw among the k likeliest tokens; 0 is all", low=0)
+    top_p: float = flag(1.0, "draw among the likeliest tokens that hold this mass", low=0, high=1)
+    repetition_penalty: float = flag(1.0, "divides the score of a token already seen", above=0)
+    no_repeat_ngram_size: int = flag(0, "never repeat a run of this many tokens; 0 is off", low=0)
+    num_return_sequences: int = flag(1, "texts for each prompt", low=1)
+    eos_token_id: TokenIds | Literal["checkpoint"] = flag(
+        FROM_CHECKPOINT, "token ids that end a text, comma-separated; none: never stop", low=0
+    )
+    pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
+    seed: int | None = flag(None, "makes the draws repeatable", low=0, high=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.num_return_sequences > 1 and not self.samples:
+            raise ValueError(
+                "num_return_sequences must be 1 without sampling (greedy rows are all the same), "
+                f"not {self.num_return_sequences}; add do_sample"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """True where tokens are drawn; temperature 0 means greedy."""
+        return self.do_sample and self.temperature > 0
+
+
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p")
+DECODING_FLAGS = (
+    "do_sample",
+    *SAMPLING_FLAGS,
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "max_length",
+    "eos_token_id",
+    "pad_token_id",
+)
+# used when no decoding flag is given: greedy decoding, the default of generate(), soon loops
+SENSIBLE_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """python sample.py [PROMPT] [flags]: continue a text with a GPT-2.
+
+    With no decoding flag it samples with temperature 0.8, top_k 50 and top_p 0.95. A decoding flag
+    switches to transformers' meanings and defaults.
+    """
+
+    prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
+    prompt_file: str | None = flag(None, "a file that holds the prompt")
+    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a folder or a .safetensors")
+    device: str = flag("auto", "where to run", choices=DEVICES)
+    dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    json: bool = flag(False, "print one JSON object for each text")
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.prompt and self.prompt_file is not None:
+            raise ValueError(f"prompt_file must be left out where a PROMPT is given, not {self.prompt_file!r}")
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
+        """Build the configuration from the flags that were given, filling in what they imply."""
+        names = {f.name for f in fields(GenerationConfig)}
+        options = {name: value for name, value in given.items() if name in names}
+        if not any(name in given for name in DECODING_FLAGS):
+            options = SENSIBLE_SAMPLING | options
+        elif not options.get("do_sample"):
+            for name in SAMPLING_FLAGS:
+                if name in given:
+                    raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
+        if "max_length" not in given:
+            options = {"max_new_tokens": 100} | options
+        own = {name: value for name, value in given.items() if name not in names}
+        return cls(generation=GenerationConfig(**options), **own)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """python train.py DATA [flags]: train or fine-tune a GPT-2 on text.
+
+    DATA is a UTF-8 text file, a folder of .txt files, or a name: pydocs (the language reference that
+    every Python carries) or shakespeare (downloaded once). --out becomes a folder that
+    `sample.py --model` and transformers load.
+    """
+
+    data: str = flag(MISSING, "a text file, a folder, pydocs or shakespeare", positional=True)
+    init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
+    out: str = flag("out", "folder that receives the model")
+    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    overwrite: bool = flag(False, "replace the run that --out holds")
+    epochs: float = flag(3.0, "passes over the training text, unless --steps is given", above=0)
+    steps: int | None = flag(None, "optimizer steps", low=1)
+    batch_size: int = flag(8, "sequences in a micro-batch", low=1)
+    grad_accum: int = flag(1, "micro-batches in a step", low=1)
+    block_size: int | None = flag(
+        None, "tokens in a sequence (default: 256 on a CPU, else 1024, at most the model's)", low=8
+    )
+    lr: float | None = flag(None, "peak learning rate (default: by the model's width)", low=0)
+    warmup: int | None = flag(None, "steps of linear warm-up (default: 5 %, at most 100)", low=0)
+    weight_decay: float = flag(0.1, "on matrices only", low=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping", low=0)
+    dropout: float = flag(0.0, "share of activations dropped while training", low=0, below=1)
+    n_layer: int = flag(4, "blocks, with --init scratch", low=1)
+    n_head: int = flag(4, "attention heads, with --init scratch", low=1)
+    n_embd: int = flag(128, "width, with --init scratch", low=1)
+    tokenizer: str = flag("gpt2", "with --init scratch", choices=("gpt2", "bytes"))
+    seed: int = flag(1337, "of the weights, the data's order and dropout", low=0, high=MAX_SEED)
+    device: str = flag("auto", "where to run", choices=DEVICES)
+    dtype: str = flag("auto", "of the matrix products", choices=("auto", "float32", "bfloat16"))
+    eval_every: int | None = flag(None, "steps between evaluations (default: ten in a run)", low=1)
+    save_every: int | None = flag(None, "steps between checkpoints (default: as eval_every)", low=1)
+    keep: int = flag(2, "checkpoints to keep beside the best", low=1)
+    prompt: str = flag("", "of the samples before and after (default: the validation text's start)")
+    given: tuple[str, ...] = field(default=(), compare=False)  # names of the flags on the command line
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.resume and self.overwrite:
+            raise ValueError("overwrite must be left out where resume is given: one keeps the run, one drops it")
+        if self.init == "scratch" and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}")
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
+        """Build the configuration from the flags that were given, refusing those that contradict."""
+        if "steps" in given and "epochs" in given:
+            raise ValueError(f"epochs must be left out where steps is given, not {given['epochs']!r}")
+        if given.get("init") != "scratch":
+            for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
+                if name in given:
+                    raise ValueError(f"{name} must come with --init scratch, not {given[name]!r} alone")
+        return cls(**given, given=tuple(given))
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+    """Read `argv` (without the script's name) into a configuration.
+
+    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; a true-or-false
+    flag is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one line that
+    starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
+    """
+    try:
+        given = _read(cls, argv)
+        return cls.from_flags(given)
+    except ValueError as error:
+        fail(str(error) if str(error).startswith("--") else f"--{error}")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print `error: message` as one line of at most 200 characters on stderr and exit."""
+    line = " ".join(f"error: {message}".split())
+    print(line if len(line) <= 200 else line[:197] + "...", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
+    """argv -> {field name: value} for the flags that were given."""
+    known = _flags(cls)
+    positional = next(f for f in known.values() if f.metadata["positional"])
+    given: dict[str, Any] = {}
+    words = iter(argv)
+    only_text = False
+    for word in words:
+        if word == "--" and not only_text:
+            only_text = True
+        elif word in ("-h", "--help") and not only_text:
+            print(_help(cls, known))
+            raise SystemExit(0)
+        elif word.startswith("--") and not only_text:
+            name, value = _read_flag(known, word, words)
+            given[name] = value
+        elif positional.name in given:
+            what = positional.name.upper()
+            raise ValueError(f"-- {_show(word)} is a second {what}; one is allowed (put it in quotes)")
+        else:
+            given[positional.name] = word
+    if positional.default is MISSING and positional.name not in given:
+        raise ValueError(f"-- {positional.name.upper()} is missing: {positional.metadata['help']}")
+    return given
+
+
+def _read_flag(known: dict[str, Field], word: str, words: Iterator[str]) -> tuple[str, Any]:
+    name, equals, text = word[2:].partition("=")
+    name = name.replace("-", "_")
+    negated = name.startswith("no_") and name not in known and known.get(name[3:])
+    if negated and negated.type is bool and not equals:
+        return name[3:], False
+    if name not in known or known[name].metadata["positional"]:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        raise ValueError(f"--{_clip(name)} is not a flag; {hint}")
+    f = known[name]
+    if f.type is bool and not equals:
+        return name, True
+    if not equals:
+        text = next(words, "--")
+        if text.startswith("--"):
+            raise ValueError(f"{name} needs a value: {_allowed(f)}")
+    try:
+        return name, _convert(text, f.type)
+    except ValueError:
+        raise ValueError(f"{name} must be {_allowed(f)}, not {_show(text)}") from None
+
+
+def _convert(text: str, kind: Any) -> Any:
+    kinds = _alternatives(kind)
+    if text.lower() == "none" and types.NoneType in kinds:
+        return None
+    if bool in kinds:
+        return {"true": True, "false": False}[text.lower()]
+    if tuple in map(typing.get_origin, kinds) and "," in text:
+        return tuple(_convert(part, int) for part in text.split(","))
+    if str in kinds:
+        return text
+    if int in kinds:
+        if not text.isascii() or not text.removeprefix("-").isdigit():
+            raise ValueError(text)
+        return int(text)
+    return float(text)
+
+
+def _flags(cls: type) -> dict[str, Field]:
+    """The fields of a configuration by name, those of a nested one included."""
+    known: dict[str, Field] = {}
+    for f in fields(cls):
+        if f.metadata:
+            known[f.name] = f
+        elif is_dataclass(f.type):
+            known |= _flags(f.type)
+    return known
+
+
+def _help(cls: type, known: dict[str, Field]) -> str:
+    lines = [cls.__doc__ or "", "Flags (hyphens are accepted for underscores):"]
+    for f in known.values():
+        if not f.metadata["positional"]:
+            default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+            kind = "" if f.type is bool else f" {_allowed(f)}"
+            lines.append(f"  --{f.name}{kind}\n        {f.metadata['help']}{default}")
+    return "\n".join(line.replace("\n    ", "\n") for line in lines)

@@ -1,0 +1,126 @@
+"""A name -> a file on disk: OpenAI's weights and tiny Shakespeare, downloaded once and checked.
+
+Weights go through huggingface-hub, into its cache and by its settings (HF_HOME, HF_HUB_OFFLINE).
+Each file's SHA-256 is known beforehand and is checked when the file arrives, its size at each use.
+This file does not know what the bytes mean.
+"""
+
+import hashlib
+import os
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt2 import terminal
+
+CACHE = Path("~/.cache/nanogpt2")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A model.safetensors of OpenAI's release, at a fixed revision."""
+
+    repo: str
+    revision: str
+    size: int  # bytes
+    sha256: str
+
+
+# the sizes of large and xl are computed from the layout: their SHA-256 decides
+RELEASES = {
+    "gpt2": Release(
+        "openai-community/gpt2",
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        548_105_171,
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ),
+    "gpt2-medium": Release(
+        "openai-community/gpt2-medium",
+        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        1_519_984_962,
+        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
+    ),
+    "gpt2-large": Release(
+        "openai-community/gpt2-large",
+        "32b71b12589c2f8d625668d2335a01cac3249519",
+        3_247_159_078,
+        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
+    ),
+    "gpt2-xl": Release(
+        "openai-community/gpt2-xl",
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        6_431_829_962,
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+    ),
+}
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SIZE = 1_115_394
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def fetch_weights(name: str) -> Path:
+    """Return the path of an official model.safetensors, downloading it the first time.
+
+    Raises OSError where it is neither on disk nor to be had, ValueError where its bytes are not
+    OpenAI's; both say what to do.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    release = RELEASES[name]
+    try:
+        path = Path(hf_hub_download(release.repo, "model.safetensors", revision=release.revision))
+    except (OSError, HfHubHTTPError) as error:
+        raise OSError(
+            f"{name!r} is not on this machine and cannot be downloaded ({type(error).__name__}); "
+            "go online once, give a folder or .safetensors file, or use demo"
+        ) from error
+    if path.stat().st_size != release.size or not _verified(path, release.sha256):
+        raise ValueError(f"{str(path)!r} is not OpenAI's {name} file: delete it and download again")
+    return path
+
+
+def fetch_shakespeare() -> Path:
+    """Return the path of tiny Shakespeare, downloading it the first time.
+
+    Raises OSError where it cannot be had, ValueError where its bytes are not the known ones.
+    """
+    path = CACHE.expanduser() / "shakespeare.txt"
+    if not path.exists():
+        terminal.note("downloading tiny Shakespeare (1.1 MB)")
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:
+                data = answer.read(SHAKESPEARE_SIZE + 1)
+        except OSError as error:
+            raise OSError(
+                "'shakespeare' is not on this machine and cannot be downloaded "
+                f"({type(error).__name__}); go online once, or give a text file"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+            raise ValueError("the file downloaded for 'shakespeare' is not tiny Shakespeare")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_bytes(data)
+        partial.replace(path)
+    return path
+
+
+def _verified(path: Path, sha256: str) -> bool:
+    """True where the file's SHA-256 is as expected; read only once for each state of the file."""
+    state = path.stat()
+    marker = CACHE.expanduser() / "verified" / f"{sha256}-{state.st_size}-{state.st_mtime_ns}"
+    if marker.exists():
+        return True
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return False
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError:
+        # without the marker the next use reads the file again
+        pass
+    return True

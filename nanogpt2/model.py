@@ -1,0 +1,177 @@
+"""GPT-2: a stack of blocks that read the tokens so far and score every possible next one.
+
+Bottom up: attention mixes information between positions, the MLP works on each position alone, a
+Block adds both to a running sum (the residual stream), GPT embeds tokens, runs the blocks and
+compares the result with every token's embedding.
+
+Axes: B batch, T new tokens, S tokens seen (cached ones included), C = n_embd, H heads, D = C // H,
+V vocabulary. Names are those of OpenAI's release, so its checkpoints read as they are.
+This file knows neither training nor sampling nor files.
+
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2
+src/model.py.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt2 import ops
+from nanogpt2.config import GPTConfig
+from nanogpt2.kv_cache import KVCache
+
+
+class LayerNorm(nn.Module):
+    """Each position brought to mean 0 and variance 1, then scaled and shifted."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position gathers from itself and those before it, by H heads side by side."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); `mask` (B, 1, T, S) is True where a query may look."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # each (B, H, S, D)
+        dropout = self.dropout if self.training else 0.0
+        # a single query comes last, so it may see every key: nothing to mask
+        causal = mask is None and T > 1
+        y = ops.attention(q, k, v, causal=causal, mask=mask, dropout=dropout)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Each position on its own: widen four times, bend, narrow."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = ops.gelu(self.c_fc(x))  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Communicate, then compute; both read a normalised copy and add to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The whole network, freshly initialised; `nanogpt2.load_model` fills it from a checkpoint."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw GPT-2's initialisation.
+
+        Every block adds twice to the residual stream; shrinking those projections by sqrt(2 n_layer)
+        keeps its variance near 1 at any depth.
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "ln_" in name:
+                nn.init.ones_(parameter)
+            else:
+                std = 0.01 if "wpe" in name else residual_std if "c_proj" in name else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Score every next token, or measure how badly the given ones were predicted.
+
+        idx: int64 (B, T), T <= block_size. Without targets -> logits (B, T, V). With targets, int64
+        (B, T) where -100 does not count -> their mean cross-entropy in nats, a scalar in fp32.
+        """
+        x = self.hidden_states(idx)  # (B, T, C)
+        if targets is None:
+            return self.logits(x)
+        return ops.linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    def hidden_states(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the last layer knows at each position: int64 (B, T) -> (B, T, C).
+
+        positions: int64 (B, T) or (T,), by default counted on from the cache's length. mask: bool
+        (B, 1, T, S), True where a query may look, by default causal. cache: extended by T.
+        Raises ValueError for a context longer than block_size.
+        """
+        T = idx.size(1)
+        past = cache.length if cache is not None else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"the context is at most {self.config.block_size} tokens, not {past + T}")
+        if positions is None:
+            positions = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if mask is None and past and T > 1:
+            # new token t stands at past + t and sees all up to there
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.ln_f(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Compare hidden states with every token's embedding: (B, T, C) -> (B, T, V)."""
+        return F.linear(x, self.wte.weight)
+
+    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for this model, on its device and in its dtype."""
+        c = self.config
+        weight = self.wte.weight
+        length = c.block_size if max_length is None else max_length
+        return KVCache(
+            c.n_layer, batch_size, c.n_head, length, c.n_embd // c.n_head, weight.device, weight.dtype
+        )

@@ -1,0 +1,132 @@
+"""Text <-> token ids: GPT-2's byte-pair encoding, and a plain byte-level one for tiny models.
+
+The merging engine is tiktoken's; the ranks are packaged with the project, so nothing is downloaded.
+`assets/vocab.bpe` is OpenAI's file to the byte: a version line, then one merge a line, the most
+frequent first. Its tokens are written in a printable alphabet, one character a byte. GPT-2's other
+file, encoder.json, follows from it: 256 single bytes, then one token a merge, then <|endoftext|>.
+
+This file does not know models, files of models or prompts.
+Sources: Sennrich et al. 2016; openai/gpt-2 src/encoder.py; tiktoken_ext/openai_public.py.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+# the digests that tiktoken pins for GPT-2's two files
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# contractions, words, numbers and other runs, each with at most one leading space; white space
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """`encode` and `decode` over one vocabulary.
+
+    Its ids are `0 <= id < vocab_size`; the last one, `end_of_text`, separates texts.
+    """
+
+    def __init__(self, name: str, merges: str) -> None:
+        """Build the vocabulary `name` from the text of a vocab.bpe file."""
+        self.name = name
+        self.merges = merges
+        self.vocabulary = _vocabulary(merges)
+        byte_of = {char: byte for byte, char in _printable_bytes().items()}
+        self._encoding = tiktoken.Encoding(
+            name=name,
+            pat_str=PATTERN,
+            mergeable_ranks={
+                bytes(byte_of[char] for char in token): rank
+                for token, rank in self.vocabulary.items()
+                if token != END_OF_TEXT
+            },
+            special_tokens={END_OF_TEXT: self.vocabulary[END_OF_TEXT]},
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: 50257 for GPT-2's vocabulary, 257 for bytes."""
+        return len(self.vocabulary)
+
+    @property
+    def end_of_text(self) -> int:
+        """The id of <|endoftext|>."""
+        return self.vocabulary[END_OF_TEXT]
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Text -> ids. "<|endoftext|>" is ordinary text unless `allow_special`."""
+        if allow_special:
+            return self._encoding.encode(text, allowed_special="all")
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Ids -> the bytes they stand for. Raises ValueError for an id outside the vocabulary."""
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        return self._encoding.decode_bytes(ids)
+
+    def encoder_json(self) -> str:
+        """The vocabulary as Hugging Face's vocab.json; GPT-2's is OpenAI's encoder.json to the byte."""
+        return json.dumps(self.vocabulary)
+
+
+class TextStream:
+    """Turns ids that arrive one by one into text, holding back bytes until they make a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Return the text that these ids complete, "" while a character is unfinished."""
+        return self._utf8.decode(self._tokenizer.decode_bytes(list(ids)))
+
+    def finish(self) -> str:
+        """Return what is left; an unfinished character becomes U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+@cache
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's 50257 tokens. Raises ValueError where the packaged ranks are not GPT-2's."""
+    data = files("nanogpt2").joinpath("assets/vocab.bpe").read_bytes()
+    if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
+        raise ValueError("nanogpt2/assets/vocab.bpe is damaged: reinstall nanogpt2")
+    return Tokenizer("gpt2", data.decode("utf-8"))
+
+
+@cache
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes, whose ids are their values, and <|endoftext|> = 256: for models that train in minutes."""
+    return Tokenizer("bytes", "")
+
+
+def _printable_bytes() -> dict[int, str]:
+    """GPT-2's alphabet, byte -> character, in the order of its ids; the unprintable ones come last."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    shifted = {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    return {byte: chr(byte) for byte in printable} | shifted
+
+
+def _vocabulary(merges: str) -> dict[str, int]:
+    """The text of vocab.bpe -> token: id. Without any merges an id is the byte's own value."""
+    alphabet = _printable_bytes()
+    lines = merges.splitlines()[1:]
+    tokens = [*alphabet.values()] if lines else [alphabet[byte] for byte in range(256)]
+    tokens += [line.replace(" ", "") for line in lines]
+    return {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}

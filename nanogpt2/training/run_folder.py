@@ -1,0 +1,133 @@
+"""The folder of a run: who may write to it, what it was told, how it went.
+
+    DIR/run.json        the configuration, its automatic values filled in
+    DIR/metrics.jsonl   one JSON object a step
+    DIR/checkpoints/    step-N/ and best
+    DIR/model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
+
+Only the standard library is imported, so that a folder in use is refused before torch loads.
+This file does not know models or batches.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from nanogpt2.config import TrainConfig
+
+MODEL_FILES = (
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+)
+RUN_FILES = ("run.json", "metrics.jsonl", *MODEL_FILES)
+# settings that do not change a run's numbers; a resumed run may differ in them
+FREE_ON_RESUME = {"data", "out", "resume", "overwrite", "device", "eval_every", "save_every", "keep"}
+
+
+class RunFolder:
+    """The folder `path` of one run; nothing is written before `start`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._metrics: TextIO | None = None
+        self._lock: TextIO | None = None
+
+    def check(self, config: TrainConfig) -> TrainConfig:
+        """Return `config`, with what a resumed run was told.
+
+        Raises ValueError where the folder already holds a run and neither resume nor overwrite is
+        given, where there is nothing to resume, and where a flag contradicts the run to resume.
+        """
+        held = [name for name in (*RUN_FILES, "checkpoints") if (self.path / name).exists()]
+        where = repr(str(self.path))
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {where} is a file; a folder is needed")
+        if config.resume:
+            if "run.json" not in held:
+                raise ValueError(f"--resume: --out {where} holds no run to go on with")
+            return self._as_recorded(config)
+        if held and not config.overwrite:
+            raise ValueError(
+                f"--out {where} already holds {held[0]}: add --resume or --overwrite, or choose another"
+            )
+        if config.overwrite and self._contains(config.init):
+            raise ValueError(f"--overwrite would remove --init {config.init!r}, which is in --out")
+        return config
+
+    def _contains(self, init: str) -> bool:
+        model, out = Path(init).resolve(), self.path.resolve()
+        return model == out or out in model.parents
+
+    def _as_recorded(self, config: TrainConfig) -> TrainConfig:
+        recorded = self.record()["config"]
+        # the text is held to its SHA-256, wherever it now lies
+        for name in set(config.given) - FREE_ON_RESUME:
+            if getattr(config, name) != recorded[name]:
+                raise ValueError(
+                    f"--{name} must be {recorded[name]!r} as in the run to resume, "
+                    f"not {getattr(config, name)!r}"
+                )
+        free = {name: getattr(config, name) for name in FREE_ON_RESUME}
+        return replace(config, **(recorded | free))
+
+    def record(self) -> dict[str, Any]:
+        """Return run.json. Raises ValueError where it is damaged."""
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(self.path / 'run.json')!r} is damaged: {error}") from None
+
+    def lock(self) -> None:
+        """Keep other trainers out until this process ends, however it ends. Raises ValueError if in use."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"--out {str(self.path)!r} is in use by another trainer") from None
+
+    def check_corpus(self, config: TrainConfig, sha256: str) -> None:
+        """Raise ValueError where the run to resume was trained on another text."""
+        if config.resume and self.record()["corpus_sha256"] != sha256:
+            raise ValueError(f"--resume: DATA {config.data!r} is not the text that the run began with")
+
+    def start(self, config: TrainConfig, **facts: Any) -> None:
+        """Begin a new run here: drop an old one's files and write run.json."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
+        partial = self.path / ".run.json.tmp"
+        partial.write_text(json.dumps({"config": settings} | facts, indent=2), encoding="utf-8")
+        partial.replace(self.path / "run.json")
+
+    def log(self, **figures: Any) -> None:
+        """Append one object to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(figures) + "\n")
+        self._metrics.flush()
+
+    def sync_metrics(self) -> None:
+        """Have the disk hold metrics.jsonl: to be called before a checkpoint commits."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, and one that a kill left unfinished."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = path.read_text(encoding="utf-8").splitlines()[:step]
+        partial = self.path / ".metrics.jsonl.tmp"
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
