@@ -1,4 +1,4 @@
-"""What a run is told: the model's shape, how to decode, how to train. And how to read it from a command line.
+"""What a run is told: the model's shape, how to decode, how to train; read from a command line.
 
 Four frozen dataclasses whose fields are at once the Python options and the command-line flags:
 a field's type, default, range and help text stand in one place, and `parse` turns `argv` into an
@@ -16,12 +16,14 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T", "SampleConfig", "TrainConfig")
 
-FROM_CHECKPOINT: Literal["checkpoint"] = "checkpoint"
+FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
 TokenIds = int | tuple[int, ...] | None
 MAX_SEED = 2**63 - 1
 
@@ -37,7 +39,9 @@ def flag(
     choices: tuple[str, ...] = (),
     positional: bool = False,
 ) -> Any:
-    """Return a dataclass field that is also a flag: `low` and `high` are allowed, `above` and `below` not."""
+    """Return a dataclass field that is also a flag; `low` and `high` are in its range, `above`
+    and `below` are not.
+    """
     limits = {">=": low, ">": above, "<=": high, "<": below}
     metadata = {
         "help": help,
@@ -55,7 +59,7 @@ _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"
 
 
 def _check(config: Any) -> None:
-    """Raise ValueError for the first field of `config` with a wrong type or a value out of range."""
+    """Raise ValueError for the first field with a wrong type or a value out of range."""
     for f in fields(config):
         value = getattr(config, f.name)
         if f.metadata and not (_has_type(value, f.type) and _in_range(value, f.metadata)):
@@ -63,7 +67,7 @@ def _check(config: Any) -> None:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """int | None -> (int, NoneType); int -> (int,)."""
+    """Split a type: int | None -> (int, NoneType); int -> (int,)."""
     is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     return typing.get_args(kind) if is_union else (kind,)
 
@@ -72,13 +76,7 @@ def _has_type(value: Any, kind: Any) -> bool:
     kinds = _alternatives(kind)
     if isinstance(value, tuple):
         return tuple in map(typing.get_origin, kinds) and all(type(v) is int for v in value)
-    if value == FROM_CHECKPOINT and FROM_CHECKPOINT in map(_literal, kinds):
-        return True
     return type(value) in kinds or (type(value) is int and float in kinds)
-
-
-def _literal(kind: Any) -> Any:
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is Literal else None
 
 
 def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
@@ -86,20 +84,22 @@ def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
         return value in metadata["choices"]
     numbers = value if isinstance(value, tuple) else (value,)
     return all(
-        math.isfinite(number) and all(_RELATIONS[sign](number, limit) for sign, limit in metadata["limits"].items())
+        not (isinstance(number, float) and not math.isfinite(number))
+        and all(_RELATIONS[sign](number, limit) for sign, limit in metadata["limits"].items())
         for number in numbers
         if isinstance(number, (int, float))
     )
 
 
-def _allowed(f: Field) -> str:
+def _allowed(f: Field[Any]) -> str:
     """What a field's value may be, in words."""
     if f.metadata["choices"]:
         return "one of " + ", ".join(f.metadata["choices"])
     kinds = _alternatives(f.type)
     words = next(words for kind, words in _KINDS.items() if kind in kinds)
     limits = [f"{sign} {limit}" for sign, limit in f.metadata["limits"].items()]
-    return f"{words} {' and '.join(limits)}".strip() + (" or none" if types.NoneType in kinds else "")
+    none = ["or none"] if types.NoneType in kinds else []
+    return " ".join([words, *([" and ".join(limits)] if limits else []), *none])
 
 
 def _show(value: Any) -> str:
@@ -128,7 +128,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         _check(self)
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}")
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}"
+            )
 
 
 PRESETS: dict[str, GPTConfig] = {
@@ -137,6 +139,11 @@ PRESETS: dict[str, GPTConfig] = {
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
+
+
+MODEL_NAMES = (*PRESETS, "demo")
+DATA_NAMES = ("pydocs", "shakespeare")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,8 @@ class GenerationConfig:
     repetition_penalty: float = flag(1.0, "divides the score of a token already seen", above=0)
     no_repeat_ngram_size: int = flag(0, "never repeat a run of this many tokens; 0 is off", low=0)
     num_return_sequences: int = flag(1, "texts for each prompt", low=1)
-    eos_token_id: TokenIds | Literal["checkpoint"] = flag(
-        FROM_CHECKPOINT, "token ids that end a text, comma-separated; none: never stop", low=0
+    eos_token_id: TokenIds = flag(
+        FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
     )
     pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
     seed: int | None = flag(None, "makes the draws repeatable", low=0, high=MAX_SEED)
@@ -198,7 +205,9 @@ class SampleConfig:
 
     prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
     prompt_file: str | None = flag(None, "a file that holds the prompt")
-    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a folder or a .safetensors")
+    model: str = flag(
+        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a folder or a .safetensors"
+    )
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     json: bool = flag(False, "print one JSON object for each text")
@@ -206,14 +215,16 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.prompt and self.prompt_file is not None:
-            raise ValueError(f"prompt_file must be left out where a PROMPT is given, not {self.prompt_file!r}")
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the flags that were given, filling in what they imply."""
         names = {f.name for f in fields(GenerationConfig)}
         options = {name: value for name, value in given.items() if name in names}
+        if "prompt" in given and "prompt_file" in given:
+            fail("--prompt_file must be left out where a PROMPT is given")
+        with wrong_use("--model"):
+            check_model(given.get("model", "gpt2"))
         if not any(name in given for name in DECODING_FLAGS):
             options = SENSIBLE_SAMPLING | options
         elif not options.get("do_sample"):
@@ -263,24 +274,39 @@ class TrainConfig:
     save_every: int | None = flag(None, "steps between checkpoints (default: as eval_every)", low=1)
     keep: int = flag(2, "checkpoints to keep beside the best", low=1)
     prompt: str = flag("", "of the samples before and after (default: the validation text's start)")
-    given: tuple[str, ...] = field(default=(), compare=False)  # names of the flags on the command line
+    given: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # names of the flags on the command line
 
     def __post_init__(self) -> None:
         _check(self)
         if self.resume and self.overwrite:
-            raise ValueError("overwrite must be left out where resume is given: one keeps the run, one drops it")
+            raise ValueError(
+                "overwrite must be left out where resume is given: one keeps the run, one drops it"
+            )
         if self.init == "scratch" and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}")
+            raise ValueError(
+                f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
+            )
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
         """Build the configuration from the flags that were given, refusing those that contradict."""
         if "steps" in given and "epochs" in given:
-            raise ValueError(f"epochs must be left out where steps is given, not {given['epochs']!r}")
+            raise ValueError(
+                f"epochs must be left out where steps is given, not {given['epochs']!r}"
+            )
         if given.get("init") != "scratch":
             for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
                 if name in given:
-                    raise ValueError(f"{name} must come with --init scratch, not {given[name]!r} alone")
+                    raise ValueError(
+                        f"{name} must come with --init scratch, not {given[name]!r} alone"
+                    )
+        with wrong_use("DATA"):
+            check_data(given["data"])
+        if given.get("init") != "scratch":
+            with wrong_use("--init"):
+                check_model(given.get("init", "gpt2"))
         return cls(**given, given=tuple(given))
 
 
@@ -291,11 +317,12 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     flag is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one line that
     starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
     """
+    given = _read(cls, argv)
     try:
-        given = _read(cls, argv)
         return cls.from_flags(given)
     except ValueError as error:
-        fail(str(error) if str(error).startswith("--") else f"--{error}")
+        # it starts with the field's name
+        fail(f"--{error}")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -305,10 +332,48 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+@contextmanager
+def wrong_use(flag: str) -> Iterator[None]:
+    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(f"{flag} {error}")
+
+
+def check_model(name: str | Path) -> None:
+    """Raise ValueError where `name` cannot be a model; opens no file."""
+    path = Path(name)
+    if name in MODEL_NAMES or (name and path.is_dir()):
+        return
+    if not name or not path.exists():
+        known = ", ".join(MODEL_NAMES)
+        raise ValueError(f"{_show(str(name))} is no file, no folder and no known model ({known})")
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{_show(str(name))} is a pickle, which can run code; only .safetensors are loaded"
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{_show(str(name))} is no .safetensors file")
+
+
+def check_data(source: str) -> None:
+    """Raise ValueError where `source` cannot be a text to train on; reads no text."""
+    path = Path(source)
+    if source in DATA_NAMES or path.is_file():
+        return
+    if not source or not path.exists():
+        known = ", ".join(DATA_NAMES)
+        raise ValueError(f"{_show(source)} is no file, no folder and no known text ({known})")
+    if not any(path.rglob("*.txt")):
+        raise ValueError(f"{_show(source)} has no .txt file")
+
+
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
-    """argv -> {field name: value} for the flags that were given."""
+    """Return {field name: value} for the flags that were given."""
     known = _flags(cls)
     positional = next(f for f in known.values() if f.metadata["positional"])
+    place = positional.name.upper()
     given: dict[str, Any] = {}
     words = iter(argv)
     only_text = False
@@ -322,36 +387,36 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
             name, value = _read_flag(known, word, words)
             given[name] = value
         elif positional.name in given:
-            what = positional.name.upper()
-            raise ValueError(f"-- {_show(word)} is a second {what}; one is allowed (put it in quotes)")
+            fail(f"{_show(word)} is a second {place}; one is allowed (is it in quotes?)")
         else:
             given[positional.name] = word
     if positional.default is MISSING and positional.name not in given:
-        raise ValueError(f"-- {positional.name.upper()} is missing: {positional.metadata['help']}")
+        fail(f"{place} is missing: {positional.metadata['help']}")
     return given
 
 
-def _read_flag(known: dict[str, Field], word: str, words: Iterator[str]) -> tuple[str, Any]:
+def _read_flag(known: dict[str, Field[Any]], word: str, words: Iterator[str]) -> tuple[str, Any]:
+    """Return the name and value of the flag `word`, taking its value from `words` if need be."""
     name, equals, text = word[2:].partition("=")
     name = name.replace("-", "_")
-    negated = name.startswith("no_") and name not in known and known.get(name[3:])
+    negated = known.get(name.removeprefix("no_")) if name not in known else None
     if negated and negated.type is bool and not equals:
-        return name[3:], False
+        return negated.name, False
     if name not in known or known[name].metadata["positional"]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-        raise ValueError(f"--{_clip(name)} is not a flag; {hint}")
+        fail(f"--{_clip(name)} is not a flag; {hint}")
     f = known[name]
     if f.type is bool and not equals:
         return name, True
     if not equals:
         text = next(words, "--")
         if text.startswith("--"):
-            raise ValueError(f"{name} needs a value: {_allowed(f)}")
+            fail(f"--{name} needs a value: {_allowed(f)}")
     try:
         return name, _convert(text, f.type)
     except ValueError:
-        raise ValueError(f"{name} must be {_allowed(f)}, not {_show(text)}") from None
+        fail(f"--{name} must be {_allowed(f)}, not {_show(text)}")
 
 
 def _convert(text: str, kind: Any) -> Any:
@@ -359,7 +424,9 @@ def _convert(text: str, kind: Any) -> Any:
     if text.lower() == "none" and types.NoneType in kinds:
         return None
     if bool in kinds:
-        return {"true": True, "false": False}[text.lower()]
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
     if tuple in map(typing.get_origin, kinds) and "," in text:
         return tuple(_convert(part, int) for part in text.split(","))
     if str in kinds:
@@ -371,9 +438,9 @@ def _convert(text: str, kind: Any) -> Any:
     return float(text)
 
 
-def _flags(cls: type) -> dict[str, Field]:
+def _flags(cls: type) -> dict[str, Field[Any]]:
     """The fields of a configuration by name, those of a nested one included."""
-    known: dict[str, Field] = {}
+    known: dict[str, Field[Any]] = {}
     for f in fields(cls):
         if f.metadata:
             known[f.name] = f
@@ -382,7 +449,7 @@ def _flags(cls: type) -> dict[str, Field]:
     return known
 
 
-def _help(cls: type, known: dict[str, Field]) -> str:
+def _help(cls: type, known: dict[str, Field[Any]]) -> str:
     lines = [cls.__doc__ or "", "Flags (hyphens are accepted for underscores):"]
     for f in known.values():
         if not f.metadata["positional"]:

@@ -48,7 +48,9 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C); `mask` (B, 1, T, S) is True where a query may look."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
@@ -88,7 +90,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
@@ -149,7 +153,9 @@ class GPT(nn.Module):
         T = idx.size(1)
         past = cache.length if cache is not None else 0
         if past + T > self.config.block_size:
-            raise ValueError(f"the context is at most {self.config.block_size} tokens, not {past + T}")
+            raise ValueError(
+                f"the context is at most {self.config.block_size} tokens, not {past + T}"
+            )
         if positions is None:
             positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         if mask is None and past and T > 1:
@@ -173,5 +179,11 @@ class GPT(nn.Module):
         weight = self.wte.weight
         length = c.block_size if max_length is None else max_length
         return KVCache(
-            c.n_layer, batch_size, c.n_head, length, c.n_embd // c.n_head, weight.device, weight.dtype
+            c.n_layer,
+            batch_size,
+            c.n_head,
+            length,
+            c.n_embd // c.n_head,
+            weight.device,
+            weight.dtype,
         )

@@ -26,14 +26,22 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
     q: (B, H, T, D); k, v: (B, H, S, D). `causal` lets query t see keys 0 to t and needs S = T; `mask`,
     bool and broadcastable to (B, H, T, S), is True where a query may look. -> (B, H, T, D).
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+    )
 
 
 def softmax(x: Tensor) -> Tensor:

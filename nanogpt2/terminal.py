@@ -5,7 +5,7 @@ This file does not know what is being made.
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -17,12 +17,31 @@ def note(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def progress(total: int, done: int, unit: str) -> "tqdm[Any]":
-    """A bar on stderr with speed and time left; where stderr is no terminal, a line every minute."""
-    interval = 0.1 if sys.stderr.isatty() else 60.0
-    return tqdm(
-        total=total, initial=done, unit=unit, mininterval=interval, maxinterval=interval, leave=True
-    )
+def write(text: str) -> None:
+    """Print text on stdout at once; what its encoding lacks becomes ?."""
+    encoding = sys.stdout.encoding
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+
+
+class Progress:
+    """A bar on stderr with speed and time left; only the evaluations where that is no terminal."""
+
+    def __init__(self, total: int, done: int, unit: str) -> None:
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty())
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Count one more as done, with its loss and speed; an evaluation keeps its line."""
+        loss, speed = f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"
+        if "val_loss" in figures:
+            note(f"step {figures['step']}: {loss}, val_loss {figures['val_loss']:.4f}")
+        self._bar.set_postfix_str(f"{loss}, {speed}", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
 
 class Signals:
@@ -40,7 +59,8 @@ class Signals:
 
 
 def exit_on_signals() -> None:
-    """Let SIGINT end the process with 130 and SIGTERM with 143, without a traceback."""
+    """Let SIGINT end the process with 130 and SIGTERM with 143, and a closed pipe silently."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     _on_signals(lambda number: sys.exit(128 + number))
 
 

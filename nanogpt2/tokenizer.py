@@ -79,6 +79,10 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
         return self._encoding.decode_bytes(ids)
 
+    def stream(self) -> "TextStream":
+        """Return a decoder for ids that arrive one by one."""
+        return TextStream(self)
+
     def encoder_json(self) -> str:
         """The vocabulary as Hugging Face's vocab.json; GPT-2's is OpenAI's encoder.json to the byte."""
         return json.dumps(self.vocabulary)

@@ -16,12 +16,13 @@ leaves nothing half-loaded. Pickles are never opened.
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,15 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanogpt2 import hub
-from nanogpt2.config import PRESETS, GPTConfig
+from nanogpt2.config import PICKLES, PRESETS, GPTConfig, check_model
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
-NAMES = (*PRESETS, "demo")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 READABLE_DTYPES = ("F32", "F16", "BF16")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_model(
@@ -45,7 +44,7 @@ def load_model(
 ) -> GPT:
     """Load a GPT in eval mode.
 
-    `name` is one of NAMES, a folder or a .safetensors file; `dtype` one of float32, bfloat16 and
+    `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32, bfloat16 and
     float16; `dropout` is for training it further. Raises ValueError or OSError, in one line that
     names the file or the tensor.
     """
@@ -70,7 +69,7 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if there["cuda"] else "cpu"
     if not there.get(name, True):
-        raise ValueError(f"--device must be one that this machine has, not {name!r}")
+        raise ValueError(f"{name!r} is not on this machine")
     return name
 
 
@@ -91,7 +90,9 @@ def tokenizer_for(vocab_size: int) -> Tokenizer:
     for tokenizer in (gpt2_tokenizer(), byte_tokenizer()):
         if tokenizer.vocab_size == vocab_size:
             return tokenizer
-    raise ValueError(f"no tokenizer here has a vocabulary of {vocab_size} (GPT-2's: 50257, bytes: 257)")
+    raise ValueError(
+        f"no tokenizer here has a vocabulary of {vocab_size} (GPT-2's: 50257, bytes: 257)"
+    )
 
 
 def save_model(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -104,18 +105,20 @@ def save_model(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is None and model.config.vocab_size == gpt2_tokenizer().vocab_size:
         tokenizer = gpt2_tokenizer()
-    tensors = {
-        f"transformer.{name}": (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    with _whole(folder / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
     texts = _config_files(model)
     if tokenizer is not None:
         texts |= _tokenizer_files(tokenizer, model.config.block_size)
     for name, text in texts.items():
         with _whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
+    tensors = {
+        f"transformer.{name}": (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    with _whole(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+        # safetensors leaves it readable by its owner alone
+        shutil.copymode(folder / "config.json", path)
 
 
 # ---- where a checkpoint's files are
@@ -134,7 +137,7 @@ def find_checkpoint(name: str | Path) -> Checkpoint:
 
     Raises ValueError for what is no checkpoint, OSError for what cannot be read or downloaded.
     """
-    check_name(name)
+    check_model(name)
     if name in PRESETS:
         return Checkpoint((hub.fetch_weights(str(name)),), PRESETS[str(name)])
     if name == "demo":
@@ -143,25 +146,6 @@ def find_checkpoint(name: str | Path) -> Checkpoint:
     if path.is_dir():
         return _in_folder(path)
     return Checkpoint((path,), _read_config(path.parent))
-
-
-def check_name(name: str | Path) -> None:
-    """Raise ValueError where `name` cannot be a model; opens no file."""
-    path = Path(name)
-    if name in NAMES or path.is_dir():
-        return
-    if not path.exists():
-        raise ValueError(
-            f"{str(name)!r} is no file, no folder and no known model ({', '.join(NAMES)})"
-        )
-    if path.suffix in PICKLES:
-        _refuse_pickle(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{str(name)!r} is no .safetensors file")
-
-
-def _refuse_pickle(path: Path) -> NoReturn:
-    raise ValueError(f"{str(path)!r} is a pickle, which can run code; only .safetensors are loaded")
 
 
 def _in_folder(folder: Path) -> Checkpoint:
@@ -178,7 +162,7 @@ def _in_folder(folder: Path) -> Checkpoint:
         return Checkpoint(tuple(folder / shard for shard in sorted(set(shards.values()))), config)
     for file in sorted(folder.iterdir()):
         if file.suffix in PICKLES:
-            _refuse_pickle(file)
+            check_model(file)
     raise ValueError(f"{str(folder)!r} holds no model.safetensors")
 
 
@@ -216,7 +200,11 @@ def _read_config(folder: Path) -> GPTConfig | None:
     theirs = {"n_positions": "block_size"}
     ours = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "layer_norm_epsilon")
     options = {theirs.get(key, key): stated[key] for key in ours if key in stated}
-    ids: dict[str, Any] = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None} | stated
+    ids: dict[str, Any] = {
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": None,
+    } | stated
     if (folder / "generation_config.json").exists():
         ids |= _read_json(folder / "generation_config.json")
     try:

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt2 import hub
+from nanogpt2.config import check_data
 from nanogpt2.tokenizer import Tokenizer
 
-NAMES = ("pydocs", "shakespeare")
 CACHE = Path("~/.cache/nanogpt2/tokens")
+SHORTEST = 64  # tokens
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 65_536  # tokens; more would only slow the evaluations down
 # the split does not depend on the run's seed, so that runs can be compared
@@ -35,24 +36,12 @@ class Corpus:
     sha256: str  # of the texts
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError or OSError where `source` cannot be a corpus; reads no text."""
-    path = Path(source)
-    if source in NAMES:
-        return
-    if not path.exists():
-        names = " or ".join(NAMES)
-        raise ValueError(f"DATA {source!r} is no file, no folder and no known name ({names})")
-    if path.is_dir() and not any(path.rglob("*.txt")):
-        raise ValueError(f"DATA {source!r} has no .txt file")
-
-
 def read_texts(source: str) -> list[str]:
     """Read the texts of a corpus: one for a file, one for each .txt of a folder, in order of name.
 
     Raises ValueError for a text that is not UTF-8 (with the byte's offset) and for an empty corpus.
     """
-    check_source(source)
+    check_data(source)
     path = Path(source)
     if source == "pydocs":
         from pydoc_data.topics import topics
@@ -66,7 +55,7 @@ def read_texts(source: str) -> list[str]:
         texts = [read_text(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise ValueError(f"DATA {source!r} is empty")
+        raise ValueError(f"{source!r} is empty: there is no text in it")
     return texts
 
 
@@ -94,6 +83,10 @@ def load_corpus(source: str, tokenizer: Tokenizer, cache: Path = CACHE) -> Corpu
         digest.update(len(data).to_bytes(8, "little") + data)
     sha256 = digest.hexdigest()
     ids = _cached_ids(texts, tokenizer, cache.expanduser() / f"{sha256}-{tokenizer.name}.npy")
+    if len(ids) < SHORTEST:
+        raise ValueError(
+            f"{source!r} is too short: {len(ids)} tokens, at least {SHORTEST} are needed"
+        )
     held_out = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_MOST)
     return Corpus(ids[: len(ids) - held_out], ids[len(ids) - held_out :], sha256)
 

@@ -24,7 +24,7 @@ class BatchLoader:
         """Raise ValueError where the text has fewer than block_size + 1 tokens."""
         if len(ids) < block_size + 1:
             raise ValueError(
-                f"DATA is too short: {len(ids)} tokens to train on, block_size {block_size} needs "
+                f"is too short: {len(ids)} tokens to train on, block_size {block_size} needs "
                 f"{block_size + 1}"
             )
         self.ids = ids

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation.sampling import decode
+from nanogpt2.generation.sampling import decode, start_ids
 from nanogpt2.model import GPT
 
 
@@ -42,8 +42,9 @@ def generate(
     Raises ValueError for an unusable prompt, TypeError for an option that does not exist.
     """
     config = GenerationConfig(**options)
-    tokens = [input_ids.repeat_interleave(config.num_return_sequences, dim=0)]
-    if input_ids.dim() == 2 and input_ids.size(1) == 0:
-        tokens = []
-    tokens += [column[:, None] for column in decode(model, input_ids, attention_mask, config)]
-    return GenerationOutput(torch.cat(tokens, dim=1).to(input_ids.device))
+    ids = start_ids(model, input_ids)
+    columns = [ids.repeat_interleave(config.num_return_sequences, dim=0)]
+    columns += [
+        tokens[:, None].to(ids.device) for tokens in decode(model, ids, attention_mask, config)
+    ]
+    return GenerationOutput(torch.cat(columns, dim=1))

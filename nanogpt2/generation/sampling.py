@@ -22,11 +22,11 @@ def decode(
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, int64 (N,), step by step, N = B * num_return_sequences.
 
-    Arguments and errors are generate()'s; an empty prompt's BOS is yielded first.
+    Arguments and errors are generate()'s, but that T >= 1.
     """
     device = model.wte.weight.device
-    eos, pad = _special_ids(model, config)
-    ids, starts_empty = _prompt_ids(model, input_ids.to(device))
+    eos, pad = special_ids(model, config)
+    ids = input_ids.to(device)
     mask = _prompt_mask(ids, attention_mask, eos, pad)
     max_length = _max_length(config, ids.size(1), model.config.block_size)
     engine = Engine(model, mask, max_length, config.num_return_sequences)
@@ -38,8 +38,6 @@ def decode(
     was_training = model.training
     model.eval()
     try:
-        if starts_empty:
-            yield ids[:, 0]
         running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
         stops = torch.tensor(eos, dtype=torch.int64, device=device)
         filler = torch.tensor(eos[0] if pad is None and eos else pad or 0, device=device)
@@ -60,34 +58,6 @@ def _choose(scores: Tensor, samples: bool, generator: torch.Generator | None) ->
         return scores.argmax(dim=1)
     # rows that ended draw too: transformers' random stream counts them
     return torch.multinomial(scores.softmax(dim=1), 1, generator=generator).squeeze(1)
-
-
-def _special_ids(model: GPT, config: GenerationConfig) -> tuple[list[int], int | None]:
-    """The ids that end a row and the one that fills it up, the checkpoint's where left out."""
-    eos = config.eos_token_id
-    if eos == FROM_CHECKPOINT:
-        eos = model.config.eos_token_id
-    pad = model.config.pad_token_id if config.pad_token_id is None else config.pad_token_id
-    return [*eos] if isinstance(eos, tuple) else [] if eos is None else [int(eos)], pad
-
-
-def _prompt_ids(model: GPT, input_ids: Tensor) -> tuple[Tensor, bool]:
-    """Check (B, T) and replace an empty prompt by BOS; say whether it was empty."""
-    if input_ids.dim() != 2 or len(input_ids) == 0 or input_ids.dtype != torch.int64:
-        shape, dtype = tuple(input_ids.shape), input_ids.dtype
-        raise ValueError(f"input_ids must be int64 (B, T) with B >= 1, not {dtype} {shape}")
-    if input_ids.numel() == 0:
-        bos = model.config.bos_token_id
-        if bos is None:
-            raise ValueError("an empty prompt needs a model with a bos_token_id; this one has none")
-        return input_ids.new_full((len(input_ids), 1), bos), True
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= model.config.vocab_size:
-        outside = low if low < 0 else high
-        raise ValueError(
-            f"token id {outside} is outside the vocabulary of {model.config.vocab_size}"
-        )
-    return input_ids, False
 
 
 def _prompt_mask(
@@ -114,3 +84,34 @@ def _max_length(config: GenerationConfig, length: int, block_size: int) -> int:
     if config.max_length <= length:
         raise ValueError(f"max_length must be > {length}, the prompt's, not {config.max_length}")
     return config.max_length
+
+
+def start_ids(model: GPT, input_ids: Tensor) -> Tensor:
+    """Return int64 (B, T) with T >= 1: an empty prompt becomes the model's bos_token_id.
+
+    Raises ValueError for a wrong shape or dtype, and for an id outside the vocabulary.
+    """
+    if input_ids.dim() != 2 or len(input_ids) == 0 or input_ids.dtype != torch.int64:
+        shape, dtype = tuple(input_ids.shape), input_ids.dtype
+        raise ValueError(f"input_ids must be int64 (B, T) with B >= 1, not {dtype} {shape}")
+    if input_ids.numel() == 0:
+        bos = model.config.bos_token_id
+        if bos is None:
+            raise ValueError("an empty prompt needs a model with a bos_token_id; this one has none")
+        return input_ids.new_full((len(input_ids), 1), bos)
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= model.config.vocab_size:
+        outside = low if low < 0 else high
+        raise ValueError(
+            f"token id {outside} is outside the vocabulary of {model.config.vocab_size}"
+        )
+    return input_ids
+
+
+def special_ids(model: GPT, config: GenerationConfig) -> tuple[list[int], int | None]:
+    """Return the ids that end a row and the one that fills it up, the checkpoint's where left out."""
+    eos = config.eos_token_id
+    if eos == FROM_CHECKPOINT:
+        eos = model.config.eos_token_id
+    pad = model.config.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    return [*eos] if isinstance(eos, tuple) else [] if eos is None else [int(eos)], pad

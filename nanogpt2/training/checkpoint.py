@@ -27,6 +27,29 @@ MANIFEST = "manifest.json"
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
+def commit(
+    out: Path,
+    step: int,
+    model: GPT,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    is_best: bool,
+    keep: int,
+) -> None:
+    """Save a run's state under `out`/checkpoints, then make its model the one of `out`.
+
+    Older checkpoints than the newest `keep` and the best are removed last. Raises OSError, leaving
+    every checkpoint committed before intact.
+    """
+    folder = out / "checkpoints"
+    saved = save_checkpoint(folder, step, model, tokenizer, optimizer, state)
+    if is_best:
+        mark_best(saved)
+    publish(saved, out)
+    prune(folder, keep)
+
+
 def save_checkpoint(
     folder: Path,
     step: int,

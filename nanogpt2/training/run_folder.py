@@ -29,7 +29,16 @@ MODEL_FILES = (
 )
 RUN_FILES = ("run.json", "metrics.jsonl", *MODEL_FILES)
 # settings that do not change a run's numbers; a resumed run may differ in them
-FREE_ON_RESUME = {"data", "out", "resume", "overwrite", "device", "eval_every", "save_every", "keep"}
+FREE_ON_RESUME = {
+    "data",
+    "out",
+    "resume",
+    "overwrite",
+    "device",
+    "eval_every",
+    "save_every",
+    "keep",
+}
 
 
 class RunFolder:
@@ -50,17 +59,17 @@ class RunFolder:
         held = [name for name in (*RUN_FILES, "checkpoints") if (self.path / name).exists()]
         where = repr(str(self.path))
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--out {where} is a file; a folder is needed")
+            raise ValueError(f"{where} is a file; a folder is needed")
         if config.resume:
             if "run.json" not in held:
-                raise ValueError(f"--resume: --out {where} holds no run to go on with")
+                raise ValueError(f"{where} holds no run to --resume")
             return self._as_recorded(config)
         if held and not config.overwrite:
             raise ValueError(
-                f"--out {where} already holds {held[0]}: add --resume or --overwrite, or choose another"
+                f"{where} already holds {held[0]}: add --resume or --overwrite, or choose another"
             )
         if config.overwrite and self._contains(config.init):
-            raise ValueError(f"--overwrite would remove --init {config.init!r}, which is in --out")
+            raise ValueError(f"{where} holds the --init model, which --overwrite would remove")
         return config
 
     def _contains(self, init: str) -> bool:
@@ -73,8 +82,8 @@ class RunFolder:
         for name in set(config.given) - FREE_ON_RESUME:
             if getattr(config, name) != recorded[name]:
                 raise ValueError(
-                    f"--{name} must be {recorded[name]!r} as in the run to resume, "
-                    f"not {getattr(config, name)!r}"
+                    f"{str(self.path)!r} holds a run with --{name} {recorded[name]!r}, "
+                    f"which --resume cannot change to {getattr(config, name)!r}"
                 )
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
         return replace(config, **(recorded | free))
@@ -93,12 +102,12 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"--out {str(self.path)!r} is in use by another trainer") from None
+            raise ValueError(f"{str(self.path)!r} is in use by another trainer") from None
 
     def check_corpus(self, config: TrainConfig, sha256: str) -> None:
         """Raise ValueError where the run to resume was trained on another text."""
         if config.resume and self.record()["corpus_sha256"] != sha256:
-            raise ValueError(f"--resume: DATA {config.data!r} is not the text that the run began with")
+            raise ValueError(f"{str(self.path)!r} holds a run on another text than {config.data!r}")
 
     def start(self, config: TrainConfig, **facts: Any) -> None:
         """Begin a new run here: drop an old one's files and write run.json."""
@@ -110,7 +119,7 @@ class RunFolder:
         partial.write_text(json.dumps({"config": settings} | facts, indent=2), encoding="utf-8")
         partial.replace(self.path / "run.json")
 
-    def log(self, **figures: Any) -> None:
+    def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")

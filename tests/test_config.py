@@ -1,0 +1,203 @@
+"""The command line: every wrong use is one line, found before torch is imported."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from reference import ROOT
+
+from nanogpt2.config import (
+    DECODING_FLAGS,
+    FROM_CHECKPOINT,
+    MAX_SEED,
+    PRESETS,
+    GenerationConfig,
+    GPTConfig,
+    SampleConfig,
+    TrainConfig,
+    parse,
+)
+
+
+def sample(*argv):
+    return parse(SampleConfig, ["--model", "demo", *argv])
+
+
+def train(*argv):
+    return parse(TrainConfig, ["pydocs", *argv])
+
+
+def test_no_decoding_flag_samples_sensibly():
+    config = sample("Hello", "--seed", "7", "--num_return_sequences=3", "--max-new-tokens", "9")
+    generation = config.generation
+    assert config.prompt == "Hello"
+    assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.8, 0.95)
+    assert (generation.seed, generation.num_return_sequences) == (7, 3)
+    assert generation.max_new_tokens == 9
+
+
+@pytest.mark.parametrize("name", DECODING_FLAGS)
+def test_a_decoding_flag_switches_to_hugging_faces_defaults(name):
+    values = {"do_sample": ["--do_sample"], "top_p": ["--top_p", "1.0"]}
+    argv = values.get(name, [f"--{name}", "30"])
+    if name in ("temperature", "top_k", "top_p"):
+        argv = [*argv, "--do_sample"]
+    given = {name: getattr(sample(*argv).generation, name), "max_new_tokens": 100}
+    if name == "max_length":
+        given["max_new_tokens"] = None
+    if "--do_sample" in argv:
+        given["do_sample"] = True
+    expected = GenerationConfig(**{"do_sample": name == "do_sample"} | given)
+    assert sample(*argv).generation == expected
+
+
+def test_hyphens_equals_negations_and_the_last_wins():
+    config = sample("--do-sample", "--top-k=5", "--top_k", "6", "--no_json", "--json=true")
+    assert config.generation.top_k == 6 and config.json
+    assert not sample("--json", "--no-json").json
+    assert sample("--", "--model").prompt == "--model"
+    assert sample("-").prompt == "-"
+    assert sample("--eos_token_id", "1,2").generation.eos_token_id == (1, 2)
+    assert sample("--eos_token_id=none").generation.eos_token_id is None
+    assert GenerationConfig().eos_token_id == FROM_CHECKPOINT
+    assert sample("--seed", str(MAX_SEED)).generation.seed == MAX_SEED
+
+
+WRONG_SAMPLE = [
+    (["--temperature", "-1", "--do_sample"], "--temperature"),
+    (["--temperature=nan", "--do_sample"], "--temperature"),
+    (["--temperature=inf", "--do_sample"], "--temperature"),
+    (["--temperature", "1e999", "--do_sample"], "--temperature"),
+    (["--temperature", "0.5"], "--temperature"),
+    (["--temperature"], "--temperature"),
+    (["--top_k", "-1", "--do_sample"], "--top_k"),
+    (["--top_k", "2.5", "--do_sample"], "--top_k"),
+    (["--top_k", "9" * 5000, "--do_sample", "--top_k", "-" + "9" * 5000], "--top_k"),
+    (["--top_k", "5", "--no_repeat_ngram_size", "2"], "--top_k"),
+    (["--top_p", "1.5", "--do_sample"], "--top_p"),
+    (["--top_p", "5"], "--top_p"),
+    (["--repetition_penalty", "0"], "--repetition_penalty"),
+    (["--no_repeat_ngram_size", "-2"], "--no_repeat_ngram_size"),
+    (["--num_return_sequences", "0"], "--num_return_sequences"),
+    (["--num_return_sequences", "2", "--repetition_penalty", "2"], "--num_return_sequences"),
+    (["--max_new_tokens", "0"], "--max_new_tokens"),
+    (["--max_new_tokens", "ten"], "--max_new_tokens"),
+    (["--max_length", "0"], "--max_length"),
+    (["--seed", "-1"], "--seed"),
+    (["--seed", str(MAX_SEED + 1)], "--seed"),
+    (["--seed", "١"], "--seed"),
+    (["--eos_token_id", "1,x"], "--eos_token_id"),
+    (["--dtype", "int8"], "--dtype"),
+    (["--device", "tpu"], "--device"),
+    (["--json=maybe"], "--json"),
+    (["--modle", "gpt2"], "--modle"),
+    (["--prompt", "x"], "--prompt"),
+    (["--unknown\nflag"], "--unknown"),
+    (["one", "two"], "two"),
+    (["one", "--prompt_file", "x"], "--prompt_file"),
+    (["--model", "gpt3"], "gpt2-xl"),
+    (["--model", "/nowhere/model.safetensors"], "/nowhere"),
+    (["--model", __file__], "--model"),
+]
+WRONG_TRAIN = [
+    (["--steps", "0"], "--steps"),
+    (["--steps", "5", "--epochs", "2"], "--epochs"),
+    (["--epochs", "0"], "--epochs"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--dropout", "1"], "--dropout"),
+    (["--batch_size", "0"], "--batch_size"),
+    (["--block_size", "0"], "--block_size"),
+    (["--grad_clip", "inf"], "--grad_clip"),
+    (["--keep", "0"], "--keep"),
+    (["--dtype", "float16"], "--dtype"),
+    (["--init", "gpt5"], "--init"),
+    (["--n_layer", "2"], "--n_layer"),
+    (["--tokenizer", "bytes"], "--tokenizer"),
+    (["--init", "scratch", "--n_embd", "10"], "--n_embd"),
+    (["--init", "scratch", "--tokenizer", "words"], "--tokenizer"),
+    (["--resume", "--overwrite"], "--overwrite"),
+    (["second"], "second"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "argv", "named"),
+    [(sample, *case) for case in WRONG_SAMPLE] + [(train, *case) for case in WRONG_TRAIN],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else None,
+)
+def test_wrong_use_is_one_line(capsys, call, argv, named):
+    with pytest.raises(SystemExit) as stopped:
+        call(*argv)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error:") and err.count("\n") == 1 and len(err) <= 201
+    assert named in err
+
+
+@pytest.mark.parametrize("argv", [[], ["/nowhere/book.txt"], [""]])
+def test_the_text_must_exist(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        parse(TrainConfig, argv)
+    assert stopped.value.code == 2
+    assert "DATA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", [SampleConfig, TrainConfig])
+def test_help_names_every_flag(capsys, cls):
+    with pytest.raises(SystemExit) as stopped:
+        parse(cls, ["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    names = [f.name for f in fields(cls) if f.metadata and not f.metadata["positional"]]
+    assert len(names) >= 5
+    for name in names:
+        assert f"  --{name}" in out
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("argv", [["--help"], ["--nonsense"]])
+def test_the_command_line_answers_without_torch(script, argv):
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'tiktoken'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(ROOT / script), *argv]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"do_sample": 1},
+        {"eos_token_id": (1, "2")},
+        {"num_return_sequences": 2},
+        {"seed": -1},
+    ],
+)
+def test_python_is_held_to_the_same_limits(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GenerationConfig(**options)
+
+
+def test_presets_are_the_releases():
+    shapes = {name: (c.n_layer, c.n_embd, c.n_head) for name, c in PRESETS.items()}
+    assert shapes == {
+        "gpt2": (12, 768, 12),
+        "gpt2-medium": (24, 1024, 16),
+        "gpt2-large": (36, 1280, 20),
+        "gpt2-xl": (48, 1600, 25),
+    }
+    with pytest.raises(ValueError, match="n_embd"):
+        GPTConfig(n_embd=10, n_head=3)

@@ -1,0 +1,127 @@
+"""The house: who may import whom, and what must not exist."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from reference import ROOT
+
+# module -> what of ours it may import; a name stands for the module and everything under it
+MAY_IMPORT = {
+    "config": [],
+    "tokenizer": [],
+    "kv_cache": [],
+    "terminal": [],
+    "kernels": [],
+    "hub": ["terminal"],
+    "ops": ["kernels"],
+    "model": ["config", "ops", "kv_cache"],
+    "weights": ["config", "hub", "model", "tokenizer"],
+    "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "generation"],
+    "data": ["config", "tokenizer", "hub", "terminal", "data"],
+    "training": ["config", "model", "weights", "terminal", "tokenizer", "training"],
+}
+LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
+
+
+def our_imports(path):
+    """The modules of ours that a file imports, wherever in it, without `nanogpt2.`."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "nanogpt2":
+                names = [f"nanogpt2.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found += [name for name in names if name.split(".")[0] in ("nanogpt2", "kernels", "tests")]
+    return found
+
+
+def sources():
+    return [
+        path
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.relative_to(ROOT).parts[0] in ("nanogpt2", "kernels", "train.py", "sample.py")
+        and "kernels" not in path.relative_to(ROOT).parts[1:]
+    ]
+
+
+def is_lower(module, name):
+    """In the same folder: generation/__init__ may import its siblings, they not it."""
+    return module == name or name.startswith(module + ".")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_from_lower_floors(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in ("train", "sample"):
+        assert not [name for name in our_imports(path) if "kernels" in name]
+        return
+    if path.name == "__init__.py" and len(parts) == 2:
+        # the package itself imports nothing until a name is used; its `if TYPE_CHECKING` is exempt
+        return
+    module = parts[1] if parts[0] == "nanogpt2" else "kernels"
+    for name in our_imports(path):
+        inner = name.removeprefix("nanogpt2.")
+        assert any(is_lower(allowed, inner) for allowed in MAY_IMPORT[module]), f"{path}: {name}"
+
+
+def test_the_table_names_every_module():
+    for path in sources():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "nanogpt2" and parts[1] != "__init__":
+            assert parts[1] in MAY_IMPORT
+
+
+def test_siblings_form_no_cycle():
+    for folder in ("generation", "data", "training"):
+        files = {p.stem: our_imports(p) for p in (ROOT / "nanogpt2" / folder).glob("*.py")}
+        prefix = f"nanogpt2.{folder}."
+        graph = {
+            stem: {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+            for stem, names in files.items()
+        }
+        while graph:
+            leaves = [stem for stem, below in graph.items() if not below & graph.keys()]
+            assert leaves, f"a cycle in {folder}: {graph}"
+            for leaf in leaves:
+                del graph[leaf]
+
+
+def test_kernels_is_a_symlink_without_init():
+    assert (ROOT / "nanogpt2/kernels").is_symlink()
+    assert (ROOT / "nanogpt2/kernels").resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_nobody_imports_kernels_by_its_folder():
+    for path in ROOT.rglob("*.py"):
+        if not {".venv", "venv", "build"} & set(path.relative_to(ROOT).parts):
+            assert not [n for n in our_imports(path) if n.split(".")[0] == "kernels"], path
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_a_file_to_read_in_one_sitting(name):
+    assert len((ROOT / name).read_text().splitlines()) <= LONGEST[name]
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, nanogpt2, nanogpt2.config, nanogpt2.terminal, nanogpt2.training.run_folder;"
+        "assert not {'torch', 'numpy', 'triton', 'tiktoken'} & set(sys.modules);"
+        "assert 'generate' in dir(nanogpt2)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_public_name_is_there():
+    import nanogpt2
+
+    for name in nanogpt2.__all__:
+        assert getattr(nanogpt2, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = nanogpt2.nothing

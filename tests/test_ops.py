@@ -1,0 +1,98 @@
+"""The seam: each operation against its formula in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanogpt2 import ops
+
+
+def error(result, reference):
+    """RMS of the difference over RMS of the reference."""
+    difference = result.double() - reference
+    return (difference.pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()).item()
+
+
+def test_layer_norm():
+    x, weight, bias = torch.randn(2, 5, 7), torch.randn(7), torch.randn(7)
+    d = x.double()
+    norm = (d - d.mean(-1, keepdim=True)) / (d.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert error(ops.layer_norm(x, weight, bias, 1e-5), norm * weight + bias) < 1e-6
+
+
+def test_gelu_is_the_tanh_form():
+    x = torch.linspace(-6, 6, 101)
+    d = x.double()
+    inner = (2 / torch.pi) ** 0.5 * (d + 0.044715 * d**3)
+    assert error(ops.gelu(x), 0.5 * d * (1 + inner.tanh())) < 1e-6
+    assert error(ops.gelu(x), F.gelu(d)) > 1e-5
+
+
+def test_attention():
+    B, H, T, D = 2, 3, 5, 8
+    q, k, v = torch.randn(3, B, H, T, D)
+    scores = q.double() @ k.double().transpose(2, 3) / D**0.5
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    expected = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v.double()
+    assert error(ops.attention(q, k, v, causal=True), expected) < 1e-6
+    assert error(ops.attention(q, k, v, causal=False, mask=causal), expected) < 1e-6
+    assert error(ops.attention(q, k, v, causal=False), scores.softmax(-1) @ v.double()) < 1e-6
+
+
+def test_softmax():
+    x = torch.randn(3, 11) * 50
+    d = (x.double() - x.double().amax(-1, keepdim=True)).exp()
+    assert error(ops.softmax(x), d / d.sum(-1, keepdim=True)) < 1e-6
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Two rows at a time, so that many chunks add up."""
+    monkeypatch.setitem(ops.CHUNK_ELEMENTS, "cpu", 2 * 13)
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_linear_cross_entropy(small_chunks, ignored):
+    M, C, V = 9, 5, 13
+    x = torch.randn(M, C, requires_grad=True)
+    weight = torch.randn(V, C, requires_grad=True)
+    targets = torch.randint(V, (M,))
+    targets[:ignored] = -100
+    loss = ops.linear_cross_entropy(x, weight, targets)
+    # a loss that is scaled, as gradient accumulation does
+    (loss * 3).backward()
+    xd, wd = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy(xd @ wd.t(), targets)
+    (expected * 3).backward()
+    assert loss.dtype == torch.float32
+    assert error(loss, expected.detach()) < 1e-6
+    assert error(x.grad, xd.grad) < 1e-6
+    assert error(weight.grad, wd.grad) < 1e-6
+    assert not x.grad[:ignored].any()
+
+
+def test_linear_cross_entropy_in_bfloat16(small_chunks):
+    x, weight = torch.randn(9, 5, requires_grad=True), torch.randn(13, 5, requires_grad=True)
+    targets = torch.randint(13, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.linear_cross_entropy(x, weight, targets)
+    loss.backward()
+    xd, wd = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy(xd @ wd.t(), targets)
+    expected.backward()
+    # 8 bits of mantissa: 2^-8 for each factor
+    assert loss.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
+    assert error(loss, expected.detach()) < 1e-2
+    assert error(x.grad, xd.grad) < 2e-2
+    assert error(weight.grad, wd.grad) < 2e-2
+
+
+def test_linear_cross_entropy_makes_only_the_gradients_asked_for():
+    x, weight = torch.randn(4, 5), torch.randn(13, 5, requires_grad=True)
+    targets = torch.randint(13, (4,))
+    with torch.no_grad():
+        assert not ops.linear_cross_entropy(x, weight, targets).requires_grad
+    loss = ops.linear_cross_entropy(x, weight, targets)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.shape == weight.shape
+    assert ops.linear_cross_entropy(x, weight, torch.full((4,), -100)).isnan()
