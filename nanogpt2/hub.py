@@ -14,6 +14,7 @@ from pathlib import Path
 from nanogpt2 import terminal
 
 CACHE = Path("~/.cache/nanogpt2")
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,25 @@ def fetch_weights(name: str) -> Path:
     Raises OSError where it is neither on disk nor to be had, ValueError where its bytes are not
     OpenAI's; both say what to do.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    import huggingface_hub as hub
 
     release = RELEASES[name]
-    try:
-        path = Path(hf_hub_download(release.repo, "model.safetensors", revision=release.revision))
-    except (OSError, HfHubHTTPError) as error:
-        raise OSError(
-            f"{name!r} is not on this machine and cannot be downloaded ({type(error).__name__}); "
-            "go online once, give a folder or .safetensors file, or use demo"
-        ) from error
+    wanted = {"repo_id": release.repo, "filename": WEIGHTS, "revision": release.revision}
+    cached = hub.try_to_load_from_cache(**wanted)
+    if isinstance(cached, str):
+        path = Path(cached)
+    else:
+        try:
+            # asks once; the download itself would try for half a minute before it gives up
+            hub.get_hf_file_metadata(hub.hf_hub_url(**wanted))
+            path = Path(hub.hf_hub_download(**wanted))
+        except Exception as error:
+            # the transport's exceptions differ from one version of huggingface-hub to the next
+            raise OSError(
+                f"{name!r} is not on this machine and cannot be downloaded "
+                f"({type(error).__name__}); go online once, give a folder or .safetensors file, "
+                "or use demo"
+            ) from error
     if path.stat().st_size != release.size or not _verified(path, release.sha256):
         raise ValueError(f"{str(path)!r} is not OpenAI's {name} file: delete it and download again")
     return path

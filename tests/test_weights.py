@@ -1,0 +1,393 @@
+"""Every layout of GPT-2's files in, transformers' folder out, and what must be refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import (
+    PRESETS,
+    TINY,
+    hf_model,
+    official_tensors,
+    rewrite,
+    twins,
+    write_official_file,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from nanogpt2 import hub, weights
+from nanogpt2.config import GPTConfig
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
+from nanogpt2.weights import load_model, load_tokenizer, save_model
+
+IDS = torch.randint(TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder as today's transformers writes it, and the logits it stands for."""
+    folder = tmp_path_factory.mktemp("saved")
+    theirs = hf_model()
+    theirs.save_pretrained(folder)
+    with torch.no_grad():
+        return folder, theirs(IDS).logits
+
+
+def check_logits(model, expected, **tolerance):
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), expected, **tolerance)
+
+
+def without_prefix(tensors):
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def with_masks(tensors):
+    mask = torch.ones(1, 1, TINY.block_size, TINY.block_size).tril()
+    masks = {f"transformer.h.{i}.attn.bias": mask.clone() for i in range(TINY.n_layer)}
+    bias = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(TINY.n_layer)}
+    return tensors | masks | bias
+
+
+def with_head(tensors):
+    return tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+
+
+@pytest.mark.parametrize(
+    "change", [dict, without_prefix, with_masks, with_head, lambda t: without_prefix(with_masks(t))]
+)
+def test_every_naming_loads(saved, tmp_path, change):
+    rewrite(saved[0], tmp_path / "model", change)
+    check_logits(load_model(tmp_path / "model"), saved[1], atol=1e-4, rtol=1e-4)
+    # the file alone, its config.json beside it
+    check_logits(load_model(tmp_path / "model/model.safetensors"), saved[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.05), (torch.bfloat16, 0.5)])
+def test_half_precision_files_load(saved, tmp_path, dtype, tolerance):
+    def change(tensors):
+        return with_head({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    rewrite(saved[0], tmp_path / "model", change)
+    model = load_model(tmp_path / "model")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    check_logits(model, saved[1], atol=tolerance, rtol=tolerance)
+    narrow = load_model(tmp_path / "model", dtype=str(dtype).removeprefix("torch."))
+    assert {p.dtype for p in narrow.parameters()} == {dtype}
+
+
+def test_sharded_files_load(saved, tmp_path):
+    hf_model().save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    check_logits(load_model(tmp_path), saved[1], atol=1e-4, rtol=1e-4)
+    index = tmp_path / "model.safetensors.index.json"
+    shard = next(tmp_path.glob("model-00002*"))
+    for text in ("{}", '{"weight_map": {"a": "../x"}}', "[", "[]", '{"weight_map": 1}'):
+        whole = index.read_text()
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index"):
+            load_model(tmp_path)
+        index.write_text(whole)
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("residue", range(8))
+def test_data_at_any_alignment(tmp_path, residue):
+    tensors = official_tensors(TINY)
+    path = tmp_path / "model.safetensors"
+    write_official_file(path, tensors, header_length=4000 + residue)
+    hf_model().config.save_pretrained(tmp_path)
+    theirs = hf_model()
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    model = load_model(path)
+    check_logits(model, expected, atol=1e-4, rtol=1e-4)
+    assert all(p.data_ptr() % 16 == 0 for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_official_layout_to_the_byte(tmp_path, monkeypatch):
+    """Random numbers in the file of the 124M: 160 tensors, header 14,283, data at 3 mod 8."""
+    tensors = official_tensors(PRESETS["gpt2"])
+    path = tmp_path / "model.safetensors"
+    write_official_file(path, tensors, header_length=14_283)
+    assert len(tensors) == 160
+    assert path.stat().st_size == hub.RELEASES["gpt2"].size
+    ids = torch.randint(50257, (1, 12))
+    with torch.no_grad():
+        expected = hf_model(PRESETS["gpt2"])(ids).logits
+        # by its path, told by its shapes; and by its name, as if it had been downloaded
+        torch.testing.assert_close(load_model(path)(ids), expected, atol=1e-4, rtol=1e-4)
+        monkeypatch.setattr(hub, "fetch_weights", lambda name: path)
+        torch.testing.assert_close(load_model("gpt2")(ids), expected, atol=1e-4, rtol=1e-4)
+    assert load_tokenizer("gpt2").vocab_size == 50257
+
+
+@pytest.mark.slow
+def test_loading_and_saving_take_twice_the_models_memory(tmp_path):
+    write_official_file(tmp_path / "model.safetensors", official_tensors(PRESETS["gpt2"]), 14_283)
+    code = (
+        "import resource, sys, torch; from nanogpt2 import load_model, save_model\n"
+        "from nanogpt2.tokenizer import gpt2_tokenizer; gpt2_tokenizer()\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "start = peak(); model = load_model(sys.argv[1]); loaded = peak() - start\n"
+        "save_model(model, sys.argv[2]); print(loaded, peak() - start)"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "model.safetensors"), str(tmp_path / "out")]
+    out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    loaded, converted = (int(figure) / (124_439_808 * 4) for figure in out.split())
+    assert loaded < 1.5, loaded
+    assert converted < 2.0, converted
+
+
+# ---- out
+
+
+def test_what_save_model_writes_is_what_transformers_reads(saved, tmp_path):
+    model = load_model(saved[0])
+    save_model(model, tmp_path)
+    theirs, info = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    original, written = (
+        load_file(saved[0] / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
+    assert original.keys() == written.keys()
+    for name, tensor in original.items():
+        assert torch.equal(tensor, written[name]), name
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(IDS).logits, saved[1])
+    assert (tmp_path / "model.safetensors").stat().st_mode == (
+        tmp_path / "config.json"
+    ).stat().st_mode
+    assert load_model(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_trip_keeps_every_bit(tmp_path, dtype):
+    model = GPT(TINY).to(dtype)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, dtype=str(dtype).removeprefix("torch."))
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert torch.equal(a, b), name
+
+
+def test_ten_thousand_equal_choices_after_a_round_trip(tmp_path):
+    ours, theirs = twins(tmp_path / "a")
+    save_model(ours, tmp_path / "b")
+    back = GPT2LMHeadModel.from_pretrained(tmp_path / "b").eval()
+    ids = torch.randint(TINY.vocab_size, (280, 36))
+    with torch.no_grad():
+        assert torch.equal(ours(ids).argmax(-1), back(ids).logits.argmax(-1))
+        assert torch.equal(theirs(ids).logits, back(ids).logits)
+
+
+@pytest.mark.parametrize("tokenizer", [gpt2_tokenizer(), byte_tokenizer()], ids=lambda t: t.name)
+def test_auto_tokenizer_loads_what_is_saved(tmp_path, tokenizer):
+    config = GPTConfig(
+        vocab_size=tokenizer.vocab_size,
+        block_size=16,
+        n_layer=1,
+        n_head=1,
+        n_embd=4,
+        bos_token_id=tokenizer.end_of_text,
+        eos_token_id=tokenizer.end_of_text,
+    )
+    save_model(GPT(config), tmp_path, tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Hello, wörld! 🙂\n\n  <|endoftext|>"
+    ids = tokenizer.encode(text, allow_special=True)
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == tokenizer.end_of_text and len(theirs) == tokenizer.vocab_size
+    assert load_tokenizer(tmp_path) is tokenizer
+    assert load_tokenizer(tmp_path / "model.safetensors") is tokenizer
+
+
+def test_gpt2s_tokenizer_needs_no_asking(tmp_path):
+    save_model(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4)), tmp_path)
+    assert (tmp_path / "merges.txt").read_text() == gpt2_tokenizer().merges
+    assert AutoTokenizer.from_pretrained(tmp_path)("Hello world")["input_ids"] == [15496, 995]
+
+
+def test_loading_draws_no_random_number(saved):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load_model(saved[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_model_outlives_its_file(saved, tmp_path):
+    rewrite(saved[0], tmp_path / "model", dict)
+    model = load_model(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"x")
+    check_logits(model, saved[1], atol=1e-4, rtol=1e-4)
+
+
+# ---- what config.json says
+
+
+@pytest.mark.parametrize(
+    ("stated", "eos"),
+    [
+        ({"eos_token_id": 50256}, None),
+        ({"eos_token_id": [3, 50256]}, 3),
+        ({"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": None}, None),
+        ({"eos_token_id": -1}, None),
+    ],
+)
+def test_an_id_outside_the_vocabulary_is_ignored(saved, tmp_path, stated, eos):
+    rewrite(saved[0], tmp_path / "model", dict)
+    (tmp_path / "model/generation_config.json").unlink()
+    config = json.loads((saved[0] / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | stated))
+    assert load_model(tmp_path / "model").config.eos_token_id == eos
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"model_type": "llama"},
+        {"activation_function": "gelu"},
+        {"n_inner": 5},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"tie_word_embeddings": False},
+        {"n_head": 5},
+        {"n_layer": "2"},
+        {"n_positions": -1},
+    ],
+    ids=str,
+)
+def test_another_architecture_is_refused(saved, tmp_path, stated):
+    rewrite(saved[0], tmp_path / "model", dict)
+    config = json.loads((saved[0] / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | stated))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_model(tmp_path / "model")
+
+
+# ---- what must be refused
+
+
+def dropped(name):
+    return lambda tensors: {n: t for n, t in tensors.items() if n != f"transformer.{name}"}
+
+
+def replaced(name, tensor):
+    return lambda tensors: tensors | {f"transformer.{name}": tensor}
+
+
+WRONG = {
+    "h.1.mlp.c_fc.weight is missing": dropped("h.1.mlp.c_fc.weight"),
+    "ln_f.bias is missing": dropped("ln_f.bias"),
+    r"h.0.attn.c_attn.weight must be \(24, 72\), not \(72, 24\)": replaced(
+        "h.0.attn.c_attn.weight", torch.zeros(72, 24)
+    ),
+    r"wpe.weight must be \(37, 24\)": replaced("wpe.weight", torch.zeros(38, 24)),
+    "h.2.ln_1.weight is no part": replaced("h.2.ln_1.weight", torch.zeros(24)),
+    "adapter is no part": replaced("adapter", torch.zeros(1)),
+    "ln_f.bias must be F32, F16, BF16, not I64": replaced(
+        "ln_f.bias", torch.zeros(24, dtype=torch.int64)
+    ),
+    "must equal wte.weight": lambda tensors: (
+        tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
+    ),
+    "lm_head.weight must equal": lambda tensors: tensors | {"lm_head.weight": torch.zeros(3)},
+    "is there twice": lambda tensors: tensors | {"ln_f.bias": torch.zeros(24)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_tensor_is_named(saved, tmp_path, message):
+    rewrite(saved[0], tmp_path / "model", WRONG[message])
+    with pytest.raises(ValueError, match=message) as raised:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, 5000, -1])
+def test_a_truncated_file_is_refused(saved, tmp_path, size):
+    rewrite(saved[0], tmp_path / "model", dict)
+    path = tmp_path / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "ckpt.pth", "last.ckpt"])
+def test_pickles_are_never_opened(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    for source in (path, tmp_path):
+        with pytest.raises(ValueError, match="pickle"):
+            load_model(source)
+
+
+def test_foreign_and_missing_files(tmp_path):
+    save_file({"a": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"no config\.json beside it"):
+        load_model(tmp_path / "other.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match=r"no config\.json beside it"):
+        load_model(tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="no known model"):
+        load_model("gpt2-huge")
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        load_model(__file__)
+
+
+def test_a_vocabulary_without_a_tokenizer(saved):
+    with pytest.raises(ValueError, match="vocabulary of 61"):
+        load_tokenizer(saved[0])
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_mutated_file_loads_or_says_why(data):
+    """Flip, cut or insert bytes anywhere: a model of the right shapes, or one clean error."""
+    from tempfile import TemporaryDirectory
+    from pathlib import Path
+
+    whole = mutation_source()
+    place = data.draw(st.integers(0, len(whole) - 1) | st.integers(0, 600))
+    piece = data.draw(st.binary(max_size=9))
+    cut = data.draw(st.integers(0, 9))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        path.write_bytes(whole[:place] + piece + whole[place + cut :])
+        (Path(folder) / "config.json").write_text(json.dumps(MUTATED_CONFIG))
+        try:
+            model = load_model(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and "model.safetensors" in str(error)
+        else:
+            assert model.wte.weight.shape == (3, 2)
+
+
+MUTATED_CONFIG = {"vocab_size": 3, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 2}
+
+
+def mutation_source():
+    if not hasattr(weights, "_mutation_source"):
+        import safetensors.torch
+
+        config = GPTConfig(3, 4, 1, 1, 2, bos_token_id=0, eos_token_id=0)
+        tensors = {
+            f"transformer.{n}": (p.t() if n.endswith(weights.TRANSPOSED) else p).contiguous()
+            for n, p in GPT(config).state_dict().items()
+        }
+        weights._mutation_source = safetensors.torch.save(tensors)
+    return weights._mutation_source
