@@ -59,6 +59,8 @@ def main(config: TrainConfig) -> None:
         train(config, folder, model, tokenizer, corpus, batches, checkpoint)
     except (FloatingPointError, OSError) as error:
         fail(str(error), code=1)
+    finally:
+        folder.close()
 
 
 def make_model(config: TrainConfig, checkpoint: Path | None, device: str) -> tuple[GPT, Tokenizer]:

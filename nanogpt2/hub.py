@@ -8,6 +8,7 @@ This file does not know what the bytes mean.
 import hashlib
 import os
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,10 +127,8 @@ def _verified(path: Path, sha256: str) -> bool:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             return False
-    try:
+    with suppress(OSError):
+        # without the marker the next use reads the file again
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
-    except OSError:
-        # without the marker the next use reads the file again
-        pass
     return True

@@ -7,6 +7,7 @@ a .npy file that later runs map into memory. This file does not know the model.
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,22 +93,17 @@ def load_corpus(source: str, tokenizer: Tokenizer, cache: Path = CACHE) -> Corpu
 
 
 def _cached_ids(texts: Sequence[str], tokenizer: Tokenizer, path: Path) -> Ids:
-    try:
+    with suppress(OSError, ValueError, EOFError):
+        # absent or damaged: made below
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError):
-        path.unlink(missing_ok=True)
     ids = _encode(texts, tokenizer)
-    try:
+    with suppress(OSError):
+        # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         with partial.open("wb") as file:
             np.save(file, ids, allow_pickle=False)
         partial.replace(path)
-    except OSError:
-        # a cache that cannot be written costs time, not the run
-        pass
     return ids
 
 

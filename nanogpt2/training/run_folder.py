@@ -48,7 +48,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
-        self._lock: TextIO | None = None
+        self._open_files: list[TextIO] = []
 
     def check(self, config: TrainConfig) -> TrainConfig:
         """Return `config`, with what a resumed run was told.
@@ -96,13 +96,24 @@ class RunFolder:
             raise ValueError(f"{str(self.path / 'run.json')!r} is damaged: {error}") from None
 
     def lock(self) -> None:
-        """Keep other trainers out until this process ends, however it ends. Raises ValueError if in use."""
+        """Keep other trainers out until `close`, or until this process ends, however it ends.
+
+        Raises ValueError where another trainer is in.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise ValueError(f"{str(self.path)!r} is in use by another trainer") from None
+        self._open_files.append(lock)
+
+    def close(self) -> None:
+        """Let others in."""
+        for file in self._open_files:
+            file.close()
+        self._open_files, self._metrics = [], None
 
     def check_corpus(self, config: TrainConfig, sha256: str) -> None:
         """Raise ValueError where the run to resume was trained on another text."""
@@ -123,6 +134,7 @@ class RunFolder:
         """Append one object to metrics.jsonl."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            self._open_files.append(self._metrics)
         self._metrics.write(json.dumps(figures) + "\n")
         self._metrics.flush()
 

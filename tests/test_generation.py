@@ -1,0 +1,289 @@
+"""generate(): transformers' tokens, for the same seed, whatever the options."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from reference import TINY, twins
+
+from nanogpt2.config import GenerationConfig
+from nanogpt2.generation import generate
+from nanogpt2.generation.engine import context_start
+from nanogpt2.model import GPT
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return twins(tmp_path_factory.mktemp("twins"))
+
+
+def prompts(B, T, seed=0):
+    return torch.randint(TINY.vocab_size - 1, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(B, T, seed=0, pad=0):
+    """Rows of 1 to T tokens, the longest full, and their mask."""
+    ids, rng = prompts(B, T, seed), random.Random(seed)
+    mask = torch.ones_like(ids)
+    for row in range(1, B):
+        pads = rng.randrange(T)
+        ids[row, :pads], mask[row, :pads] = pad, 0
+    return ids, mask
+
+
+def their_tokens(theirs, ids, seed, **options):
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # transformers warns of flags that greedy decoding does not use
+        warnings.simplefilter("ignore")
+        return theirs.generate(ids, **options)
+
+
+def check(models, ids, seed=0, mask=None, **options):
+    ours, theirs = models
+    options = {"max_new_tokens": 12} | options
+    if mask is None:
+        mask = torch.ones_like(ids)
+    expected = their_tokens(theirs, ids, seed, attention_mask=mask, **options)
+    torch.manual_seed(seed)
+    by_global_seed = generate(ours, ids, mask, **options).sequences
+    state = torch.get_rng_state()
+    by_own_seed = generate(ours, ids, mask, seed=seed, **options).sequences
+    assert torch.equal(torch.get_rng_state(), state), "a seed of its own moved the global generator"
+    assert torch.equal(by_global_seed, expected), (options, by_global_seed, expected)
+    assert torch.equal(by_own_seed, expected)
+    return expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"do_sample": True},
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "top_k": 1},
+        {"do_sample": True, "temperature": 0.3},
+        {"do_sample": True, "top_k": 0, "top_p": 0.4},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "eos_token_id": list(range(10)), "pad_token_id": 3},
+        {"eos_token_id": list(range(20))},
+        {"max_new_tokens": None, "max_length": 11},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("B", [1, 3])
+def test_tokens_are_transformers(models, options, B):
+    if isinstance(options.get("eos_token_id"), list):
+        options = options | {"eos_token_id": tuple(options["eos_token_id"])}
+    for seed in range(5):
+        hf = options
+        if "eos_token_id" in options:
+            hf = options | {"eos_token_id": list(options["eos_token_id"])}
+        ours, theirs = models
+        ids, mask = left_padded(B, 6, seed)
+        settings = {"max_new_tokens": 12}
+        expected = their_tokens(theirs, ids, seed, attention_mask=mask, **(settings | hf))
+        found = generate(ours, ids, mask, seed=seed, **(settings | options)).sequences
+        assert torch.equal(found, expected)
+
+
+def random_options(rng):
+    """A configuration as a user might type it."""
+    options = {"max_new_tokens": rng.randrange(1, 20)}
+    if rng.random() < 0.7:
+        options |= {"do_sample": True, "num_return_sequences": rng.choice([1, 1, 2, 4])}
+        options["temperature"] = rng.choice([0.2, 0.7, 1.0, 1.9])
+        options["top_k"] = rng.choice([0, 1, 5, 50, 1000])
+        options["top_p"] = rng.choice([0.1, 0.5, 0.9, 1.0])
+    options["repetition_penalty"] = rng.choice([1.0, 1.0, 0.8, 1.5])
+    options["no_repeat_ngram_size"] = rng.choice([0, 0, 1, 2, 3])
+    return options
+
+
+def test_random_configurations(models):
+    rng = random.Random(7)
+    for case in range(150):
+        ids, mask = left_padded(rng.choice([1, 2, 4]), rng.randrange(1, 12), seed=case)
+        check(models, ids, seed=case, mask=mask, **random_options(rng))
+
+
+def test_the_mission_at_the_vocabulary_of_gpt2(tmp_path):
+    from nanogpt2.config import GPTConfig
+
+    config = GPTConfig(n_layer=2, n_head=3, n_embd=48, block_size=64)
+    models = twins(tmp_path, config)
+    ids = torch.randint(50257, (2, 9))
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 50, "no_repeat_ngram_size": 2}
+    for seed in range(3):
+        check(models, ids, seed=seed, num_return_sequences=2, **options)
+        check(models, ids, seed=seed)
+
+
+def test_defaults_are_transformers(models):
+    ours, theirs = models
+    ids = prompts(2, 4)
+    expected = their_tokens(theirs, ids, 0)
+    assert torch.equal(generate(ours, ids).sequences, expected)
+    # 20 new tokens, but not past the context
+    long = prompts(1, 30)
+    assert torch.equal(generate(ours, long).sequences, their_tokens(theirs, long, 0))
+
+
+def test_an_empty_prompt_starts_from_bos(models):
+    ours, theirs = models
+    found = generate(ours, torch.empty(1, 0, dtype=torch.int64), max_new_tokens=5).sequences
+    assert found[0, 0] == TINY.bos_token_id
+    assert torch.equal(found, their_tokens(theirs, None, 0, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("pad", [3, 60])
+def test_padding_is_inferred_as_transformers_does(models, pad):
+    """From the pad token, unless it ends a text: then pads are read as text."""
+    ours, theirs = models
+    ids, _ = left_padded(3, 6, seed=1, pad=pad)
+    expected = their_tokens(theirs, ids, 0, max_new_tokens=8, pad_token_id=pad)
+    assert torch.equal(generate(ours, ids, max_new_tokens=8, pad_token_id=pad).sequences, expected)
+
+
+def test_eos_none_never_stops(models):
+    ours, _ = models
+    ids = prompts(1, 4)
+    greedy = generate(ours, ids, max_new_tokens=10, eos_token_id=None).sequences[0].tolist()
+    assert len(greedy) == 14
+    stopped = generate(ours, ids, max_new_tokens=10, eos_token_id=greedy[6]).sequences[0].tolist()
+    assert stopped == greedy[: 4 + greedy[4:].index(greedy[6]) + 1]
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch(models):
+    ours, _ = models
+    ids, mask = left_padded(4, 9, seed=3)
+    batch = generate(ours, ids, mask, max_new_tokens=10).sequences
+    for row in range(4):
+        own = ids[row, mask[row] == 1][None]
+        alone = generate(ours, own, max_new_tokens=10).sequences
+        assert torch.equal(batch[row, 9:], alone[0, own.size(1) :])
+
+
+def test_cached_decoding_gives_the_uncached_tokens(models):
+    ours, _ = models
+    ids = prompts(2, 5)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(20):
+            expected = torch.cat([expected, ours(expected)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(
+        generate(ours, ids, max_new_tokens=20, eos_token_id=None).sequences, expected
+    )
+
+
+def test_temperature_0_is_greedy(models):
+    ours, _ = models
+    ids = prompts(2, 5)
+    greedy = generate(ours, ids, max_new_tokens=9).sequences
+    assert torch.equal(
+        generate(ours, ids, do_sample=True, temperature=0, max_new_tokens=9).sequences, greedy
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eval_mode_is_forced_and_restored(training):
+    from dataclasses import replace
+
+    model = GPT(replace(TINY, dropout=0.5)).train(training)
+    ids = prompts(1, 4)
+    a, b = (generate(model, ids, max_new_tokens=9).sequences for _ in range(2))
+    assert torch.equal(a, b) and model.training is training
+    with pytest.raises(ValueError, match="max_length"):
+        generate(model, ids, max_length=4)
+    assert model.training is training
+
+
+def test_the_result_is_an_ordinary_tensor(models):
+    found = generate(models[0], prompts(1, 4), max_new_tokens=2).sequences
+    found += 1
+    assert found.dtype == torch.int64 and found.shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), None, "input_ids"),
+        (torch.zeros(0, 3, dtype=torch.int64), None, "input_ids"),
+        (torch.zeros(1, 3), None, "input_ids"),
+        (torch.tensor([[61]]), None, "token id 61"),
+        (torch.tensor([[-1]]), None, "token id -1"),
+        (torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 2), "attention_mask"),
+    ],
+)
+def test_an_unusable_prompt_is_an_error(models, ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        generate(models[0], ids, mask)
+
+
+def test_an_unknown_option_is_an_error(models):
+    with pytest.raises(TypeError, match="top_q"):
+        generate(models[0], prompts(1, 2), top_q=1)
+
+
+# ---- past the end of the context
+
+
+@pytest.mark.parametrize(("T", "new"), [(30, 60), (37, 5), (50, 3), (200, 100)])
+def test_the_context_slides(models, T, new):
+    """Against the definition: each token is greedy over the context that context_start tells."""
+    ours, _ = models
+    B = TINY.block_size
+    ids = prompts(2, T)
+    expected, start = ids, context_start(T, T + new, B)
+    with torch.no_grad():
+        for _ in range(new):
+            if expected.size(1) - start > B:
+                start = context_start(expected.size(1), T + new, B)
+            token = ours(expected[:, start:])[:, -1:].argmax(-1)
+            expected = torch.cat([expected, token], dim=1)
+    found = generate(ours, ids, max_new_tokens=new, eos_token_id=None).sequences
+    assert torch.equal(found, expected)
+
+
+def test_the_context_slides_with_padding(models):
+    ids, mask = left_padded(3, 35, seed=4)
+    found = generate(models[0], ids, mask, max_new_tokens=50, eos_token_id=None, do_sample=True)
+    assert found.sequences.shape == (3, 85)
+
+
+def test_context_start_leaves_room():
+    assert context_start(1024, 1124, 1024) == 0
+    assert context_start(1500, 1600, 1024) == 576
+    assert context_start(1500, 9000, 1024) == 1500 - 512
+
+
+def test_sampling_draws_from_the_distribution(models):
+    """Chi-square of 20,000 draws of one token against its probabilities."""
+    ours, _ = models
+    ids = prompts(1, 4)
+    count = 20_000
+    found = generate(
+        ours, ids, do_sample=True, top_k=8, num_return_sequences=count, max_new_tokens=1, seed=3
+    ).sequences[:, -1]
+    with torch.no_grad():
+        scores = ours(ids)[0, -1]
+    kept = scores.topk(8)
+    p = kept.values.softmax(0) * count
+    observed = torch.bincount(found, minlength=TINY.vocab_size)[kept.indices]
+    assert observed.sum() == count
+    # 7 degrees of freedom: 24.3 is exceeded once in a thousand seeds
+    assert ((observed - p) ** 2 / p).sum() < 24.3
+
+
+def test_generation_config_names_are_transformers():
+    from dataclasses import fields
+
+    from transformers import GenerationConfig as Theirs
+
+    known = vars(Theirs())
+    for f in fields(GenerationConfig):
+        assert f.name in known or f.name == "seed"
