@@ -1,0 +1,228 @@
+"""sample.py as its users meet it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import ROOT, run_script
+
+import sample
+from nanogpt2 import terminal
+from nanogpt2.config import GPTConfig, SampleConfig, parse
+from nanogpt2.generation import generate
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import byte_tokenizer
+from nanogpt2.weights import load_model, save_model
+
+BLOCK = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small byte-level model: random, so that its bytes seldom make characters."""
+    torch.manual_seed(3)
+    config = GPTConfig(257, BLOCK, 2, 2, 16, bos_token_id=256, eos_token_id=256)
+    model = GPT(config)
+    for p in model.parameters():
+        p.data *= 8
+    path = tmp_path_factory.mktemp("model")
+    save_model(model, path, byte_tokenizer())
+    return str(path)
+
+
+def run(folder, *argv):
+    sample.main(parse(SampleConfig, ["--model", folder, *argv]))
+
+
+def run_json(capsys, folder, *argv):
+    run(folder, "--json", *argv)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_json_tells_everything(capsys, folder):
+    first, second = run_json(
+        capsys,
+        folder,
+        "Hello",
+        "--num_return_sequences",
+        "2",
+        "--seed",
+        "5",
+        "--max_new_tokens",
+        "9",
+    )
+    assert list(first) == [
+        "prompt",
+        "index",
+        "text",
+        "completion",
+        "token_ids",
+        "score",
+        "finish_reason",
+        "seed",
+    ]
+    assert (first["index"], second["index"], first["seed"], first["score"]) == (0, 1, 5, None)
+    for found in (first, second):
+        assert found["text"] == "Hello" + found["completion"]
+        ids = [i for i in found["token_ids"] if i != 256]
+        assert found["completion"] == byte_tokenizer().decode(ids)
+        assert len(found["token_ids"]) <= 9
+    ids = torch.tensor([byte_tokenizer().encode("Hello")])
+    options = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "num_return_sequences": 2}
+    expected = generate(load_model(folder), ids, seed=5, max_new_tokens=9, **options).sequences
+    for row, found in zip(expected[:, 5:].tolist(), (first, second), strict=True):
+        assert row[: len(found["token_ids"])] == found["token_ids"]
+
+
+def test_a_seed_of_its_own_can_be_used_again(capsys, folder):
+    (first,) = run_json(capsys, folder, "Hello")
+    (again,) = run_json(capsys, folder, "Hello", "--seed", str(first["seed"]))
+    (other,) = run_json(capsys, folder, "Hello")
+    assert first == again and first["seed"] != other["seed"]
+
+
+def test_a_text_that_ends_says_so(capsys, folder):
+    (free,) = run_json(capsys, folder, "Hi", "--eos_token_id=none", "--max_new_tokens", "8")
+    assert free["finish_reason"] == "length" and len(free["token_ids"]) == 8
+    stop = free["token_ids"][3]
+    (ended,) = run_json(capsys, folder, "Hi", f"--eos_token_id={stop}", "--max_new_tokens", "8")
+    assert ended["finish_reason"] == "stop"
+    assert ended["token_ids"] == free["token_ids"][: free["token_ids"].index(stop) + 1]
+    assert ended["completion"] == byte_tokenizer().decode(ended["token_ids"][:-1])
+
+
+def test_text_is_streamed(monkeypatch, folder):
+    pieces = []
+    monkeypatch.setattr(terminal, "write", pieces.append)
+    run(folder, "Hello", "--max_new_tokens", "20", "--seed", "1", "--eos_token_id=none")
+    assert len(pieces) == 21 and pieces[0].startswith("Hello") and pieces[-1].endswith("\n")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_shown_is_what_json_says(capsys, folder, seed):
+    argv = ["日本 🙂", "--seed", str(seed), "--max_new_tokens", "30", "--num_return_sequences", "3"]
+    texts = [found["text"] for found in run_json(capsys, folder, *argv)]
+    run(folder, *argv)
+    shown = capsys.readouterr().out
+    expected = [f"--- {i + 1} of 3 ---\n{text}\n" for i, text in enumerate(texts)]
+    assert shown == "".join(expected)
+
+
+def test_prompts_from_a_file_and_from_standard_input(capsys, folder, tmp_path, monkeypatch):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("\ufefftwo\nlines é\n".encode())
+    argv = ["--max_new_tokens", "3", "--seed", "0"]
+    (by_argument,) = run_json(capsys, folder, "two\nlines é", *argv)
+    (by_file,) = run_json(capsys, folder, "--prompt_file", str(path), *argv)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("two\nlines é\n".encode())))
+    (by_stdin,) = run_json(capsys, folder, "-", *argv)
+    assert by_argument == by_file == by_stdin
+
+
+def test_an_empty_prompt_starts_a_text(capsys, folder):
+    (found,) = run_json(capsys, folder, "", "--max_new_tokens", "5", "--eos_token_id=none")
+    assert found["text"] == found["completion"] and len(found["token_ids"]) == 5
+    run(folder, "--max_new_tokens", "5")
+
+
+@pytest.mark.parametrize(("length", "new", "dropped"), [(100, 10, 46), (64, 10, 0), (500, 99, 468)])
+def test_a_prompt_longer_than_the_context_is_kept_working(capsys, folder, length, new, dropped):
+    argv = ["x" * length, "--max_new_tokens", str(new), "--eos_token_id=none", "--json"]
+    run(folder, *argv)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert len(found["token_ids"]) == new and found["prompt"] == "x" * length
+    if dropped:
+        assert f"the first {dropped} are dropped" in err and err.count("\n") == 1
+    else:
+        assert err == ""
+
+
+def test_greedy_is_generates(capsys, folder):
+    argv = ["Hello", "--no_repeat_ngram_size", "2", "--max_new_tokens", "12"]
+    (found,) = run_json(capsys, folder, *argv)
+    ids = torch.tensor([byte_tokenizer().encode("Hello")])
+    expected = generate(load_model(folder), ids, max_new_tokens=12, no_repeat_ngram_size=2)
+    assert found["token_ids"] == expected.sequences[0, 5:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["Hello", "--max_length", "5"], "--max_length"),
+        (["--prompt_file", "nowhere.txt"], "--prompt_file"),
+        (["--prompt_file", "."], "--prompt_file"),
+        (["--prompt_file", "latin1.txt"], "offset 3"),
+        (["Hello", "--model", "broken"], "model.safetensors"),
+        (["Hello", "--model", "empty"], "model.safetensors"),
+        (["Hello", "--device", "mps"], "--device"),
+    ],
+    ids=str,
+)
+def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, *argv)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 201
+    assert named in err
+
+
+def test_bytes_on_standard_input_that_are_no_text(folder, tmp_path):
+    ran = run_script("sample.py", "-", "--model", folder, cwd=tmp_path, stdin=b"ab\xff")
+    assert ran.returncode == 2 and b"standard input" in ran.stderr and b"offset 2" in ran.stderr
+
+
+def test_a_terminal_without_the_characters(folder, tmp_path):
+    argv = ["日本", "--model", folder, "--seed", "0"]
+    ran = run_script("sample.py", *argv, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert ran.returncode == 0 and ran.stdout.startswith(b"??") and ran.stderr == b""
+
+
+def started(folder, tmp_path):
+    """The script, once it has begun to print an endless text."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), "Hello", "--model", folder]
+        + ["--max_new_tokens", "1000000", "--eos_token_id=none"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.read(5) == b"Hello"
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_quietly(folder, tmp_path, number, code):
+    process = started(folder, tmp_path)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and err == b""
+
+
+def test_a_closed_pipe_ends_it_quietly(folder, tmp_path):
+    process = started(folder, tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) == -signal.SIGPIPE
+
+
+def test_the_demo_model_continues_a_text(tmp_path):
+    """The README's first command, from any folder, without a network."""
+    argv = ["The state of the Union is", "--model", "demo", "--seed", "0"]
+    ran = run_script("sample.py", *argv, cwd=tmp_path)
+    assert ran.returncode == 0 and ran.stderr == b""
+    words = ran.stdout.decode().split()
+    assert words[:6] == ["The", "state", "of", "the", "Union", "is"] and len(words) > 20

@@ -1,0 +1,298 @@
+"""train.py as its users meet it: runs, resumes, kills and refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from reference import ROOT, run_script
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+import train
+from nanogpt2.config import TrainConfig, parse
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import byte_tokenizer
+from nanogpt2.training.run_folder import RunFolder
+from nanogpt2.weights import load_model, load_tokenizer
+
+SMALL = ["--init", "scratch", "--tokenizer", "bytes", "--n_layer", "2", "--n_head", "2"]
+SMALL += ["--n_embd", "16", "--block_size", "16", "--batch_size", "4"]
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"{i} sheep jumped over the fence. " for i in range(200)))
+    return "book.txt"
+
+
+def run(*argv):
+    """The script in this process; its exit code."""
+    try:
+        config = parse(TrainConfig, argv)
+        with train.wrong_use("--out"):
+            config = RunFolder(train.Path(config.out)).check(config)
+        train.main(config)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def metrics(out="out"):
+    with open(f"{out}/metrics.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def numbers(out="out"):
+    """What a run computed, to the bit: hex floats and the weights' bytes."""
+    kept = ("step", "loss", "lr", "grad_norm", "val_loss")
+    rows = [[float(row[k]).hex() for k in kept if k in row] for row in metrics(out)]
+    with open(f"{out}/model.safetensors", "rb") as file:
+        return rows, file.read()
+
+
+def test_from_a_book_to_a_model(capsys, book):
+    assert run(book, *SMALL, "--steps", "40", "--prompt", "7 sheep") == 0
+    shown = capsys.readouterr().out
+    before, after = (
+        shown.index("before training:\n7 sheep"),
+        shown.index("after training:\n7 sheep"),
+    )
+    assert before < after and "python sample.py --model out" in shown
+
+    rows = metrics()
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    for row in rows:
+        assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= row.keys()
+    evaluated = [row["step"] for row in rows if "val_loss" in row]
+    assert evaluated == list(range(4, 41, 4))
+    assert rows[-1]["val_loss"] < rows[0]["loss"] - 1
+
+    theirs, info = GPT2LMHeadModel.from_pretrained("out", output_loading_info=True)
+    assert not any(info.values())
+    ours, ids = load_model("out"), torch.randint(257, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained("out")("7 sheep")["input_ids"] == list(b"7 sheep")
+    assert load_tokenizer("out") is byte_tokenizer()
+    best = min((row["val_loss"], row["step"]) for row in rows if "val_loss" in row)[1]
+    assert os.readlink("out/checkpoints/best") == f"step-{best}"
+
+
+def test_two_runs_with_one_seed_are_equal_and_settings_do_not_matter(book):
+    argv = [book, *SMALL, "--steps", "12", "--dropout", "0.1", "--grad_accum", "2"]
+    assert run(*argv, "--out", "a") == 0
+    assert run(*argv, "--out", "b") == 0
+    assert numbers("a") == numbers("b")
+    assert run(*argv, "--out", "c", "--eval_every", "5", "--save_every", "1", "--keep", "1") == 0
+    rows = [[v for v in row[:4]] for row in numbers("c")[0]]
+    assert rows == [row[:4] for row in numbers("a")[0]] and numbers("c")[1] == numbers("a")[1]
+    assert run(*argv, "--out", "d", "--seed", "5") == 0
+    assert numbers("d")[1] != numbers("a")[1]
+
+
+def script(*argv, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(ROOT / "train.py"), *argv],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_step(process, step, out):
+    """Until metrics.jsonl holds `step`."""
+    while process.poll() is None:
+        try:
+            if len(metrics(out)) >= step:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(book, tmp_path, number, code):
+    argv = [book, *SMALL, "--steps", "400", "--dropout", "0.1", "--save_every", "20"]
+    torch.set_num_threads(1)
+    assert run(*argv, "--out", "whole") == 0
+    process = script(*argv, "--out", "stopped", cwd=tmp_path)
+    wait_for_step(process, 50, "stopped")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert b"Traceback" not in err
+    done = len((tmp_path / "stopped/metrics.jsonl").read_text().splitlines())
+    assert 50 <= done < 400
+    if number != signal.SIGKILL:
+        # saved at the step it had come to
+        assert (tmp_path / f"stopped/checkpoints/step-{done}").exists()
+    resumed = run_script("train.py", *argv, "--out", "stopped", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert b"resuming after step" in resumed.stderr
+    assert numbers("stopped") == numbers("whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(capsys, book):
+    argv = [book, *SMALL, "--steps", "6"]
+    assert run(*argv) == 0
+    before = {p: p.read_bytes() for p in train.Path("out").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert run(*argv, "--resume") == 0
+    assert "finished" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in train.Path("out").rglob("*") if p.is_file()} == before
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(capsys, book):
+    argv = [book, *SMALL, "--steps", "6"]
+    assert run(*argv, "--out", "whole") == 0
+    assert run(*argv) == 0
+    subprocess.run(["rm", "-r", "out/checkpoints", "out/model.safetensors"], check=True)
+    assert run(*argv, "--resume") == 0
+    assert "starting over" in capsys.readouterr().err
+    assert numbers() == numbers("whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(book):
+    argv = [book, *SMALL, "--steps", "20", "--save_every", "5"]
+    assert run(*argv, "--out", "whole") == 0
+    assert run(*argv) == 0
+    newest = train.Path("out/checkpoints/step-20/optimizer.safetensors")
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    assert run(*argv, "--resume") == 0
+    assert numbers() == numbers("whole")
+
+
+def test_accumulation_equals_the_big_batch(book):
+    argv = [book, *SMALL, "--steps", "3", "--lr", "0.01", "--batch_size"]
+    assert run(*argv, "8", "--out", "big") == 0
+    assert run(*argv, "2", "--grad_accum", "4", "--out", "small") == 0
+    for a, b in zip(metrics("big"), metrics("small"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(capsys, book, monkeypatch, what):
+    forward, calls = GPT.forward, []
+
+    def break_down(self, idx, targets=None):
+        loss = forward(self, idx, targets)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 8 and what == "loss":
+                return loss * float("nan")
+            if len(calls) == 8:
+                loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+
+    argv = [book, *SMALL, "--steps", "20", "--save_every", "7"]
+    monkeypatch.setattr(GPT, "forward", break_down)
+    assert run(*argv) == 1
+    err = capsys.readouterr().err
+    assert "error: step 8: " in err and "before the update" in err
+    assert len(metrics()) == 7
+    monkeypatch.setattr(GPT, "forward", forward)
+    assert run(*argv, "--resume") == 0
+    assert run(*argv, "--out", "whole") == 0
+    assert numbers() == numbers("whole")
+
+
+def test_bfloat16(book):
+    assert run(book, *SMALL, "--steps", "40", "--dtype", "bfloat16") == 0
+    rows = metrics()
+    assert rows[-1]["val_loss"] < rows[0]["loss"] - 1
+    assert {p.dtype for p in load_model("out").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["missing.txt"], "DATA"),
+        (["empty.txt"], "DATA"),
+        (["short.txt"], "DATA"),
+        (["latin1.txt"], "offset 3"),
+        (["nothing"], "DATA"),
+        (["book.txt", "--init", "nothing"], "--init"),
+        (["book.txt", "--init", "book.txt"], "--init"),
+        (["book.txt", "--block_size", "300", "--init", "demo"], "--block_size"),
+        (["book.txt", "--block_size", "9000"], "--block_size"),
+        (["book.txt", "--out", "book.txt"], "--out"),
+        (["book.txt", "--out", "theirs"], "--overwrite"),
+        (["book.txt", "--out", "theirs", "--resume"], "--out"),
+        (["book.txt", "--resume"], "--out"),
+        (["book.txt", "--device", "cuda:9"], "--device"),
+        (["book.txt", "--out", "locked/away"], "--out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_use_writes_nothing(capsys, book, tmp_path, argv, named):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/model.safetensors").write_bytes(b"precious")
+    (tmp_path / "locked").write_text("a file where a folder is needed")
+    before = sorted(tmp_path.rglob("*"))
+    scratch = [] if "--init" in argv else SMALL
+    sizes = ["--block_size", "9000"] if "9000" in argv else []
+    assert run(*argv, *scratch, *sizes) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 201
+    assert named in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_trainers_in_one_folder(capsys, book):
+    folder = RunFolder(train.Path("out"))
+    folder.lock()
+    assert run(book, *SMALL, "--steps", "2") == 2
+    assert "in use" in capsys.readouterr().err
+    folder.close()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(capsys, book, monkeypatch):
+    argv = [book, *SMALL, "--steps", "20", "--save_every", "5"]
+    save, calls = train.store.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(train.store, "save_file", full)
+    assert run(*argv) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: ") and "No space left" in err
+    assert train.store.latest_checkpoint(train.Path("out/checkpoints")) is not None
+    assert load_model("out")
+    assert run(*argv, "--resume") == 0 and metrics()[-1]["step"] == 20
+
+
+@pytest.mark.slow
+def test_fine_tuning_the_demo_model_on_pydocs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["pydocs", "--init", "demo", "--steps", "12", "--batch_size", "2", "--eval_every", "12"]
+    assert run(*argv) == 0
+    rows = metrics()
+    before = json.loads(train.Path("out/run.json").read_text())["before"]["val_loss"]
+    assert rows[-1]["val_loss"] < before - 0.1
+    theirs = GPT2LMHeadModel.from_pretrained("out").eval()
+    ids = torch.tensor([AutoTokenizer.from_pretrained("out")("The yield statement")["input_ids"]])
+    with torch.no_grad():
+        ours = load_model("out")(ids)
+        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=1e-4)
