@@ -116,11 +116,11 @@ def train(
     batches: BatchLoader,
     checkpoint: Path | None,
 ) -> None:
-    """Take the steps after `checkpoint`, or all of them, and leave the model in the run's folder."""
+    """Take the steps after `checkpoint`, or all of them; leave the model in the run's folder."""
     prompt = tokenizer.encode(config.prompt) or corpus.validation[:8].tolist()
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     if checkpoint is None:
-        before = {
+        before: dict[str, Any] = {
             "sample": sample_text(config, model, tokenizer, prompt),
             "val_loss": evaluate(config, model, corpus.validation),
         }

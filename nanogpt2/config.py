@@ -75,8 +75,12 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 def _has_type(value: Any, kind: Any) -> bool:
     kinds = _alternatives(kind)
     if isinstance(value, tuple):
-        return tuple in map(typing.get_origin, kinds) and all(type(v) is int for v in value)
+        return _takes_several(kind) and all(type(v) is int for v in value)
     return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _takes_several(kind: Any) -> bool:
+    return any(typing.get_origin(k) is tuple for k in _alternatives(kind))
 
 
 def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
@@ -190,7 +194,12 @@ DECODING_FLAGS = (
     "pad_token_id",
 )
 # used when no decoding flag is given: greedy decoding, the default of generate(), soon loops
-SENSIBLE_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+SENSIBLE_SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.95,
+}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -241,8 +250,8 @@ class SampleConfig:
 class TrainConfig:
     """python train.py DATA [flags]: train or fine-tune a GPT-2 on text.
 
-    DATA is a UTF-8 text file, a folder of .txt files, or a name: pydocs (the language reference that
-    every Python carries) or shakespeare (downloaded once). --out becomes a folder that
+    DATA is a UTF-8 text file, a folder of .txt files, or a name: pydocs (the language reference
+    that every Python carries) or shakespeare (downloaded once). --out becomes a folder that
     `sample.py --model` and transformers load.
     """
 
@@ -291,7 +300,7 @@ class TrainConfig:
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
-        """Build the configuration from the flags that were given, refusing those that contradict."""
+        """Build the configuration from the flags that were given; those that clash are refused."""
         if "steps" in given and "epochs" in given:
             raise ValueError(
                 f"epochs must be left out where steps is given, not {given['epochs']!r}"
@@ -313,9 +322,9 @@ class TrainConfig:
 def parse(cls: type[T], argv: Sequence[str]) -> T:
     """Read `argv` (without the script's name) into a configuration.
 
-    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; a true-or-false
-    flag is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one line that
-    starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
+    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; one that is
+    true or false is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one
+    line that starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
     """
     given = _read(cls, argv)
     try:
@@ -427,7 +436,7 @@ def _convert(text: str, kind: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
-    if tuple in map(typing.get_origin, kinds) and "," in text:
+    if _takes_several(kind) and "," in text:
         return tuple(_convert(part, int) for part in text.split(","))
     if str in kinds:
         return text
@@ -444,7 +453,7 @@ def _flags(cls: type) -> dict[str, Field[Any]]:
     for f in fields(cls):
         if f.metadata:
             known[f.name] = f
-        elif is_dataclass(f.type):
+        elif isinstance(f.type, type) and is_dataclass(f.type):
             known |= _flags(f.type)
     return known
 

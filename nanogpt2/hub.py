@@ -72,15 +72,15 @@ def fetch_weights(name: str) -> Path:
     import huggingface_hub as hub
 
     release = RELEASES[name]
-    wanted = {"repo_id": release.repo, "filename": WEIGHTS, "revision": release.revision}
-    cached = hub.try_to_load_from_cache(**wanted)
+    repo, revision = release.repo, release.revision
+    cached = hub.try_to_load_from_cache(repo, WEIGHTS, revision=revision)
     if isinstance(cached, str):
         path = Path(cached)
     else:
         try:
             # asks once; the download itself would try for half a minute before it gives up
-            hub.get_hf_file_metadata(hub.hf_hub_url(**wanted))
-            path = Path(hub.hf_hub_download(**wanted))
+            hub.get_hf_file_metadata(hub.hf_hub_url(repo, WEIGHTS, revision=revision))
+            path = Path(hub.hf_hub_download(repo, WEIGHTS, revision=revision))
         except Exception as error:
             # the transport's exceptions differ from one version of huggingface-hub to the next
             raise OSError(

@@ -40,7 +40,7 @@ class KVCache:
         return self.k.size(3)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' k, v (B, H, T, D) of one layer; return all of it (B, H, length + T, D).
+        """Write one layer's k, v (B, H, T, D) of new tokens; return all, (B, H, length + T, D).
 
         `length` grows only in `advance`, once every layer has been extended.
         Raises ValueError where there is no room.

@@ -113,8 +113,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw GPT-2's initialisation.
 
-        Every block adds twice to the residual stream; shrinking those projections by sqrt(2 n_layer)
-        keeps its variance near 1 at any depth.
+        Every block adds twice to the residual stream; those projections, shrunk by sqrt(2 n_layer),
+        keep its variance the same at any depth.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():

@@ -4,6 +4,8 @@
 and no line there. This file does not know what a transformer is.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,8 +38,8 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
-    q: (B, H, T, D); k, v: (B, H, S, D). `causal` lets query t see keys 0 to t and needs S = T; `mask`,
-    bool and broadcastable to (B, H, T, S), is True where a query may look. -> (B, H, T, D).
+    q: (B, H, T, D); k, v: (B, H, S, D). `causal` lets query t see keys 0 to t and needs S = T;
+    `mask`, bool and broadcastable to (B, H, T, S), is True where a query may look. -> (B, H, T, D).
     """
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
@@ -65,10 +67,17 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """With logits z = x W^T and p = softmax(z): dz = (p - onehot(target)) / count, dx = dz W, dW = dz^T x."""
+    """z = x W^T, p = softmax(z); dz = (p - onehot(target)) / count, dx = dz W, dW = dz^T x."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, grad_enabled):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        grad_enabled: bool,
+    ) -> Tensor:
         needs_dx, needs_dw = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         counted = targets != ignore_index  # (M,)
         count = counted.sum()
@@ -89,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # the logits' buffer becomes their gradient
             dz = logits.sub_(lse).exp_()
             dz.scatter_add_(1, target, dz.new_full((), -1.0).expand_as(target))
-            dz = dz.mul_((counted[chunk, None] / count)).to(x.dtype)
+            dz = dz.mul_(counted[chunk, None] / count).to(x.dtype)
             if dx is not None:
                 torch.mm(dz, weight, out=dx[chunk])
             if dw is not None:
@@ -100,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         dx = None if dx is None else dx * grad.to(dx.dtype)
         dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)

@@ -45,7 +45,7 @@ class Progress:
 
 
 class Signals:
-    """SIGINT and SIGTERM, kept for later: `received` is the number of the first; a second one exits."""
+    """Keeps SIGINT and SIGTERM for later: `received` is the first one's number; a second exits."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -84,12 +84,12 @@ class Tokenizer:
         return TextStream(self)
 
     def encoder_json(self) -> str:
-        """The vocabulary as Hugging Face's vocab.json; GPT-2's is OpenAI's encoder.json to the byte."""
+        """Return Hugging Face's vocab.json; GPT-2's is OpenAI's encoder.json to the byte."""
         return json.dumps(self.vocabulary)
 
 
 class TextStream:
-    """Turns ids that arrive one by one into text, holding back bytes until they make a character."""
+    """Turns ids that arrive one by one into text, a whole character at a time."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -115,12 +115,12 @@ def gpt2_tokenizer() -> Tokenizer:
 
 @cache
 def byte_tokenizer() -> Tokenizer:
-    """256 bytes, whose ids are their values, and <|endoftext|> = 256: for models that train in minutes."""
+    """256 bytes, whose ids are their values, and <|endoftext|>: for models trained in minutes."""
     return Tokenizer("bytes", "")
 
 
 def _printable_bytes() -> dict[int, str]:
-    """GPT-2's alphabet, byte -> character, in the order of its ids; the unprintable ones come last."""
+    """GPT-2's alphabet, byte -> character, in the order of its ids; the hidden ones come last."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     shifted = {byte: chr(256 + i) for i, byte in enumerate(hidden)}

@@ -44,9 +44,9 @@ def load_model(
 ) -> GPT:
     """Load a GPT in eval mode.
 
-    `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32, bfloat16 and
-    float16; `dropout` is for training it further. Raises ValueError or OSError, in one line that
-    names the file or the tensor.
+    `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32,
+    bfloat16 and float16; `dropout` is for training it further. Raises ValueError or OSError, in one
+    line that names the file or the tensor.
     """
     source = find_checkpoint(name)
     stored = _read_headers(source.files)
@@ -64,7 +64,7 @@ def load_model(
 
 
 def choose_device(name: str) -> str:
-    """Return the device to run on; auto is cuda where there is one. Raises ValueError where it is not there."""
+    """Return the device to run on; auto is cuda if there is one. Raises ValueError for none."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return "cuda" if there["cuda"] else "cpu"
@@ -177,7 +177,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> GPTConfig | None:
-    """config.json, with generation_config.json's token ids, in transformers' words; None without one.
+    """Read config.json, and generation_config.json's token ids; None where there is none.
 
     Raises ValueError for a model that is not GPT-2's architecture.
     """
@@ -246,11 +246,11 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_headers(paths: tuple[Path, ...]) -> dict[str, StoredTensor]:
-    """Every tensor but the masks, by its name here. Raises ValueError for a name or type of no use."""
+    """Read what is stored, masks left out, by our names. Raises ValueError for an unusable type."""
     found: dict[str, StoredTensor] = {}
     for path in paths:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118: a safe_open is no dict
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
                 ours = name.removeprefix("transformer.")
                 if ours.endswith(MASKS):
                     continue

@@ -1,5 +1,7 @@
 """Texts to ids to batches: what is read, what is held out, in which order."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -151,7 +153,7 @@ def test_an_epoch_sees_every_window_once_and_the_next_is_shuffled_anew():
     epochs = [[loader.batch(e * 9 + i)[0][0, 0].item() for i in range(9)] for e in range(20)]
     for starts in epochs:
         ordered = sorted(starts)
-        assert [b - a for a, b in zip(ordered, ordered[1:], strict=False)] == [10] * 8
+        assert [b - a for a, b in pairwise(ordered)] == [10] * 8
         assert starts != ordered
     assert len({min(starts) for starts in epochs}) > 3, "the cuts never move"
     assert len({tuple(starts) for starts in epochs}) == 20

@@ -1,4 +1,4 @@
-"""Downloads, from a server of the test's own on this machine: once, checked, honest when offline."""
+"""Downloads, from a server of the test's own: once, checked, honest when offline."""
 
 import contextlib
 import hashlib
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+from pathlib import Path
 
 import pytest
 from reference import ROOT
@@ -16,6 +17,7 @@ from reference import ROOT
 from nanogpt2 import hub
 
 CONTENT = b"the weights" * 1000
+SIZE = len(CONTENT)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -35,10 +37,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if body and known:
             self.wfile.write(CONTENT)
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.answer(body=True)
 
-    def do_HEAD(self):  # noqa: N802
+    def do_HEAD(self):
         self.answer(body=False)
 
     def log_message(self, *arguments):
@@ -58,7 +60,7 @@ def fetch(
     tmp_path,
     endpoint="http://127.0.0.1:9",
     sha256=None,
-    size=len(CONTENT),
+    size=SIZE,
     stderr=subprocess.PIPE,
     **environment,
 ):
@@ -66,7 +68,8 @@ def fetch(
     sha256 = sha256 or hashlib.sha256(CONTENT).hexdigest()
     code = (
         "from nanogpt2 import hub\n"
-        f"hub.RELEASES['gpt2'] = hub.Release('someone/some-model', {REVISION!r}, {size}, {sha256!r})\n"
+        f"release = hub.Release('someone/some-model', {REVISION!r}, {size}, {sha256!r})\n"
+        "hub.RELEASES['gpt2'] = release\n"
         "try: print(hub.fetch_weights('gpt2'))\n"
         "except (OSError, ValueError) as error: print(type(error).__name__, error)\n"
     )
@@ -92,8 +95,7 @@ def test_downloads_once_and_then_needs_no_network(tmp_path, server):
     first = fetch(tmp_path, server)
     path = first.stdout.strip()
     assert path.startswith(str(tmp_path / "hf")), first.stderr
-    with open(path, "rb") as file:
-        assert file.read() == CONTENT
+    assert Path(path).read_bytes() == CONTENT
     asked = len(Hub.requests)
     assert fetch(tmp_path, server).stdout.strip() == path
     assert len(Hub.requests) == asked
@@ -120,8 +122,7 @@ def test_wrong_bytes_are_refused(tmp_path, server):
 
 def test_a_file_changed_in_the_cache_is_refused(tmp_path, server):
     path = fetch(tmp_path, server).stdout.strip()
-    with open(path, "r+b") as file:
-        file.write(b"T")
+    Path(path).write_bytes(b"T" + CONTENT[1:])
     again = fetch(tmp_path, server).stdout
     assert again.startswith("ValueError") and path in again
 

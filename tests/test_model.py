@@ -88,7 +88,7 @@ def test_gradients_are_transformers(tmp_path):
     expected = dict(theirs.transformer.named_parameters())
     for name, p in model.named_parameters():
         grad = expected[name].grad
-        if grad.shape != p.shape or "c_" in name and name.endswith("weight"):
+        if grad.shape != p.shape or ("c_" in name and name.endswith("weight")):
             grad = grad.t()
         torch.testing.assert_close(p.grad, grad, atol=1e-5, rtol=1e-3, msg=name)
 

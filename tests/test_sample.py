@@ -192,8 +192,10 @@ def test_a_terminal_without_the_characters(folder, tmp_path):
 def started(folder, tmp_path):
     """The script, once it has begun to print an endless text."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), "Hello", "--model", folder]
-        + ["--max_new_tokens", "1000000", "--eos_token_id=none"],
+        [
+            *(sys.executable, str(ROOT / "sample.py"), "Hello", "--model", folder),
+            *("--max_new_tokens", "1000000", "--eos_token_id=none"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,

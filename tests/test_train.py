@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def run(*argv):
     try:
         config = parse(TrainConfig, argv)
         with train.wrong_use("--out"):
-            config = RunFolder(train.Path(config.out)).check(config)
+            config = RunFolder(Path(config.out)).check(config)
         train.main(config)
     except SystemExit as stopped:
         return stopped.code
@@ -44,16 +45,15 @@ def run(*argv):
 
 
 def metrics(out="out"):
-    with open(f"{out}/metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def numbers(out="out"):
     """What a run computed, to the bit: hex floats and the weights' bytes."""
     kept = ("step", "loss", "lr", "grad_norm", "val_loss")
     rows = [[float(row[k]).hex() for k in kept if k in row] for row in metrics(out)]
-    with open(f"{out}/model.safetensors", "rb") as file:
-        return rows, file.read()
+    return rows, (Path(out) / "model.safetensors").read_bytes()
 
 
 def test_from_a_book_to_a_model(capsys, book):
@@ -81,7 +81,7 @@ def test_from_a_book_to_a_model(capsys, book):
     assert AutoTokenizer.from_pretrained("out")("7 sheep")["input_ids"] == list(b"7 sheep")
     assert load_tokenizer("out") is byte_tokenizer()
     best = min((row["val_loss"], row["step"]) for row in rows if "val_loss" in row)[1]
-    assert os.readlink("out/checkpoints/best") == f"step-{best}"
+    assert str(Path("out/checkpoints/best").readlink()) == f"step-{best}"
 
 
 def test_two_runs_with_one_seed_are_equal_and_settings_do_not_matter(book):
@@ -90,7 +90,7 @@ def test_two_runs_with_one_seed_are_equal_and_settings_do_not_matter(book):
     assert run(*argv, "--out", "b") == 0
     assert numbers("a") == numbers("b")
     assert run(*argv, "--out", "c", "--eval_every", "5", "--save_every", "1", "--keep", "1") == 0
-    rows = [[v for v in row[:4]] for row in numbers("c")[0]]
+    rows = [row[:4] for row in numbers("c")[0]]
     assert rows == [row[:4] for row in numbers("a")[0]] and numbers("c")[1] == numbers("a")[1]
     assert run(*argv, "--out", "d", "--seed", "5") == 0
     assert numbers("d")[1] != numbers("a")[1]
@@ -145,11 +145,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(book, tmp_path, number, code):
 def test_resuming_a_finished_run_changes_nothing(capsys, book):
     argv = [book, *SMALL, "--steps", "6"]
     assert run(*argv) == 0
-    before = {p: p.read_bytes() for p in train.Path("out").rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
     capsys.readouterr()
     assert run(*argv, "--resume") == 0
     assert "finished" in capsys.readouterr().err
-    assert {p: p.read_bytes() for p in train.Path("out").rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
 
 
 def test_resuming_before_the_first_checkpoint_starts_over(capsys, book):
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_passed_over(book):
     argv = [book, *SMALL, "--steps", "20", "--save_every", "5"]
     assert run(*argv, "--out", "whole") == 0
     assert run(*argv) == 0
-    newest = train.Path("out/checkpoints/step-20/optimizer.safetensors")
+    newest = Path("out/checkpoints/step-20/optimizer.safetensors")
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
@@ -256,7 +256,7 @@ def test_wrong_use_writes_nothing(capsys, book, tmp_path, argv, named):
 
 
 def test_two_trainers_in_one_folder(capsys, book):
-    folder = RunFolder(train.Path("out"))
+    folder = RunFolder(Path("out"))
     folder.lock()
     assert run(book, *SMALL, "--steps", "2") == 2
     assert "in use" in capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(capsys, book, monkeypatch):
     assert run(*argv) == 1
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("error: ") and "No space left" in err
-    assert train.store.latest_checkpoint(train.Path("out/checkpoints")) is not None
+    assert train.store.latest_checkpoint(Path("out/checkpoints")) is not None
     assert load_model("out")
     assert run(*argv, "--resume") == 0 and metrics()[-1]["step"] == 20
 
@@ -289,7 +289,7 @@ def test_fine_tuning_the_demo_model_on_pydocs(capsys, tmp_path, monkeypatch):
     argv = ["pydocs", "--init", "demo", "--steps", "12", "--batch_size", "2", "--eval_every", "12"]
     assert run(*argv) == 0
     rows = metrics()
-    before = json.loads(train.Path("out/run.json").read_text())["before"]["val_loss"]
+    before = json.loads(Path("out/run.json").read_text())["before"]["val_loss"]
     assert rows[-1]["val_loss"] < before - 0.1
     theirs = GPT2LMHeadModel.from_pretrained("out").eval()
     ids = torch.tensor([AutoTokenizer.from_pretrained("out")("The yield statement")["input_ids"]])

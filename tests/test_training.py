@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_decay_falls_on_matrices_only():
 def test_the_schedule_warms_up_and_falls():
     rates = [learning_rate(step, steps=100, warmup=10, peak=2.0) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
-    assert all(a > b > 0 for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(rates[9:]))
     assert rates[54] == pytest.approx(1.0, abs=0.03) and rates[-1] < 0.001
     assert learning_rate(1, steps=1, warmup=0, peak=2.0) == pytest.approx(1.0)
     assert learning_rate(5, steps=5, warmup=9, peak=9.0) == 5.0
@@ -184,7 +185,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path, point):
     """The process is killed by SIGKILL as it reaches `point` in the second commit."""
     code = f"""
 import os, signal, sys
-sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import checkpoint as store

@@ -358,8 +358,8 @@ def test_a_vocabulary_without_a_tokenizer(saved):
 @settings(max_examples=300, deadline=None)
 def test_a_mutated_file_loads_or_says_why(data):
     """Flip, cut or insert bytes anywhere: a model of the right shapes, or one clean error."""
-    from tempfile import TemporaryDirectory
     from pathlib import Path
+    from tempfile import TemporaryDirectory
 
     whole = mutation_source()
     place = data.draw(st.integers(0, len(whole) - 1) | st.integers(0, 600))

@@ -61,7 +61,10 @@ def read_texts(source: str) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte-order mark. Raises ValueError naming a bad byte's offset."""
+    """Read a UTF-8 file, with or without a byte-order mark.
+
+    Raises ValueError that names the offset of a byte that is not UTF-8.
+    """
     data = path.read_bytes()
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -108,7 +111,7 @@ def _cached_ids(texts: Sequence[str], tokenizer: Tokenizer, path: Path) -> Ids:
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Ids:
-    """The texts in an order of their own, each followed by <|endoftext|>; the last of them validate.
+    """Put the texts in an order of their own, each followed by <|endoftext|>; the last validate.
 
     One text stays whole, so its end validates; of many, whole ones drawn at random do.
     """

@@ -12,8 +12,8 @@ from nanogpt2.model import GPT
 class Engine:
     """Runs a model over rows of tokens that grow at their right end.
 
-    A context longer than block_size slides: its oldest tokens are dropped, and the rest is read again
-    with room for half a context of new ones.
+    A context longer than block_size slides: its oldest tokens are dropped, and the rest is read
+    again, with room for half a context of new ones.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Engine:
     def _positions_and_mask(
         self, known: int, length: int, rows: slice
     ) -> tuple[Tensor | None, Tensor | None]:
-        """For the tokens [known, length): positions (B, T) that do not count padding, mask (B, 1, T, S)."""
+        """For tokens [known, length): positions (B, T) that skip padding, and mask (B, 1, T, S)."""
         if not self.padded:
             return None, None
         keys = self.mask[rows, self.start : length]  # (B, S)

@@ -35,7 +35,10 @@ def processors_for(config: GenerationConfig, prompt_mask: Tensor) -> list[Proces
 
 
 def penalise_repetition(ids: Tensor, scores: Tensor, penalty: float, first: Tensor) -> Tensor:
-    """Once for each distinct token from position `first` (N,) on: divide a positive score, multiply a negative."""
+    """Lower the score of each distinct token from position `first` (N,) on, once.
+
+    A positive score is divided by the penalty, a negative one multiplied.
+    """
     seen = torch.arange(ids.size(1), device=ids.device) >= first[:, None]  # (N, T)
     # padding repeats the row's last token, which counts anyway
     ids = ids.where(seen, ids[:, -1:])
@@ -65,7 +68,7 @@ def keep_top_k(ids: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(ids: Tensor, scores: Tensor, p: float) -> Tensor:
-    """Ban the unlikeliest tokens whose probabilities add up to 1 - p at most; the best one stays."""
+    """Ban the unlikeliest tokens, whose probabilities add up to 1 - p at most; the best stays."""
     ascending, order = scores.sort(dim=1)
     banned = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (N, V), in order of score
     banned[:, -1] = False

@@ -109,7 +109,7 @@ def start_ids(model: GPT, input_ids: Tensor) -> Tensor:
 
 
 def special_ids(model: GPT, config: GenerationConfig) -> tuple[list[int], int | None]:
-    """Return the ids that end a row and the one that fills it up, the checkpoint's where left out."""
+    """Return the ids that end a row and the one that fills it up; left out, the checkpoint's."""
     eos = config.eos_token_id
     if eos == FROM_CHECKPOINT:
         eos = model.config.eos_token_id

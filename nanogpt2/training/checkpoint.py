@@ -58,7 +58,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
-    """Commit `folder/step-N` and return it. Raises OSError, leaving what was there before intact."""
+    """Commit `folder/step-N` and return it. Raises OSError, leaving the others as they were."""
     final = folder / f"step-{step}"
     if final.exists():
         return final

@@ -20,7 +20,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The rate of step 1, 2, ..., `steps`: rises to `peak` over `warmup` steps, then falls towards 0."""
+    """The rate of step 1, 2, ..., `steps`: up to `peak` in `warmup` steps, then down towards 0."""
     if step <= warmup:
         return peak * step / warmup
     # 0 would come one step after the last: every step learns
