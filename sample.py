@@ -24,7 +24,7 @@ from nanogpt2.generation.engine import context_start
 from nanogpt2.generation.sampling import decode, special_ids, start_ids
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import choose_device, load_model, tokenizer_for
+from nanogpt2.weights import choose_device, load_model, load_tokenizer
 
 
 def main(config: SampleConfig) -> None:
@@ -35,7 +35,7 @@ def main(config: SampleConfig) -> None:
         device = choose_device(config.device)
     with wrong_use("--model"):
         model = load_model(config.model, device, config.dtype)
-        tokenizer = tokenizer_for(model.config.vocab_size)
+        tokenizer = load_tokenizer(config.model)
     # a seed of our own where none is given, so that any text can be made again
     seed = config.generation.seed
     seed = secrets.randbits(63) if seed is None else seed

@@ -31,7 +31,7 @@ from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training.optim import learning_rate, make_optimizer
-from nanogpt2.weights import choose_device, load_model, tokenizer_for
+from nanogpt2.weights import choose_device, load_model, load_tokenizer
 
 SAMPLE_TOKENS = 60
 
@@ -67,8 +67,8 @@ def make_model(config: TrainConfig, checkpoint: Path | None, device: str) -> tup
     """Load the model to start from, or draw a new one; with its tokenizer."""
     torch.manual_seed(config.seed)
     if checkpoint is not None or config.init != "scratch":
-        model = load_model(checkpoint or config.init, device, dropout=config.dropout)
-        return model, tokenizer_for(model.config.vocab_size)
+        source = checkpoint or config.init
+        return load_model(source, device, dropout=config.dropout), load_tokenizer(source)
     tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
     shape = GPTConfig(
         vocab_size=tokenizer.vocab_size,

@@ -74,25 +74,38 @@ def choose_device(name: str) -> str:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Return the tokenizer of a model named as for `load_model`, told by its vocabulary's size.
+    """Return the tokenizer of a model named as for `load_model`.
 
     Raises ValueError where the vocabulary is neither GPT-2's nor the byte-level one.
     """
     source = find_checkpoint(name)
-    if source.config is not None:
-        return tokenizer_for(source.config.vocab_size)
-    stored = _read_headers(source.files)
-    return tokenizer_for(_config_from_shapes(stored, source.files[0]).vocab_size)
-
-
-def tokenizer_for(vocab_size: int) -> Tokenizer:
-    """Return the tokenizer with this many ids. Raises ValueError where there is none."""
-    for tokenizer in (gpt2_tokenizer(), byte_tokenizer()):
-        if tokenizer.vocab_size == vocab_size:
-            return tokenizer
-    raise ValueError(
-        f"no tokenizer here has a vocabulary of {vocab_size} (GPT-2's: 50257, bytes: 257)"
+    config = source.config or _config_from_shapes(_read_headers(source.files), source.files[0])
+    tokenizer = next(
+        (t for t in (gpt2_tokenizer(), byte_tokenizer()) if t.vocab_size == config.vocab_size), None
     )
+    if tokenizer is None:
+        raise ValueError(
+            f"no tokenizer here has a vocabulary of {config.vocab_size} "
+            "(GPT-2's has 50257, the byte-level one 257)"
+        )
+    if name not in PRESETS:
+        _check_vocabulary(source.files[0].parent, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where the folder's own tokenizer files state other tokens."""
+    stated: dict[str, Any] = {}
+    path = folder / "vocab.json"
+    if path.exists():
+        stated = _read_json(path)
+    elif (path := folder / "tokenizer.json").exists():
+        model = _read_json(path).get("model")
+        stated = model.get("vocab", {}) if isinstance(model, dict) else {}
+    if stated and stated != {
+        token: i for token, i in tokenizer.vocabulary.items() if token in stated
+    }:
+        raise ValueError(f"{str(path)!r} is another vocabulary of {tokenizer.vocab_size} tokens")
 
 
 def save_model(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

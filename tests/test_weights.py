@@ -354,6 +354,21 @@ def test_a_vocabulary_without_a_tokenizer(saved):
         load_tokenizer(saved[0])
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path, name):
+    """Its ids would be read as other words."""
+    save_model(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4)), tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    path = tmp_path / name
+    (tmp_path / "vocab.json").unlink() if name == "tokenizer.json" else None
+    assert load_tokenizer(tmp_path) is gpt2_tokenizer()
+    text = path.read_text()
+    assert "Hello" in text
+    path.write_text(text.replace('"Hello"', '"Hallo"'))
+    with pytest.raises(ValueError, match=f"{name}.* another vocabulary"):
+        load_tokenizer(tmp_path)
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_mutated_file_loads_or_says_why(data):

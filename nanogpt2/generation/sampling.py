@@ -40,7 +40,8 @@ def decode(
     try:
         running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
         stops = torch.tensor(eos, dtype=torch.int64, device=device)
-        filler = torch.tensor(eos[0] if pad is None and eos else pad or 0, device=device)
+        pad = pad if pad is not None else eos[0] if eos else 0
+        filler = torch.tensor(pad, device=device)
         while ids.size(1) < max_length and running.any():
             scores = engine.next_scores(ids)  # (N, V)
             for process in processors:
