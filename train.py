@@ -117,7 +117,9 @@ def train(
     checkpoint: Path | None,
 ) -> None:
     """Take the steps after `checkpoint`, or all of them; leave the model in the run's folder."""
-    prompt = tokenizer.encode(config.prompt) or corpus.validation[:8].tolist()
+    # the first whole words that the model has not been trained on
+    words = tokenizer.decode(corpus.validation[:64].tolist()).split()[1:7]
+    prompt = tokenizer.encode(config.prompt or " ".join(words)) or [tokenizer.end_of_text]
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     if checkpoint is None:
         before: dict[str, Any] = {
