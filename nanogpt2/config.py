@@ -10,6 +10,7 @@ This file does not know what a tensor is.
 """
 
 import difflib
+import json
 import math
 import operator
 import sys
@@ -38,9 +39,12 @@ def flag(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     positional: bool = False,
+    json: str = "",
 ) -> Any:
-    """Return a dataclass field that is also a flag; `low` and `high` are in its range, `above`
-    and `below` are not.
+    """Return a dataclass field that is also a flag.
+
+    `low` and `high` are in its range, `above` and `below` are not. `json` describes a value with a
+    structure, which the command line takes as JSON; what it needs is checked where it is used.
     """
     limits = {">=": low, ">": above, "<=": high, "<": below}
     metadata = {
@@ -48,6 +52,7 @@ def flag(
         "limits": {sign: limit for sign, limit in limits.items() if limit is not None},
         "choices": choices,
         "positional": positional,
+        "json": json,
     }
     return field(default=default, metadata=metadata)
 
@@ -62,7 +67,9 @@ def _check(config: Any) -> None:
     """Raise ValueError for the first field with a wrong type or a value out of range."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.metadata and not (_has_type(value, f.type) and _in_range(value, f.metadata)):
+        if not f.metadata or f.metadata["json"]:
+            continue
+        if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
             raise ValueError(f"{f.name} must be {_allowed(f)}, not {_show(value)}")
 
 
@@ -84,7 +91,7 @@ def _takes_several(kind: Any) -> bool:
 
 
 def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
-    if metadata["choices"]:
+    if metadata["choices"] and isinstance(value, str):
         return value in metadata["choices"]
     numbers = value if isinstance(value, tuple) else (value,)
     return all(
@@ -97,6 +104,8 @@ def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
 
 def _allowed(f: Field[Any]) -> str:
     """What a field's value may be, in words."""
+    if f.metadata["json"]:
+        return f"{f.metadata['json']} in JSON"
     if f.metadata["choices"]:
         return "one of " + ", ".join(f.metadata["choices"])
     kinds = _alternatives(f.type)
@@ -154,28 +163,73 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class GenerationConfig:
     """How to decode: transformers' names, meanings and defaults."""
 
+    # how far
     max_new_tokens: int | None = flag(None, "tokens to add; wins over max_length", low=1)
     max_length: int | None = flag(None, "tokens in all, the prompt included", low=1)
-    do_sample: bool = flag(False, "draw tokens at random instead of taking the likeliest")
-    temperature: float = flag(1.0, "flattens (> 1) or sharpens (< 1) the draw; 0 is greedy", low=0)
-    top_k: int | None = flag(50, "draw among the k likeliest tokens; 0 is all", low=0)
-    top_p: float = flag(1.0, "draw among the likeliest tokens that hold this mass", low=0, high=1)
-    repetition_penalty: float = flag(1.0, "divides the score of a token already seen", above=0)
-    no_repeat_ngram_size: int = flag(0, "never repeat a run of this many tokens; 0 is off", low=0)
-    num_return_sequences: int = flag(1, "texts for each prompt", low=1)
+    min_length: int = flag(0, "no end before this many tokens, the prompt included", low=0)
+    min_new_tokens: int | None = flag(None, "no end before this many new tokens", low=0)
+    max_time: float | None = flag(None, "seconds after which no new token is begun", above=0)
+    stop_strings: Any = flag(None, "texts that end a text", json="a text or a list of texts")
     eos_token_id: TokenIds = flag(
         FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
     )
     pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
+    # which way
+    do_sample: bool = flag(False, "draw tokens at random instead of taking the likeliest")
+    num_beams: int = flag(1, "texts to follow side by side; 1 is no beam search", low=1)
+    early_stopping: bool | str = flag(
+        False,
+        "true: end with num_beams texts; never: only when none can improve",
+        choices=("true", "false", "never"),
+    )
+    length_penalty: float = flag(1.0, "power of the length that divides a beam's score")
+    num_return_sequences: int = flag(1, "texts for each prompt", low=1)
+    # what the draw is from
+    temperature: float = flag(1.0, "flattens (> 1) or sharpens (< 1) the draw; 0 is greedy", low=0)
+    top_h: float | None = flag(None, "keep this share of the entropy", above=0, high=1)
+    top_k: int | None = flag(50, "draw among the k likeliest tokens; 0 is all", low=0)
+    top_p: float = flag(1.0, "draw among the likeliest tokens that hold this mass", low=0, high=1)
+    min_p: float | None = flag(None, "draw what has this share of the best's mass", low=0, high=1)
+    typical_p: float = flag(1.0, "draw among the most typical tokens of this mass", above=0, high=1)
+    epsilon_cutoff: float = flag(0.0, "never draw what is less probable", low=0, below=1)
+    eta_cutoff: float = flag(0.0, "the same, lower where all is uncertain", low=0, below=1)
+    # what is preferred or banned
+    repetition_penalty: float = flag(1.0, "divides the score of a token already seen", above=0)
+    no_repeat_ngram_size: int = flag(0, "never repeat a run of this many tokens; 0 is off", low=0)
+    sequence_bias: Any = flag(None, "added to scores", json="a list of [token ids, bias]")
+    bad_words_ids: Any = flag(None, "never written", json="a list of lists of token ids")
+    suppress_tokens: Any = flag(None, "never written", json="a list of token ids")
+    begin_suppress_tokens: Any = flag(None, "never written first", json="a list of token ids")
+    forced_bos_token_id: int | None = flag(None, "the token after a lone first one", low=0)
+    forced_eos_token_id: TokenIds = flag(None, "the last token, where max_length is reached", low=0)
+    exponential_decay_length_penalty: Any = flag(
+        None, "raises the end's score after START new tokens", json="[START, FACTOR]"
+    )
+    renormalize_logits: bool = flag(False, "make the processed scores log-probabilities again")
+    # where chance comes from
     seed: int | None = flag(None, "makes the draws repeatable", low=0, high=MAX_SEED)
+    noise: str = flag(
+        "hf",
+        "hf: torch's stream, as transformers draws; counter: each draw by itself",
+        choices=("hf", "counter"),
+    )
+    first_sample: int = flag(0, "with noise counter: the number of the first text", low=0)
+    output_scores: bool = flag(False, "return the processed scores of every step")
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.num_return_sequences > 1 and not self.samples:
+        texts = self.num_return_sequences
+        if self.num_beams > 1 and texts > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences must be <= num_beams ({self.num_beams}), not {texts}"
+            )
+        if texts > 1 and self.num_beams == 1 and not self.samples:
             raise ValueError(
                 "num_return_sequences must be 1 without sampling (greedy rows are all the same), "
-                f"not {self.num_return_sequences}; add do_sample"
+                f"not {texts}; add do_sample"
             )
+        if self.noise == "counter" and self.seed is None:
+            raise ValueError("noise must be hf without a seed, not 'counter'")
 
     @property
     def samples(self) -> bool:
@@ -183,16 +237,28 @@ class GenerationConfig:
         return self.do_sample and self.temperature > 0
 
 
-SAMPLING_FLAGS = ("temperature", "top_k", "top_p")
-DECODING_FLAGS = (
-    "do_sample",
-    *SAMPLING_FLAGS,
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "max_length",
-    "eos_token_id",
-    "pad_token_id",
+SAMPLING_FLAGS = (
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
 )
+# flags that leave the sensible sampling on
+NEUTRAL_FLAGS = (
+    "max_new_tokens",
+    "seed",
+    "num_return_sequences",
+    "stop_strings",
+    "max_time",
+    "noise",
+    "first_sample",
+    "output_scores",
+)
+DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)
 # used when no decoding flag is given: greedy decoding, the default of generate(), soon loops
 SENSIBLE_SAMPLING: dict[str, Any] = {
     "do_sample": True,
@@ -416,14 +482,14 @@ def _read_flag(known: dict[str, Field[Any]], word: str, words: Iterator[str]) ->
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         fail(f"--{_clip(name)} is not a flag; {hint}")
     f = known[name]
-    if f.type is bool and not equals:
+    if bool in _alternatives(f.type) and not equals:
         return name, True
     if not equals:
         text = next(words, "--")
         if text.startswith("--"):
             fail(f"--{name} needs a value: {_allowed(f)}")
     try:
-        return name, _convert(text, f.type)
+        return name, json.loads(text) if f.metadata["json"] else _convert(text, f.type)
     except ValueError:
         fail(f"--{name} must be {_allowed(f)}, not {_show(text)}")
 
@@ -432,10 +498,10 @@ def _convert(text: str, kind: Any) -> Any:
     kinds = _alternatives(kind)
     if text.lower() == "none" and types.NoneType in kinds:
         return None
-    if bool in kinds:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
+    if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if kind is bool:
+        raise ValueError(text)
     if _takes_several(kind) and "," in text:
         return tuple(_convert(part, int) for part in text.split(","))
     if str in kinds:

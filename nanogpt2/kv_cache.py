@@ -64,3 +64,9 @@ class KVCache:
             new = old.new_empty(L, B, repeats, H, S, D)
             new[..., : self.length, :] = old[:, :, None, :, : self.length]
             setattr(self, name, new.view(L, B * repeats, H, S, D))
+
+    def reorder(self, parents: Tensor, start: int = 0) -> None:
+        """Let row n become row parents[n], int64 (B,), from position `start` on."""
+        for buffer in (self.k, self.v):
+            tail = buffer[:, :, :, start : self.length]
+            tail.copy_(tail[:, parents])

@@ -1,9 +1,11 @@
 """generate(): from a prompt to its continuations, with transformers' options and results.
 
-The steps and who does them: engine.py scores the next token, processors.py changes the scores,
-sampling.py draws from them. None of it knows training or text.
+The steps and who does them: request.py checks what is asked for, engine.py scores the next token,
+processors.py changes the scores, sampling.py or beam.py chooses with what noise.py draws,
+stopping.py ends a text. None of it knows training.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,40 +13,84 @@ import torch
 from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation.sampling import decode, start_ids
+from nanogpt2.generation.beam import beam_search, best
+from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
+from nanogpt2.generation.sampling import decode
 from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What generate() returns.
+    """What generate() returns. N = B * num_return_sequences, the texts of a prompt side by side.
 
     sequences: int64 (N, T), prompts included, on the prompts' device; rows that ended earlier are
-    filled with the pad token. N = B * num_return_sequences, the texts of one prompt side by side.
-    sequences_scores: float32 (N,) for beams, else None.
+    filled up. sequences_scores: float32 (N,) for beams, else None. scores: with output_scores, the
+    processed scores of every step, each float32 (rows, V). beam_indices: with output_scores and
+    beams, int32 (N, new), the row that each new token was added to, -1 past the end.
     """
 
     sequences: Tensor
     sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    beam_indices: Tensor | None = None
 
 
 def generate(
-    model: GPT, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    model: GPT,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    logits_processor: Sequence[Processor] = (),
+    prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
+    **options: Any,
 ) -> GenerationOutput:
     """Continue prompts, token for token as transformers' `generate` does.
 
     input_ids: int64 (B, T), left-padded where lengths differ; T = 0 starts from the model's
     bos_token_id. attention_mask: (B, T), 0 at padding; None infers it as transformers does.
-    options: the fields of GenerationConfig.
+    tokenizer: needed by stop_strings. logits_processor: functions of (ids, scores) of your own.
+    prefix_allowed_tokens_fn: (prompt's number, ids so far) -> the ids allowed next. options: the
+    fields of GenerationConfig.
 
     The model runs in eval mode and is left as it was. Draws come from torch's global generator, or
     from one of their own where `seed` is given; both give transformers' tokens for the same seed.
-    Raises ValueError for an unusable prompt, TypeError for an option that does not exist.
+    Raises ValueError for an unusable prompt or value, TypeError for an option that does not exist.
     """
-    config = GenerationConfig(**options)
-    ids = start_ids(model, input_ids)
-    columns = [ids.repeat_interleave(config.num_return_sequences, dim=0)]
-    columns += [
-        tokens[:, None].to(ids.device) for tokens in decode(model, ids, attention_mask, config)
-    ]
-    return GenerationOutput(torch.cat(columns, dim=1))
+    request = prepare(
+        model.config,
+        model.wte.weight.device,
+        GenerationConfig(**options),
+        input_ids,
+        attention_mask,
+        tokenizer,
+        tuple(logits_processor),
+        prefix_allowed_tokens_fn,
+    )
+    run = _run_beams if request.config.num_beams > 1 else _run_rows
+    return run(model, request, input_ids.device)
+
+
+def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
+    columns = [request.ids.repeat_interleave(request.rows, dim=0)]
+    scores = []
+    for step in decode(model, request):
+        columns.append(step.tokens[:, None])
+        if request.config.output_scores:
+            scores.append(step.scores)
+    sequences = torch.cat(columns, dim=1).to(device)
+    return GenerationOutput(sequences, scores=tuple(scores) or None)
+
+
+def _run_beams(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
+    for beams in beam_search(model, request):  # noqa: B007 (the last one is kept)
+        pass
+    texts = best(request, beams)
+    asked = request.config.output_scores
+    return GenerationOutput(
+        sequences=texts.ids.flatten(0, 1).to(device),
+        sequences_scores=texts.scores.flatten().to(device),
+        scores=tuple(beams.scores) if asked else None,
+        beam_indices=texts.beams.flatten(0, 1).to(device) if asked else None,
+    )

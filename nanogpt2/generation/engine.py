@@ -3,52 +3,60 @@
 This file does not know how a token is chosen.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from nanogpt2.generation.request import Request
 from nanogpt2.model import GPT
 
 
 class Engine:
-    """Runs a model over rows of tokens that grow at their right end.
+    """Runs a model over rows of tokens that grow at their right end: N = B prompts x rows each.
 
-    A context longer than block_size slides: its oldest tokens are dropped, and the rest is read
-    again, with room for half a context of new ones.
+    The rows of a prompt share its reading: it is computed once. A context longer than block_size
+    slides: its oldest tokens are dropped, and the rest is read again, with room for half a context
+    of new ones.
     """
 
-    def __init__(
-        self, model: GPT, attention_mask: Tensor, max_length: int, num_return_sequences: int
-    ) -> None:
-        """attention_mask: bool (B, T), False at the prompts' padding, which is on the left."""
+    def __init__(self, model: GPT, request: Request) -> None:
         self.model = model
-        self.max_length = max_length
+        self.rows = request.rows
+        self.max_length = request.max_length
         self.block_size = model.config.block_size
-        self.returns = num_return_sequences
         # padding of prompts, then all the tokens to come: bool (N, max_length)
-        pads = max_length - attention_mask.size(1)
-        mask = attention_mask.repeat_interleave(num_return_sequences, dim=0)
-        self.mask = torch.nn.functional.pad(mask, (0, pads), value=True)
-        self.padded = not bool(attention_mask.all())
-        self.cache = model.new_cache(len(attention_mask), min(self.block_size, max_length))
+        mask = request.mask.repeat_interleave(self.rows, dim=0)
+        new = request.max_length - request.prompt_length
+        self.mask = torch.nn.functional.pad(mask, (0, new), value=True)
+        self.padded = not bool(request.mask.all())
+        self.cache = model.new_cache(len(request.ids), min(self.block_size, self.max_length))
         self.start = 0  # the first token that is still in the context
+        self.shared = 0  # positions of the cache that are the same in all rows of a prompt
 
     def next_scores(self, ids: Tensor) -> Tensor:
         """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V)."""
         length = ids.size(1)
         if length - self.start > self.block_size:
             self.start = context_start(length, self.max_length, self.block_size)
-            self.cache.length = 0
+            self.cache.length = self.shared = 0
         known = self.start + self.cache.length
-        # the rows of one prompt are the same until the first token is drawn: it is read once
-        shared = self.cache.batch_size < len(ids)
-        rows = slice(None, None, self.returns if shared else 1)
+        # until the first token is chosen the rows of a prompt are one
+        one = self.cache.batch_size < len(ids)
+        rows = slice(None, None, self.rows if one else 1)
         positions, mask = self._positions_and_mask(known, length, rows)
         x = self.model.hidden_states(ids[rows, known:], positions, mask, self.cache)
         scores = self.model.logits(x[:, -1]).float()  # (B, V) or (N, V)
-        if shared:
-            self.cache.repeat_interleave(self.returns)
-            scores = scores.repeat_interleave(self.returns, dim=0)
+        if one:
+            self.cache.repeat_interleave(self.rows)
+            self.shared = self.cache.length
+            scores = scores.repeat_interleave(self.rows, dim=0)
         return scores
+
+    def reorder(self, parents: Tensor) -> None:
+        """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
+        self.cache.reorder(parents, start=self.shared)
 
     def _positions_and_mask(
         self, known: int, length: int, rows: slice
@@ -70,3 +78,14 @@ def context_start(length: int, max_length: int, block_size: int) -> int:
     if length <= block_size:
         return 0
     return length - block_size + min(max_length - length, block_size // 2)
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """Eval mode inside; the mode before it afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

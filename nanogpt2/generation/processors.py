@@ -1,37 +1,149 @@
 """Scores in, scores out: what changes a model's opinion before a token is chosen.
 
-A processor is a function of (ids, scores): int64 (N, T), all tokens so far, and float32 (N, V). It
-returns new scores and leaves its input as it was; -inf bans a token. `processors_for` puts them in
-transformers' order. Nothing here loops over rows, tokens or the vocabulary.
+A processor is a function of (ids, scores): int64 (N, T), all tokens so far, and float32 (N, V),
+logits when sampling and log-probabilities with beams. It returns new scores and leaves its input as
+it was; -inf bans a token. `processors_for` puts them in transformers' order. Nothing here loops
+over rows, tokens or the vocabulary, but for the user's own `prefix_allowed_tokens_fn`.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogpt2.config import GenerationConfig
+from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request
 
-Processor = Callable[[Tensor, Tensor], Tensor]
+INF = float("inf")
 
 
-def processors_for(config: GenerationConfig, prompt_mask: Tensor) -> list[Processor]:
-    """Return the processors that `config` asks for; prompt_mask: bool (N, T), False at padding."""
-    chain: list[Processor] = []
-    if config.repetition_penalty != 1:
-        first = prompt_mask.int().argmax(dim=1)  # (N,)
-        chain.append(partial(penalise_repetition, penalty=config.repetition_penalty, first=first))
-    if config.no_repeat_ngram_size > 0:
-        chain.append(partial(ban_repeated_ngrams, n=config.no_repeat_ngram_size))
-    if config.samples:
-        if config.temperature != 1:
-            chain.append(partial(scale_temperature, temperature=config.temperature))
-        if config.top_k:
-            chain.append(partial(keep_top_k, k=config.top_k))
-        if config.top_p < 1:
-            chain.append(partial(keep_top_p, p=config.top_p))
+def processors_for(request: Request) -> list[tuple[str, Processor]]:
+    """Return the processors that a request asks for, by the names of their options."""
+    chain = _preferences(request)
+    _check_forced(request)
+    chain += [("logits_processor", processor) for processor in request.user_processors]
+    if request.config.samples:
+        chain += _warpers(request)
+    if request.config.renormalize_logits:
+        chain.append(("renormalize_logits", renormalise))
     return chain
+
+
+def _preferences(request: Request) -> list[tuple[str, Processor]]:
+    """What prefers and bans tokens, whether they are drawn or not."""
+    c, eos, T = request.config, request.eos, request.prompt_length
+    chain: list[tuple[str, Processor]] = []
+    if c.sequence_bias is not None:
+        chain.append(("sequence_bias", SequenceBias(_biases(c.sequence_bias), request)))
+    if c.repetition_penalty != 1:
+        first = request.mask.int().argmax(dim=1).repeat_interleave(request.rows)  # (N,)
+        penalty = partial(penalise_repetition, penalty=c.repetition_penalty, first=first)
+        chain.append(("repetition_penalty", penalty))
+    if c.no_repeat_ngram_size > 0:
+        chain.append(
+            ("no_repeat_ngram_size", partial(ban_repeated_ngrams, n=c.no_repeat_ngram_size))
+        )
+    if c.bad_words_ids is not None:
+        words = _lists_of_ids("bad_words_ids", c.bad_words_ids, request.vocab_size)
+        ends = [[i] for i in eos.tolist()]
+        biases = {tuple(word): -INF for word in words if word not in ends}
+        chain.append(("bad_words_ids", SequenceBias(biases, request)))
+    if c.min_new_tokens is not None:
+        # it wins over min_length
+        wait = partial(ban_before, length=T + c.min_new_tokens, tokens=eos)
+        chain.append(("min_new_tokens", wait))
+    elif c.min_length > 0:
+        chain.append(("min_length", partial(ban_before, length=c.min_length, tokens=eos)))
+    if request.prefix_allowed_tokens is not None:
+        allow = partial(allow_only, fn=request.prefix_allowed_tokens, rows=request.rows)
+        chain.append(("prefix_allowed_tokens_fn", allow))
+    if c.forced_bos_token_id is not None:
+        bos = _ids("forced_bos_token_id", c.forced_bos_token_id, request)
+        chain.append(("forced_bos_token_id", partial(force_at, length=1, tokens=bos)))
+    if c.forced_eos_token_id is not None:
+        last = _ids("forced_eos_token_id", c.forced_eos_token_id, request)
+        force = partial(force_at, length=request.max_length - 1, tokens=last)
+        chain.append(("forced_eos_token_id", force))
+    if c.exponential_decay_length_penalty is not None and len(eos):
+        start, factor = _decay(c.exponential_decay_length_penalty)
+        decay = partial(raise_end, start=T + start, factor=factor, eos=eos)
+        chain.append(("exponential_decay_length_penalty", decay))
+    if c.suppress_tokens is not None:
+        tokens = _ids("suppress_tokens", c.suppress_tokens, request)
+        chain.append(("suppress_tokens", partial(ban, tokens=tokens)))
+    if c.begin_suppress_tokens is not None:
+        tokens = _ids("begin_suppress_tokens", c.begin_suppress_tokens, request)
+        # a forced first token is not what the text begins with
+        begin = T + 1 if T == 1 and c.forced_bos_token_id is not None else T
+        chain.append(("begin_suppress_tokens", partial(ban_at, length=begin, tokens=tokens)))
+    return chain
+
+
+def _warpers(request: Request) -> list[tuple[str, Processor]]:
+    """What shapes the distribution that tokens are drawn from."""
+    c = request.config
+    # beams need a token that does not end the text beside all those that do
+    keep = max(1, len(request.eos)) + 1 if c.num_beams > 1 else 1
+    chain: list[tuple[str, Processor]] = []
+    if c.temperature != 1:
+        chain.append(("temperature", partial(scale_temperature, temperature=c.temperature)))
+    if c.top_h is not None:
+        chain.append(("top_h", partial(keep_top_h, h=c.top_h)))
+    if c.top_k:
+        chain.append(("top_k", partial(keep_top_k, k=max(c.top_k, keep))))
+    if c.top_p < 1:
+        chain.append(("top_p", partial(keep_top_p, p=c.top_p, keep=keep)))
+    if c.min_p is not None:
+        chain.append(("min_p", partial(keep_min_p, p=c.min_p, keep=keep)))
+    if c.typical_p < 1:
+        chain.append(("typical_p", partial(keep_typical, p=c.typical_p, keep=keep)))
+    if c.epsilon_cutoff > 0:
+        chain.append(("epsilon_cutoff", partial(cut_epsilon, epsilon=c.epsilon_cutoff, keep=keep)))
+    if c.eta_cutoff > 0:
+        chain.append(("eta_cutoff", partial(cut_eta, epsilon=c.eta_cutoff, keep=keep)))
+    return chain
+
+
+# ---- preferences and bans
+
+
+class SequenceBias:
+    """Adds a bias to the token that would complete a sequence; -inf bans it."""
+
+    def __init__(self, biases: Mapping[tuple[int, ...], float], request: Request) -> None:
+        device = request.ids.device
+        self._single = torch.zeros(request.vocab_size, device=device)  # (V,)
+        by_length: dict[int, list[tuple[tuple[int, ...], float]]] = {}
+        for sequence, bias in biases.items():
+            if any(not 0 <= i < request.vocab_size for i in sequence) or not sequence:
+                raise ValueError(
+                    f"sequence_bias and bad_words_ids must hold ids below {request.vocab_size}, "
+                    f"not {list(sequence)}"
+                )
+            if len(sequence) == 1:
+                self._single[sequence[0]] = bias
+            else:
+                by_length.setdefault(len(sequence) - 1, []).append((sequence, bias))
+        # for each length of prefix: prefixes (G, n - 1), last tokens (G,), biases (G,)
+        self._groups = [
+            (
+                torch.tensor([sequence[:-1] for sequence, _ in group], device=device),
+                torch.tensor([sequence[-1] for sequence, _ in group], device=device),
+                torch.tensor([bias for _, bias in group], dtype=torch.float32, device=device),
+            )
+            for group in by_length.values()
+        ]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """See the module."""
+        bias = self._single.expand_as(scores).clone()  # (N, V)
+        for prefixes, last, biases in self._groups:
+            length = prefixes.size(1)
+            if length <= ids.size(1):
+                matches = (ids[:, None, -length:] == prefixes).all(dim=2)  # (N, G)
+                bias.index_add_(1, last, torch.where(matches, biases, 0.0))
+        return scores + bias
 
 
 def penalise_repetition(ids: Tensor, scores: Tensor, penalty: float, first: Tensor) -> Tensor:
@@ -53,7 +165,60 @@ def ban_repeated_ngrams(ids: Tensor, scores: Tensor, n: int) -> Tensor:
     ngrams = ids.unfold(1, n, 1)  # (N, T - n + 1, n)
     prefix = ids[:, None, ids.size(1) - (n - 1) :]  # (N, 1, n - 1)
     row, start = (ngrams[:, :, :-1] == prefix).all(dim=2).nonzero(as_tuple=True)
-    return scores.index_put((row, ngrams[row, start, -1]), scores.new_tensor(float("-inf")))
+    return scores.index_put((row, ngrams[row, start, -1]), scores.new_tensor(-INF))
+
+
+def ban(ids: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
+    """Ban these tokens."""
+    return scores.index_fill(1, tokens, -INF)
+
+
+def ban_before(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor:
+    """Ban these tokens in rows shorter than `length`."""
+    return ban(ids, scores, tokens) if ids.size(1) < length else scores
+
+
+def ban_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor:
+    """Ban these tokens in rows of this length."""
+    return ban(ids, scores, tokens) if ids.size(1) == length else scores
+
+
+def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor:
+    """Allow only these tokens, all alike, in rows of this length."""
+    if ids.size(1) != length:
+        return scores
+    return torch.full_like(scores, -INF).index_fill(1, tokens, 0.0)
+
+
+def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) -> Tensor:
+    """Allow what `fn(prompt's number, row)` names; where a prompt has nothing left, all alike."""
+    mask = torch.full_like(scores, -INF)
+    for row, tokens in enumerate(ids):
+        allowed = fn(row // rows, tokens)
+        if len(allowed) == 0:
+            raise ValueError(f"prefix_allowed_tokens_fn must allow a token in row {row}, not none")
+        mask[row, allowed] = 0.0
+    result = scores + mask
+    none = result.amax(dim=1).isneginf().view(-1, rows).all(dim=1)  # (B,)
+    return torch.where(none.repeat_interleave(rows)[:, None], mask, result)
+
+
+def raise_end(ids: Tensor, scores: Tensor, start: int, factor: float, eos: Tensor) -> Tensor:
+    """Past `start` tokens, raise the end's score by |score| (factor^(tokens past start) - 1)."""
+    if ids.size(1) <= start:
+        return scores
+    ends = scores[:, eos]  # (N, E)
+    gain = ends.abs() * (factor ** (ids.size(1) - start) - 1)
+    gain = gain.where(ends.isfinite(), 0.0)
+    return scores + torch.zeros_like(scores).index_copy(1, eos, gain)
+
+
+def renormalise(ids: Tensor, scores: Tensor) -> Tensor:
+    """Make the scores log-probabilities."""
+    return scores.log_softmax(dim=1)
+
+
+# ---- the shape of the distribution
 
 
 def scale_temperature(ids: Tensor, scores: Tensor, temperature: float) -> Tensor:
@@ -61,15 +226,131 @@ def scale_temperature(ids: Tensor, scores: Tensor, temperature: float) -> Tensor
     return scores / temperature
 
 
+def keep_top_h(ids: Tensor, scores: Tensor, h: float) -> Tensor:
+    """Keep the likeliest of the 100 best tokens, as long as they hold `h` of the 100's entropy."""
+    best = scores.topk(min(100, scores.size(1)), dim=1)
+    p, entropy = _distribution(best.values)  # (N, 100), (N, 1)
+    kept = (-p * p.log()).cumsum(dim=1) <= entropy * h
+    kept[:, 0] = True
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    return scores.masked_fill(~none.scatter(1, best.indices, kept), -INF)
+
+
 def keep_top_k(ids: Tensor, scores: Tensor, k: int) -> Tensor:
     """Ban what scores below the k-th best; ties with it stay."""
     kth = scores.topk(min(k, scores.size(1)), dim=1).values[:, -1:]  # (N, 1)
-    return scores.masked_fill(scores < kth, float("-inf"))
+    return scores.masked_fill(scores < kth, -INF)
 
 
-def keep_top_p(ids: Tensor, scores: Tensor, p: float) -> Tensor:
-    """Ban the unlikeliest tokens, whose probabilities add up to 1 - p at most; the best stays."""
+def keep_top_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """Ban the unlikeliest tokens, whose probabilities add up to 1 - p at most; `keep` best stay."""
     ascending, order = scores.sort(dim=1)
     banned = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (N, V), in order of score
-    banned[:, -1] = False
-    return scores.masked_fill(banned.scatter(1, order, banned), float("-inf"))
+    banned[:, -keep:] = False
+    return scores.masked_fill(banned.scatter(1, order, banned), -INF)
+
+
+def keep_min_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """Ban what has less than `p` of the likeliest token's probability; the `keep` best stay."""
+    probabilities = scores.softmax(dim=1)
+    banned = probabilities < p * probabilities.amax(dim=1, keepdim=True)
+    best = probabilities.topk(min(keep, scores.size(1)), dim=1).indices
+    return scores.masked_fill(banned.scatter(1, best, False), -INF)
+
+
+def keep_typical(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, until they hold the mass `p`."""
+    logp = scores.log_softmax(dim=1)
+    entropy = -(logp * logp.exp()).nansum(dim=1, keepdim=True)
+    distance, order = (-logp - entropy).abs().sort(dim=1)
+    mass = scores.gather(1, order).softmax(dim=1).cumsum(dim=1)
+    last = (mass < p).sum(dim=1, keepdim=True).clamp(max=scores.size(1) - 1)
+    banned = distance > distance.gather(1, last)
+    banned[:, :keep] = False
+    return scores.masked_fill(banned.scatter(1, order, banned), -INF)
+
+
+def cut_epsilon(ids: Tensor, scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """Ban what is less probable than epsilon; the `keep` best stay."""
+    return _cut_below(scores, scores.softmax(dim=1), epsilon, keep)
+
+
+def cut_eta(ids: Tensor, scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """Ban what is less probable than min(epsilon, sqrt(epsilon) exp(-entropy))."""
+    _, entropy = _distribution(scores)  # (N, 1)
+    most = scores.new_tensor(epsilon)
+    eta = torch.minimum(most, most.sqrt() * (-entropy).exp())  # (N, 1)
+    return _cut_below(scores, scores.softmax(dim=1), eta, keep)
+
+
+def _distribution(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V) -> probabilities (N, V) and entropy (N, 1), in nats.
+
+    Computed in the order of torch.distributions.Categorical: a threshold is a matter of one bit.
+    """
+    logp = scores - scores.logsumexp(dim=1, keepdim=True)
+    p = logp.softmax(dim=1)
+    # a banned token has no surprise: 0 log 0 = 0
+    terms = logp.clamp(min=torch.finfo(logp.dtype).min) * p
+    return p, -terms.sum(dim=1, keepdim=True)
+
+
+def _cut_below(scores: Tensor, p: Tensor, least: Tensor | float, keep: int) -> Tensor:
+    kth = scores.topk(min(keep, scores.size(1)), dim=1).values[:, -1:]
+    return scores.masked_fill((p < least) & (scores < kth), -INF)
+
+
+# ---- what options may hold
+
+
+def _ids(name: str, value: Any, request: Request) -> Tensor:
+    """One id or several -> int64 (n,). Raises ValueError for what is no id of the vocabulary."""
+    ids = [value] if isinstance(value, int) else value
+    V = request.vocab_size
+    if not isinstance(ids, list | tuple) or not all(type(i) is int and 0 <= i < V for i in ids):
+        raise ValueError(f"{name} must be ids from 0 to {V - 1}, not {value!r}")
+    return torch.tensor(list(ids), dtype=torch.int64, device=request.ids.device)
+
+
+def _lists_of_ids(name: str, value: Any, vocab_size: int) -> list[list[int]]:
+    ok = isinstance(value, list | tuple) and all(
+        isinstance(ids, list | tuple)
+        and ids
+        and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        for ids in value
+    )
+    if not ok or not value:
+        raise ValueError(f"{name} must be a list of lists of ids below {vocab_size}, not {value!r}")
+    return [list(ids) for ids in value]
+
+
+def _biases(value: Any) -> dict[tuple[int, ...], float]:
+    """{(ids): bias} or [[ids, bias], ...] -> {(ids): bias}."""
+    try:
+        pairs = value.items() if isinstance(value, dict) else [(ids, bias) for ids, bias in value]
+        biases = {tuple(int(i) for i in ids): float(bias) for ids, bias in pairs}
+    except (TypeError, ValueError):
+        biases = {}
+    if not biases:
+        raise ValueError(f"sequence_bias must be a list of [token ids, bias], not {value!r}")
+    return biases
+
+
+def _check_forced(request: Request) -> None:
+    """Raise ValueError where a token is forced that is never to be written."""
+    c = request.config
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        value = getattr(c, name)
+        forced = {value} if isinstance(value, int) else set(value or ())
+        if forced and forced <= set(c.suppress_tokens or ()):
+            raise ValueError(f"{name} must not be among suppress_tokens, as {value!r} is")
+
+
+def _decay(value: Any) -> tuple[int, float]:
+    try:
+        start, factor = value
+        return int(start), float(factor)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"exponential_decay_length_penalty must be [START, FACTOR], not {value!r}"
+        ) from None

@@ -1,0 +1,192 @@
+"""Beam search and beam sampling: K texts side by side, of which the best continuations survive.
+
+Each step scores K V continuations a prompt and takes N = max(2, 1 + E) K of them as candidates, so
+that K remain even where E end tokens crowd the top: the N best, or, sampling, N drawn without
+replacement, in draw order. Candidates that end the text compete, length-normalised, for the K
+finished places; the best K of the others run on. A text's score is the sum of its processed
+log-probabilities divided by (new tokens) ^ length_penalty.
+
+The arithmetic, the -1e9 that stands for "not in the running" included, is transformers', because
+ties are settled by it. This file does not know the model's inside, nor text.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.generation.noise import Noise
+from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.request import Request
+from nanogpt2.generation.sampling import make_noise
+from nanogpt2.generation.stopping import Stopping
+from nanogpt2.model import GPT
+
+OUT = -1.0e9
+
+
+@dataclass
+class Group:
+    """Texts with their scores: `running` ones or `finished` ones, K for each of B prompts.
+
+    ids: int64 (B, K, T); scores: float32 (B, K); beams: int32 (B, K, T - prompt), the row that each
+    new token was added to, -1 where there is none.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    beams: Tensor
+
+    def pick(self, places: Tensor) -> "Group":
+        """Take the texts at `places`, int64 (B, M)."""
+        return Group(*(_pick(x, places) for x in (self.ids, self.scores, self.beams)))
+
+    def extend(self, tokens: Tensor | int, beams: Tensor | int) -> "Group":
+        """Add a column."""
+        column = torch.zeros_like(self.ids[:, :, :1])
+        ids = torch.cat([self.ids, column + _column(tokens)], dim=2)
+        beams = torch.cat([self.beams, (column + _column(beams)).int()], dim=2)
+        return Group(ids, self.scores, beams)
+
+    def join(self, other: "Group") -> "Group":
+        """Put the others behind these."""
+        return Group(
+            torch.cat([self.ids, other.ids], dim=1),
+            torch.cat([self.scores, other.scores], dim=1),
+            torch.cat([self.beams, other.beams], dim=1),
+        )
+
+
+@dataclass
+class Beams:
+    """The state of a search after a step."""
+
+    running: Group
+    finished: Group
+    is_finished: Tensor  # bool (B, K): this place of `finished` holds a text that ended
+    improvable: Tensor  # bool (B, 1): a running text may still beat a finished one
+    done: bool = False
+    scores: list[Tensor] = field(default_factory=list)  # each (B * K, V), if asked for
+
+
+@torch.no_grad()
+def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
+    """Yield the state after every step; the last one is `done`."""
+    config, K = request.config, request.config.num_beams
+    engine, stopping = Engine(model, request), Stopping(request)
+    chain = [process for _, process in processors_for(request)]
+    noise, filler = make_noise(request), _filler(request)
+    beams = _begin(request)
+    with evaluating(model):
+        while not beams.done:
+            ids = beams.running.ids.flatten(0, 1)  # (B * K, T)
+            scores = engine.next_scores(ids).log_softmax(dim=1)  # (B * K, V)
+            for process in chain:
+                scores = process(ids, scores)
+            if config.output_scores:
+                beams.scores.append(scores)
+            candidates = _candidates(request, beams.running, scores, noise)  # N of them
+            ended = stopping.ended(candidates.ids.flatten(0, 1)).view(candidates.scores.shape)
+            beams.finished = beams.finished.extend(filler, -1)
+            _finish(request, beams, candidates, ended)
+            _run_on(request, beams, candidates, ended)
+            parents = beams.running.beams[:, :, -1].flatten().long()  # (B * K,)
+            if K > 1:
+                engine.reorder(parents)
+            yield beams
+
+
+def _begin(request: Request) -> Beams:
+    B, K, device = len(request.ids), request.config.num_beams, request.ids.device
+    ids = request.ids[:, None].expand(-1, K, -1)
+    scores = torch.full((B, K), OUT, device=device)
+    nothing = torch.empty(B, K, 0, dtype=torch.int32, device=device)
+    first = scores.clone()
+    # the texts of a prompt are all the same: only one may be continued
+    first[:, 0] = 0.0
+    return Beams(
+        running=Group(ids, first, nothing),
+        finished=Group(ids, scores, nothing),
+        is_finished=torch.zeros(B, K, dtype=torch.bool, device=device),
+        improvable=torch.ones(B, 1, dtype=torch.bool, device=device),
+    )
+
+
+def _candidates(request: Request, running: Group, scores: Tensor, noise: Noise) -> Group:
+    """The N continuations that go on to the next round."""
+    B, K = running.scores.shape
+    N = max(2, 1 + len(request.eos)) * K
+    total = (scores.view(B, K, -1) + running.scores[:, :, None]).flatten(1)  # (B, K * V)
+    if request.config.samples:
+        step = running.ids.size(2) - request.prompt_length
+        places = noise.draw(total.softmax(dim=1), N, step)  # (B, N)
+        best = total.gather(1, places)
+    else:
+        best, places = total.topk(N)
+    V = total.size(1) // K
+    parents = places // V
+    rows = parents + torch.arange(B, device=parents.device)[:, None] * K
+    texts = running.pick(parents).extend(places % V, rows)
+    return Group(texts.ids, best, texts.beams)
+
+
+def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
+    """Let the candidates that ended, of the first K, compete for the finished places."""
+    config, K = request.config, request.config.num_beams
+    length = candidates.ids.size(2) - request.prompt_length
+    now = ended.clone()
+    now[:, K:] = False
+    scores = candidates.scores / length**config.length_penalty
+    full = beams.is_finished.all(dim=1, keepdim=True) & (config.early_stopping is True)
+    for barred in (full, ~beams.improvable, ~now):
+        scores = scores + barred * OUT
+    contest = beams.finished.join(Group(candidates.ids, scores, candidates.beams))
+    places = contest.scores.topk(K)[1]
+    beams.finished = contest.pick(places)
+    beams.is_finished = _pick(torch.cat([beams.is_finished, now], dim=1), places)
+
+
+def _run_on(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
+    """Let the best candidates that did not end run on, and see whether it is worth it."""
+    config = request.config
+    scores = candidates.scores + ended * OUT
+    places = scores.topk(config.num_beams)[1]
+    beams.running = Group(candidates.ids, scores, candidates.beams).pick(places)
+
+    length = candidates.ids.size(2) - request.prompt_length
+    if config.early_stopping == "never" and config.length_penalty > 0:
+        length = request.max_length - request.prompt_length
+    best_possible = beams.running.scores[:, :1] / length**config.length_penalty  # (B, 1)
+    worst = beams.finished.scores.amin(dim=1, keepdim=True)
+    worst = torch.where(beams.is_finished, worst, OUT)  # (B, K)
+    beams.improvable = beams.improvable & (best_possible > worst).any(dim=1, keepdim=True)
+    full = config.early_stopping is True and bool(beams.is_finished.all())
+    beams.done = full or not beams.improvable.any() or bool(ended.all())
+
+
+def best(request: Request, beams: Beams) -> Group:
+    """The texts to return, num_return_sequences for each prompt: (B, R, T), cut to the longest."""
+    R = request.config.num_return_sequences
+    group = beams.finished
+    lengths = (group.beams[:, :R] >= 0).sum(dim=2)
+    new = int(lengths.max())
+    ids = group.ids[:, :R, : request.prompt_length + new]
+    return Group(ids, group.scores[:, :R], group.beams[:, :R, :new])
+
+
+def _filler(request: Request) -> int:
+    """What transformers fills short texts with: never a pad of 0, and -1 where nothing ends."""
+    if len(request.eos) == 0:
+        return -1
+    return request.pad or int(request.eos[0])
+
+
+def _pick(x: Tensor, places: Tensor) -> Tensor:
+    """(B, N, ...), (B, M) -> (B, M, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], places]
+
+
+def _column(value: Tensor | int) -> Tensor | int:
+    return value[:, :, None] if isinstance(value, Tensor) else value

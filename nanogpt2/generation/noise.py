@@ -1,0 +1,71 @@
+"""Where chance comes from: torch's stream, as transformers draws, or a counter.
+
+A draw of token i with probability p_i is argmax p_i / q_i, where the q_i are independent
+exponential variables: torch.multinomial does this inside. All that differs is where q comes from.
+
+- `StreamNoise` takes the next numbers of a torch generator. A text depends on all that was drawn
+  before it, on its batch too.
+- `CounterNoise` computes q from (seed, sample, step, token) by a hash, so that text number 7 of 64
+  can be made again alone.
+
+Source of the hash: Steele, Lea and Flood 2014, SplitMix64's finaliser.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Noise(Protocol):
+    """Draws from rows of probabilities."""
+
+    def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
+        """Return int64 (R, count): different columns of each row of (R, N), in draw order."""
+
+
+class StreamNoise:
+    """torch.multinomial with the global generator, or with one of its own where a seed is given."""
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self._generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
+        """See Noise."""
+        return torch.multinomial(probabilities, count, generator=self._generator)
+
+
+class CounterNoise:
+    """Draws that are functions of the seed, the row's sample number, the step and the column."""
+
+    def __init__(self, seed: int, samples: Tensor) -> None:
+        """samples: int64 (R,), the number of each row's text among those of its prompt."""
+        self._seed, self._samples = seed, samples
+
+    def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
+        """See Noise."""
+        columns = torch.arange(probabilities.size(1), device=probabilities.device)
+        # one key a row, mixed before the columns come in: (R, 1)
+        row = _mix(_mix(self._samples + _mix_int(self._seed)) + step)[:, None]
+        bits = _mix(row + columns)  # int64 (R, N)
+        # 53 random bits in (0, 1): never 0, so the logarithm is finite
+        uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
+        q = -uniform.log()
+        # a token of probability 0 is never preferred to one that is possible
+        return (probabilities.double() / q).topk(count, dim=1).indices
+
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_M1, _M2 = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap: every bit of x moves half of them."""
+    x = x * _GOLDEN
+    x = (x ^ (x >> 30 & (2**34 - 1))) * _M1
+    x = (x ^ (x >> 27 & (2**37 - 1))) * _M2
+    return x ^ (x >> 31 & (2**33 - 1))
+
+
+def _mix_int(seed: int) -> int:
+    return int(_mix(torch.tensor(seed, dtype=torch.int64)))

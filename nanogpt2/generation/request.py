@@ -1,0 +1,125 @@
+"""A prompt with its options, checked: everything that decoding needs to know about its task.
+
+This file does not know how tokens are scored or chosen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt2.config import FROM_CHECKPOINT, GenerationConfig, GPTConfig
+from nanogpt2.tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 20
+Processor = Callable[[Tensor, Tensor], Tensor]
+PrefixAllowedTokens = Callable[[int, Tensor], list[int]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue and how. Axes: B prompts, T tokens in the longest."""
+
+    config: GenerationConfig
+    ids: Tensor  # int64 (B, T), T >= 1
+    mask: Tensor  # bool (B, T), False at padding
+    eos: Tensor  # int64 (E,), the ids that end a text
+    pad: int | None
+    max_length: int
+    vocab_size: int
+    tokenizer: Tokenizer | None = None
+    user_processors: tuple[Processor, ...] = ()
+    prefix_allowed_tokens: PrefixAllowedTokens | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """T, padding included."""
+        return self.ids.size(1)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are decoded side by side for each prompt."""
+        c = self.config
+        return c.num_beams if c.num_beams > 1 else c.num_return_sequences
+
+
+def prepare(
+    model_config: GPTConfig,
+    device: torch.device,
+    config: GenerationConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    tokenizer: Tokenizer | None = None,
+    user_processors: tuple[Processor, ...] = (),
+    prefix_allowed_tokens: PrefixAllowedTokens | None = None,
+) -> Request:
+    """Check a prompt, int64 (B, T), and fill in what the checkpoint says.
+
+    Raises ValueError for a wrong shape, an id outside the vocabulary, a prompt that leaves no room.
+    """
+    ids = _start_ids(model_config, input_ids).to(device)
+    eos = (
+        model_config.eos_token_id if config.eos_token_id == FROM_CHECKPOINT else config.eos_token_id
+    )
+    eos = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+    pad = model_config.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    if config.stop_strings is not None and tokenizer is None:
+        raise ValueError("stop_strings must come with tokenizer=, which says what ids stand for")
+    return Request(
+        config=config,
+        ids=ids,
+        mask=_prompt_mask(ids, attention_mask, eos, pad),
+        eos=torch.tensor(eos, dtype=torch.int64, device=device),
+        pad=pad,
+        max_length=_max_length(config, ids.size(1), model_config.block_size),
+        vocab_size=model_config.vocab_size,
+        tokenizer=tokenizer,
+        user_processors=user_processors,
+        prefix_allowed_tokens=prefix_allowed_tokens,
+    )
+
+
+def _start_ids(model_config: GPTConfig, ids: Tensor) -> Tensor:
+    """Check int64 (B, T); an empty prompt becomes the model's bos_token_id."""
+    if ids.dim() != 2 or len(ids) == 0 or ids.dtype != torch.int64:
+        raise ValueError(
+            f"input_ids must be int64 (B, T) with B >= 1, not {ids.dtype} {tuple(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        if model_config.bos_token_id is None:
+            raise ValueError("an empty prompt needs a model with a bos_token_id; this one has none")
+        return ids.new_full((len(ids), 1), model_config.bos_token_id)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= model_config.vocab_size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of "
+            f"{model_config.vocab_size}"
+        )
+    return ids
+
+
+def _prompt_mask(
+    ids: Tensor, attention_mask: Tensor | None, eos: tuple[int, ...], pad: int | None
+) -> Tensor:
+    """Bool (B, T), False at padding. Pads are told from the ids only where no pad ends a text."""
+    if attention_mask is not None and attention_mask.numel():
+        if attention_mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must be {tuple(ids.shape)} as input_ids, "
+                f"not {tuple(attention_mask.shape)}"
+            )
+        return attention_mask.to(ids.device).bool()
+    if pad is not None and pad not in eos:
+        return ids != pad
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _max_length(config: GenerationConfig, length: int, block_size: int) -> int:
+    if config.max_new_tokens is not None:
+        return length + config.max_new_tokens
+    if config.max_length is None:
+        return max(length + 1, min(length + DEFAULT_NEW_TOKENS, block_size))
+    if config.max_length <= length:
+        raise ValueError(f"max_length must be > {length}, the prompt's, not {config.max_length}")
+    return config.max_length

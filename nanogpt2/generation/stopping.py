@@ -1,0 +1,80 @@
+"""When a text ends: an end token, its length, a string, the clock.
+
+This file does not know how tokens are chosen.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from nanogpt2.generation.request import Request
+from nanogpt2.tokenizer import Tokenizer
+
+
+class Stopping:
+    """Tells, after each token, which rows have come to their end."""
+
+    def __init__(self, request: Request) -> None:
+        """Raise ValueError for stop strings that are none."""
+        self._eos = request.eos
+        self._max_length = request.max_length
+        self._deadline = None
+        if request.config.max_time is not None:
+            self._deadline = time.monotonic() + request.config.max_time
+        self._strings = None
+        if request.config.stop_strings is not None and request.tokenizer is not None:
+            self._strings = StopStrings(request.config.stop_strings, request.tokenizer)
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """Int64 (N, T), all tokens so far -> bool (N,): the last one ended the row."""
+        ended = torch.isin(ids[:, -1], self._eos)
+        if self._strings is not None:
+            ended |= self._strings.ended(ids)
+        if ids.size(1) >= self._max_length or self._out_of_time():
+            ended = torch.ones_like(ended)
+        return ended
+
+    def _out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+
+class StopStrings:
+    """Ends a row whose last token completes one of the strings, wherever in the token that is.
+
+    Works on bytes: a string may begin in one token and end within another, and half a character is
+    no obstacle.
+    """
+
+    def __init__(self, strings: str | list[str], tokenizer: Tokenizer) -> None:
+        """Raise ValueError for an empty string, or for no list of strings."""
+        strings = [strings] if isinstance(strings, str) else strings
+        if not isinstance(strings, list | tuple) or not strings:
+            raise ValueError(f"stop_strings must be a text or a list of texts, not {strings!r}")
+        if not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop_strings must not be empty, as one of {strings!r} is")
+        self._strings = [string.encode("utf-8") for string in strings]
+        self._longest = max(map(len, self._strings))
+        self._tokenizer = tokenizer
+        # a token can end a string only if it holds the string's last byte
+        last_bytes = {string[-1] for string in self._strings}
+        self._may_end = torch.tensor(
+            [bool(last_bytes & {*tokenizer.decode_bytes([i])}) for i in range(tokenizer.vocab_size)]
+        )
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """Int64 (N, T) -> bool (N,)."""
+        ended = self._may_end.to(ids.device)[ids[:, -1]]
+        for row in ended.nonzero().flatten().tolist():
+            # every token has a byte at least
+            ended[row] = self._in_last_token(ids[row, -self._longest - 1 :].tolist())
+        return ended
+
+    def _in_last_token(self, ids: list[int]) -> bool:
+        last = self._tokenizer.decode_bytes(ids[-1:])
+        text = self._tokenizer.decode_bytes(ids)
+        return any(
+            # the occurrence must reach into the last token's bytes
+            text.find(string, max(0, len(text) - len(last) - len(string) + 1)) >= 0
+            for string in self._strings
+        )
