@@ -1,6 +1,7 @@
 """Continue a text with a GPT-2: python sample.py "Once upon a time".
 
-The command line -> the model and its tokenizer -> the prompt as token ids -> text, as it is made.
+The command line -> the model and its tokenizer -> the prompt -> text, as it is made. What is not
+the lesson (streaming beams, many prompts, the prompt loop) is in nanogpt2/cli/.
 """
 
 import json
@@ -8,20 +9,27 @@ import secrets
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import GenerationConfig, SampleConfig, fail, parse, wrong_use
+from nanogpt2.config import SampleConfig, fail, parse, wrong_use
+from nanogpt2.presets import TASKS
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
     CONFIG = parse(SampleConfig, sys.argv[1:])
     terminal.exit_on_signals()
+    if CONFIG.list_presets:
+        print(
+            terminal.table([["preset", "what it does"], *((n, t.about) for n, t in TASKS.items())])
+        )
+        sys.exit()
 
-import torch
-
-from nanogpt2.generation.engine import context_start
-from nanogpt2.generation.sampling import decode, special_ids, start_ids
+from nanogpt2.cli import compare, text
+from nanogpt2.cli.interactive import Conversation, run_interactive
+from nanogpt2.cli.one import Show, decode_texts, note_dropped, request_for
+from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
+from nanogpt2.generation.explain import colour, draw, explain
+from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.weights import choose_device, load_model, load_tokenizer
@@ -29,118 +37,106 @@ from nanogpt2.weights import choose_device, load_model, load_tokenizer
 
 def main(config: SampleConfig) -> None:
     """Read the prompt, load the model, print the texts."""
-    with wrong_use("--prompt_file" if config.prompt_file is not None else "PROMPT"):
-        prompt = read_prompt(config)
+    prompts = read(config)
     with wrong_use("--device"):
         device = choose_device(config.device)
     with wrong_use("--model"):
-        model = load_model(config.model, device, config.dtype)
         tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, device, config.dtype)
     # a seed of our own where none is given, so that any text can be made again
     seed = config.generation.seed
-    seed = secrets.randbits(63) if seed is None else seed
-    config = replace(config, generation=replace(config.generation, seed=seed))
+    options = replace(config.generation, seed=secrets.randbits(62) if seed is None else seed)
+    config = replace(config, generation=options)
+    template = TASKS[config.preset].template if config.preset else "{}"
     try:
-        sample(config, model, tokenizer, prompt)
+        if config.interactive:
+            run_interactive(Conversation(model, tokenizer, options, template), prompts[0])
+            return
+        prompts = [template.format(prompt) for prompt in prompts]
+        if config.prompts is not None:
+            job = Job(config.batch_size, config.unique)
+            for found in run_prompts(model, tokenizer, prompts, options, job):
+                print(json.dumps(found), flush=True)
+        elif config.compare is not None:
+            with wrong_use("--compare"):
+                other = load_model(config.compare, device, config.dtype)
+                if load_tokenizer(config.compare) is not tokenizer:
+                    raise ValueError(f"{config.compare!r} has another vocabulary than --model")
+            show_comparison(config, model, other, tokenizer, prompts[0])
+        else:
+            show_texts(config, model, tokenizer, prompts[0])
     except ValueError as error:
         fail(f"--{error}")
 
 
-def read_prompt(config: SampleConfig) -> str:
-    """Return the text to continue, without a file's last line break.
-
-    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8.
-    """
-    if config.prompt_file is not None:
-        data = Path(config.prompt_file).read_bytes()
-    elif config.prompt == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        return config.prompt
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff").removesuffix("\n")
-    except UnicodeDecodeError as error:
+def read(config: SampleConfig) -> list[str]:
+    """Return the prompts: one, unless --prompts is given."""
+    if config.prompts is not None:
+        with wrong_use("--prompts"):
+            return read_prompts(config.prompts, config.skip_bad)
+    if config.prompt_file is None and config.prompt != "-":
+        return [config.prompt]
+    with wrong_use("PROMPT" if config.prompt_file is None else "--prompt_file"):
         where = config.prompt_file or "standard input"
-        raise ValueError(
-            f"{where!r} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from None
+        data = Path(where).read_bytes() if config.prompt_file else sys.stdin.buffer.read()
+        try:
+            return [data.decode("utf-8").removeprefix("\ufeff").removesuffix("\n")]
+        except UnicodeDecodeError as error:
+            byte = data[error.start]
+            raise ValueError(
+                f"{where!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+            ) from None
 
 
-def sample(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
-    """Print the prompt and its continuations: the first one as it is made, the others after it.
+def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+    """Print the prompt and its texts: the first one as it is made, the others after it.
 
-    Raises ValueError for a prompt that leaves no room for a token.
+    Raises ValueError for a prompt that leaves no room, and for an option that cannot be.
     """
-    options = config.generation
-    ids = start_ids(model, torch.tensor([tokenizer.encode(prompt)], dtype=torch.int64))
-    note_dropped(ids.size(1), options, model.config.block_size)
-    stops, _ = special_ids(model, options)
-    texts = [Completion(tokenizer, stops) for _ in range(options.num_return_sequences)]
-    headings = [f"--- {i + 1} of {len(texts)} ---\n" for i in range(len(texts))]
-    openings = [heading + prompt if len(texts) > 1 else prompt for heading in headings]
-    for step, tokens in enumerate(decode(model, ids, None, options)):
-        pieces = [text.add(token) for text, token in zip(texts, tokens.tolist(), strict=True)]
-        if not config.json:
-            terminal.write(pieces[0] if step else openings[0] + pieces[0])
-    for index, text in enumerate(texts):
-        rest = text.finish()
-        if config.json:
-            print(json.dumps(text.as_json(prompt, index, options.seed)))
+    request = request_for(model, tokenizer, [prompt], config.generation)
+    note_dropped(request, model.config.block_size)
+    streams = not (config.json or config.explain or config.color)
+    tree = BeamTree(request.prompt_length) if config.tree else None
+    screen = terminal.Screen() if streams and tree is None else None
+    count = config.generation.num_return_sequences
+    openings = [f"--- {i + 1} of {count} ---\n" if count > 1 else "" for i in range(count)]
+    if screen is not None:
+        screen.write(openings[0] + prompt)
+    (texts,) = decode_texts(model, tokenizer, [prompt], request, Show(screen, tree=tree))
+    if screen is not None:
+        screen.write("\n")
+    if tree is not None:
+        terminal.write(tree.draw(tokenizer) + "\n")
+    for index, found in enumerate(texts):
+        completion = found.completion
+        record = text.as_json(prompt, index, completion, found.score, config.generation.seed)
+        if streams and (tree is not None or index > 0):
+            terminal.write(openings[index] + record["text"] + "\n")
+        if streams:
+            continue
+        why = []
+        if config.explain or config.color:
+            why = [*explain(model, request, completion.token_ids, tokenizer)]
+        if config.color:
+            shades = (colour(token, config.color, model.config.vocab_size) for token in why)
+            terminal.write(openings[index] + prompt + "".join(shades) + "\n")
+        elif config.explain and not config.json:
+            terminal.write(openings[index] + "\n\n".join(map(draw, why)) + "\n")
         else:
-            terminal.write((openings[index] + text.text if index else rest) + "\n")
+            record |= {"explain": [token.as_json() for token in why]} if why else {}
+            print(json.dumps(record))
 
 
-class Completion:
-    """One continuation while it grows."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: list[int]) -> None:
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.finish_reason = "length"
-        self._stops = stops
-        self._stream = tokenizer.stream()
-
-    def add(self, token: int) -> str:
-        """Take the next token and return the text it completes; after the end there is none."""
-        if self.finish_reason == "stop":
-            return ""
-        self.token_ids.append(token)
-        if token in self._stops:
-            self.finish_reason = "stop"
-            return ""
-        piece = self._stream.feed([token])
-        self.text += piece
-        return piece
-
-    def finish(self) -> str:
-        """Return the text of a character that was left unfinished."""
-        piece = self._stream.finish()
-        self.text += piece
-        return piece
-
-    def as_json(self, prompt: str, index: int, seed: int | None) -> dict[str, Any]:
-        """The object that --json prints."""
-        return {
-            "prompt": prompt,
-            "index": index,
-            "text": prompt + self.text,
-            "completion": self.text,
-            "token_ids": self.token_ids,
-            "score": None,
-            "finish_reason": self.finish_reason,
-            "seed": seed,
-        }
-
-
-def note_dropped(length: int, options: GenerationConfig, block_size: int) -> None:
-    """Say how much of a long prompt the model does not see."""
-    new = options.max_new_tokens or max(0, (options.max_length or 0) - length)
-    dropped = context_start(length, length + new, block_size)
-    if dropped:
-        terminal.note(
-            f"note: the prompt has {length} tokens and the context {block_size}: "
-            f"the first {dropped} are dropped"
-        )
+def show_comparison(
+    config: SampleConfig, model: GPT, other: GPT, tokenizer: Tokenizer, prompt: str
+) -> None:
+    """Print what both models make of the prompt, and what each thinks of both texts."""
+    names = (f"A: {config.model}", f"B: {config.compare}")
+    texts = compare.compare(model, other, tokenizer, prompt, config.generation)
+    if config.json:
+        print(json.dumps(compare.as_json(prompt, names, texts, config.generation.seed)))
+    else:
+        terminal.write(prompt + "\n" + compare.draw(tokenizer, names, texts) + "\n")
 
 
 if __name__ == "__main__":

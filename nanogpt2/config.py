@@ -1,126 +1,22 @@
-"""What a run is told: the model's shape, how to decode, how to train; read from a command line.
+"""What a run is told: the model's shape, how to decode, how to train.
 
-Four frozen dataclasses whose fields are at once the Python options and the command-line flags:
-a field's type, default, range and help text stand in one place, and `parse` turns `argv` into an
-instance. A value out of range raises ValueError from the constructor, so a call from Python and a
-flag are held to the same limits.
-
-Only the standard library is imported, so `--help` and a mistyped flag answer before torch loads.
-This file does not know what a tensor is.
+Frozen dataclasses whose fields are at once the Python options and the command-line flags: a field's
+type, default, range and help text stand in one place. A value out of range raises ValueError from
+the constructor. This file does not know what a tensor is.
 """
 
-import difflib
-import json
-import math
-import operator
-import sys
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-T = TypeVar("T", "SampleConfig", "TrainConfig")
+from nanogpt2.flags import check, fail, flag, parse, show, value_of, wrong_use
+from nanogpt2.presets import TASKS
+
+__all__ = ["parse", "fail", "value_of", "wrong_use"]
 
 FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
 TokenIds = int | tuple[int, ...] | None
 MAX_SEED = 2**63 - 1
-
-
-def flag(
-    default: Any,
-    help: str,  # noqa: A002
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-    positional: bool = False,
-    json: str = "",
-) -> Any:
-    """Return a dataclass field that is also a flag.
-
-    `low` and `high` are in its range, `above` and `below` are not. `json` describes a value with a
-    structure, which the command line takes as JSON; what it needs is checked where it is used.
-    """
-    limits = {">=": low, ">": above, "<=": high, "<": below}
-    metadata = {
-        "help": help,
-        "limits": {sign: limit for sign, limit in limits.items() if limit is not None},
-        "choices": choices,
-        "positional": positional,
-        "json": json,
-    }
-    return field(default=default, metadata=metadata)
-
-
-# the rules a value is held to
-
-_RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-
-
-def _check(config: Any) -> None:
-    """Raise ValueError for the first field with a wrong type or a value out of range."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if not f.metadata or f.metadata["json"]:
-            continue
-        if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
-            raise ValueError(f"{f.name} must be {_allowed(f)}, not {_show(value)}")
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Split a type: int | None -> (int, NoneType); int -> (int,)."""
-    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    return typing.get_args(kind) if is_union else (kind,)
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    kinds = _alternatives(kind)
-    if isinstance(value, tuple):
-        return _takes_several(kind) and all(type(v) is int for v in value)
-    return type(value) in kinds or (type(value) is int and float in kinds)
-
-
-def _takes_several(kind: Any) -> bool:
-    return any(typing.get_origin(k) is tuple for k in _alternatives(kind))
-
-
-def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
-    if metadata["choices"] and isinstance(value, str):
-        return value in metadata["choices"]
-    numbers = value if isinstance(value, tuple) else (value,)
-    return all(
-        not (isinstance(number, float) and not math.isfinite(number))
-        and all(_RELATIONS[sign](number, limit) for sign, limit in metadata["limits"].items())
-        for number in numbers
-        if isinstance(number, (int, float))
-    )
-
-
-def _allowed(f: Field[Any]) -> str:
-    """What a field's value may be, in words."""
-    if f.metadata["json"]:
-        return f"{f.metadata['json']} in JSON"
-    if f.metadata["choices"]:
-        return "one of " + ", ".join(f.metadata["choices"])
-    kinds = _alternatives(f.type)
-    words = next(words for kind, words in _KINDS.items() if kind in kinds)
-    limits = [f"{sign} {limit}" for sign, limit in f.metadata["limits"].items()]
-    none = ["or none"] if types.NoneType in kinds else []
-    return " ".join([words, *([" and ".join(limits)] if limits else []), *none])
-
-
-def _show(value: Any) -> str:
-    return _clip(repr(value))
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)
@@ -139,7 +35,7 @@ class GPTConfig:
     pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}"
@@ -169,7 +65,9 @@ class GenerationConfig:
     min_length: int = flag(0, "no end before this many tokens, the prompt included", low=0)
     min_new_tokens: int | None = flag(None, "no end before this many new tokens", low=0)
     max_time: float | None = flag(None, "seconds after which no new token is begun", above=0)
-    stop_strings: Any = flag(None, "texts that end a text", json="a text or a list of texts")
+    stop_strings: str | list[str] | None = flag(
+        None, "texts that end a text", json="a text, or a list of texts"
+    )
     eos_token_id: TokenIds = flag(
         FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
     )
@@ -217,7 +115,7 @@ class GenerationConfig:
     output_scores: bool = flag(False, "return the processed scores of every step")
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         texts = self.num_return_sequences
         if self.num_beams > 1 and texts > self.num_beams:
             raise ValueError(
@@ -280,36 +178,68 @@ class SampleConfig:
 
     prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
     prompt_file: str | None = flag(None, "a file that holds the prompt")
-    model: str = flag(
-        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, a folder or a .safetensors"
-    )
+    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
-    json: bool = flag(False, "print one JSON object for each text")
+    preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
+    list_presets: bool = flag(False, "describe the presets")
+    # many prompts
+    prompts: str | None = flag(None, "a file of prompts, a line each or JSONL; - is standard input")
+    batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
+    unique: bool = flag(False, "with --prompts: no text twice for a prompt")
+    skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
+    # another look
+    interactive: bool = flag(False, "write together with the model; :help lists the commands")
+    compare: str | None = flag(None, "another model: the same prompt and chance through both")
+    explain: bool = flag(False, "for each token, what each option did to it and its rivals")
+    color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
+    tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
+    json: bool = flag(False, "print JSON: one object for each text")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
+        ways = ("prompts", "interactive", "compare", "explain", "color", "tree")
+        chosen = [name for name in ways if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
+        if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
+            raise ValueError(f"json must be left out where --{chosen[0]} is given")
+        for name in ("unique", "skip_bad"):
+            if getattr(self, name) and self.prompts is None:
+                raise ValueError(f"{name} must come with --prompts")
+        if self.tree and self.generation.num_beams == 1:
+            raise ValueError("tree must come with --num_beams above 1")
+        if self.unique and not self.generation.samples:
+            raise ValueError("unique must come with sampling: other texts are the same each time")
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the flags that were given, filling in what they imply."""
+        if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
+            one = "prompts" if "prompts" in given else "prompt_file"
+            fail(f"--{one} must be left out where another prompt is given")
+        for name in ("model", "compare"):
+            with wrong_use(f"--{name}"):
+                check_model(given.get(name) or "gpt2")
         names = {f.name for f in fields(GenerationConfig)}
+        own = {name: value for name, value in given.items() if name not in names}
+        return cls(generation=cls._decoding(given, names), **own)
+
+    @staticmethod
+    def _decoding(given: dict[str, Any], names: set[str]) -> GenerationConfig:
         options = {name: value for name, value in given.items() if name in names}
-        if "prompt" in given and "prompt_file" in given:
-            fail("--prompt_file must be left out where a PROMPT is given")
-        with wrong_use("--model"):
-            check_model(given.get("model", "gpt2"))
-        if not any(name in given for name in DECODING_FLAGS):
+        if given.get("preset") in TASKS:
+            options = TASKS[given["preset"]].options | options
+        elif not any(name in given for name in DECODING_FLAGS):
             options = SENSIBLE_SAMPLING | options
-        elif not options.get("do_sample"):
+        if not options.get("do_sample"):
             for name in SAMPLING_FLAGS:
                 if name in given:
                     raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
         if "max_length" not in given:
             options = {"max_new_tokens": 100} | options
-        own = {name: value for name, value in given.items() if name not in names}
-        return cls(generation=GenerationConfig(**options), **own)
+        return GenerationConfig(**options)
 
 
 @dataclass(frozen=True)
@@ -354,7 +284,7 @@ class TrainConfig:
     )  # names of the flags on the command line
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         if self.resume and self.overwrite:
             raise ValueError(
                 "overwrite must be left out where resume is given: one keeps the run, one drops it"
@@ -385,37 +315,6 @@ class TrainConfig:
         return cls(**given, given=tuple(given))
 
 
-def parse(cls: type[T], argv: Sequence[str]) -> T:
-    """Read `argv` (without the script's name) into a configuration.
-
-    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; one that is
-    true or false is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one
-    line that starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
-    """
-    given = _read(cls, argv)
-    try:
-        return cls.from_flags(given)
-    except ValueError as error:
-        # it starts with the field's name
-        fail(f"--{error}")
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Print `error: message` as one line of at most 200 characters on stderr and exit."""
-    line = " ".join(f"error: {message}".split())
-    print(line if len(line) <= 200 else line[:197] + "...", file=sys.stderr)
-    raise SystemExit(code)
-
-
-@contextmanager
-def wrong_use(flag: str) -> Iterator[None]:
-    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(f"{flag} {error}")
-
-
 def check_model(name: str | Path) -> None:
     """Raise ValueError where `name` cannot be a model; opens no file."""
     path = Path(name)
@@ -423,13 +322,13 @@ def check_model(name: str | Path) -> None:
         return
     if not name or not path.exists():
         known = ", ".join(MODEL_NAMES)
-        raise ValueError(f"{_show(str(name))} is no file, no folder and no known model ({known})")
+        raise ValueError(f"{show(str(name))} is no file, no folder and no known model ({known})")
     if path.suffix in PICKLES:
         raise ValueError(
-            f"{_show(str(name))} is a pickle, which can run code; only .safetensors are loaded"
+            f"{show(str(name))} is a pickle, which can run code; only .safetensors are loaded"
         )
     if path.suffix != ".safetensors":
-        raise ValueError(f"{_show(str(name))} is no .safetensors file")
+        raise ValueError(f"{show(str(name))} is no .safetensors file")
 
 
 def check_data(source: str) -> None:
@@ -439,96 +338,6 @@ def check_data(source: str) -> None:
         return
     if not source or not path.exists():
         known = ", ".join(DATA_NAMES)
-        raise ValueError(f"{_show(source)} is no file, no folder and no known text ({known})")
+        raise ValueError(f"{show(source)} is no file, no folder and no known text ({known})")
     if not any(path.rglob("*.txt")):
-        raise ValueError(f"{_show(source)} has no .txt file")
-
-
-def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
-    """Return {field name: value} for the flags that were given."""
-    known = _flags(cls)
-    positional = next(f for f in known.values() if f.metadata["positional"])
-    place = positional.name.upper()
-    given: dict[str, Any] = {}
-    words = iter(argv)
-    only_text = False
-    for word in words:
-        if word == "--" and not only_text:
-            only_text = True
-        elif word in ("-h", "--help") and not only_text:
-            print(_help(cls, known))
-            raise SystemExit(0)
-        elif word.startswith("--") and not only_text:
-            name, value = _read_flag(known, word, words)
-            given[name] = value
-        elif positional.name in given:
-            fail(f"{_show(word)} is a second {place}; one is allowed (is it in quotes?)")
-        else:
-            given[positional.name] = word
-    if positional.default is MISSING and positional.name not in given:
-        fail(f"{place} is missing: {positional.metadata['help']}")
-    return given
-
-
-def _read_flag(known: dict[str, Field[Any]], word: str, words: Iterator[str]) -> tuple[str, Any]:
-    """Return the name and value of the flag `word`, taking its value from `words` if need be."""
-    name, equals, text = word[2:].partition("=")
-    name = name.replace("-", "_")
-    negated = known.get(name.removeprefix("no_")) if name not in known else None
-    if negated and negated.type is bool and not equals:
-        return negated.name, False
-    if name not in known or known[name].metadata["positional"]:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-        fail(f"--{_clip(name)} is not a flag; {hint}")
-    f = known[name]
-    if bool in _alternatives(f.type) and not equals:
-        return name, True
-    if not equals:
-        text = next(words, "--")
-        if text.startswith("--"):
-            fail(f"--{name} needs a value: {_allowed(f)}")
-    try:
-        return name, json.loads(text) if f.metadata["json"] else _convert(text, f.type)
-    except ValueError:
-        fail(f"--{name} must be {_allowed(f)}, not {_show(text)}")
-
-
-def _convert(text: str, kind: Any) -> Any:
-    kinds = _alternatives(kind)
-    if text.lower() == "none" and types.NoneType in kinds:
-        return None
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind is bool:
-        raise ValueError(text)
-    if _takes_several(kind) and "," in text:
-        return tuple(_convert(part, int) for part in text.split(","))
-    if str in kinds:
-        return text
-    if int in kinds:
-        if not text.isascii() or not text.removeprefix("-").isdigit():
-            raise ValueError(text)
-        return int(text)
-    return float(text)
-
-
-def _flags(cls: type) -> dict[str, Field[Any]]:
-    """The fields of a configuration by name, those of a nested one included."""
-    known: dict[str, Field[Any]] = {}
-    for f in fields(cls):
-        if f.metadata:
-            known[f.name] = f
-        elif isinstance(f.type, type) and is_dataclass(f.type):
-            known |= _flags(f.type)
-    return known
-
-
-def _help(cls: type, known: dict[str, Field[Any]]) -> str:
-    lines = [cls.__doc__ or "", "Flags (hyphens are accepted for underscores):"]
-    for f in known.values():
-        if not f.metadata["positional"]:
-            default = "" if f.default is None or f.default is False else f" (default: {f.default})"
-            kind = "" if f.type is bool else f" {_allowed(f)}"
-            lines.append(f"  --{f.name}{kind}\n        {f.metadata['help']}{default}")
-    return "\n".join(line.replace("\n    ", "\n") for line in lines)
+        raise ValueError(f"{show(source)} has no .txt file")

@@ -3,9 +3,12 @@
 This file does not know what is being made.
 """
 
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -36,6 +39,10 @@ class Progress:
             note(f"step {figures['step']}: {loss}, val_loss {figures['val_loss']:.4f}")
         self._bar.set_postfix_str(f"{loss}, {speed}", refresh=False)
         self._bar.update()
+
+    def advance(self, count: int) -> None:
+        """Count some more as done."""
+        self._bar.update(count)
 
     def __enter__(self) -> "Progress":
         return self
@@ -70,3 +77,90 @@ def _on_signals(action: Callable[[int], Any]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
+
+
+# ---- text that is drawn
+
+
+class Screen:
+    """Text on stdout as it is made, and behind it, on a terminal, a tail that may still change."""
+
+    def __init__(self) -> None:
+        self._redraws = sys.stdout.isatty()
+        self._line = ""  # what stands on the last line, without the tail
+
+    def write(self, text: str) -> None:
+        """Print what is certain; the tail goes."""
+        self.tail("")
+        write(text)
+        self._line = (self._line + text).rpartition("\n")[2]
+
+    def tail(self, text: str) -> None:
+        """Draw what is not certain yet, dimmed, as far as the line has room."""
+        if not self._redraws:
+            return
+        columns = shutil.get_terminal_size().columns
+        # a long line has wrapped: only its last row can be drawn again
+        start, room = self._line, columns - 1 - _width(self._line) % columns
+        shown = ""
+        for char in text.replace("\n", "⏎"):
+            if _width(shown + char) > room or not char.isprintable():
+                break
+            shown += char
+        row = _last_row(start, columns)
+        write(f"\r{row}\x1b[K" + (f"\x1b[2m{shown}\x1b[0m" if shown else ""))
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes: wide characters take two, combining ones none."""
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
+
+
+def _last_row(line: str, columns: int) -> str:
+    """The part of a line that stands on the terminal's last row."""
+    rest = _width(line) % columns
+    size = 0
+    while size < len(line) and _width(line[len(line) - size :]) < rest:
+        size += 1
+    return line[len(line) - size :]
+
+
+def paint(text: str, share: float) -> str:
+    """Colour a text's background from red (0) over yellow to green (1)."""
+    share = min(1.0, max(0.0, share))
+    red, green = min(1.0, 2 - 2 * share), min(1.0, 2 * share)
+    return f"\x1b[48;2;{int(160 * red)};{int(130 * green)};40m\x1b[97m{text}\x1b[0m"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the columns: the first to the left, the others to the right."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first + " " * (widths[0] - _width(first))]
+        cells += [
+            " " * (width - _width(cell)) + cell
+            for cell, width in zip(others, widths[1:], strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+@dataclass
+class Node:
+    """A node of a tree: its line, and the nodes under it."""
+
+    label: str
+    children: "list[Node]"
+
+
+def tree(nodes: Sequence[Node], indent: str = "") -> str:
+    """Draw nodes under one another, their children behind lines."""
+    lines = []
+    for i, node in enumerate(nodes):
+        last = i == len(nodes) - 1
+        lines.append(f"{indent}{'└─ ' if last else '├─ '}{node.label}")
+        if node.children:
+            lines.append(tree(node.children, indent + ("   " if last else "│  ")))
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ processors.py changes the scores, sampling.py or beam.py chooses with what noise
 stopping.py ends a text. None of it knows training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation.beam import beam_search, best
+from nanogpt2.generation.beam import Beams, beam_search, best
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
-from nanogpt2.generation.sampling import decode
+from nanogpt2.generation.sampling import Step, decode
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -72,10 +72,17 @@ def generate(
     return run(model, request, input_ids.device)
 
 
+def steps(model: GPT, request: Request) -> Iterator[Step] | Iterator[Beams]:
+    """Decode step by step: what has become of the rows, or of the beams, after each token."""
+    search = beam_search if request.config.num_beams > 1 else decode
+    return search(model, request)
+
+
 def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
     columns = [request.ids.repeat_interleave(request.rows, dim=0)]
     scores = []
-    for step in decode(model, request):
+    for step in steps(model, request):
+        assert isinstance(step, Step)
         columns.append(step.tokens[:, None])
         if request.config.output_scores:
             scores.append(step.scores)
@@ -84,8 +91,8 @@ def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationO
 
 
 def _run_beams(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
-    for beams in beam_search(model, request):  # noqa: B007 (the last one is kept)
-        pass
+    *_, beams = steps(model, request)
+    assert isinstance(beams, Beams)
     texts = best(request, beams)
     asked = request.config.output_scores
     return GenerationOutput(

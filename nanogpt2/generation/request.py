@@ -28,6 +28,7 @@ class Request:
     pad: int | None
     max_length: int
     vocab_size: int
+    rows: int  # that are decoded side by side for each prompt
     tokenizer: Tokenizer | None = None
     user_processors: tuple[Processor, ...] = ()
     prefix_allowed_tokens: PrefixAllowedTokens | None = None
@@ -36,12 +37,6 @@ class Request:
     def prompt_length(self) -> int:
         """T, padding included."""
         return self.ids.size(1)
-
-    @property
-    def rows(self) -> int:
-        """Rows that are decoded side by side for each prompt."""
-        c = self.config
-        return c.num_beams if c.num_beams > 1 else c.num_return_sequences
 
 
 def prepare(
@@ -74,6 +69,7 @@ def prepare(
         pad=pad,
         max_length=_max_length(config, ids.size(1), model_config.block_size),
         vocab_size=model_config.vocab_size,
+        rows=config.num_beams if config.num_beams > 1 else config.num_return_sequences,
         tokenizer=tokenizer,
         user_processors=user_processors,
         prefix_allowed_tokens=prefix_allowed_tokens,

@@ -1,0 +1,156 @@
+"""A prompt loop: write together with the model, take back, try again, branch off.
+
+This file does not know how tokens are chosen.
+"""
+
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from nanogpt2 import terminal
+from nanogpt2.cli.one import Show, decode_texts, note_dropped, request_for
+from nanogpt2.config import GenerationConfig, value_of
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+
+HELP = """What you type is added to the text, and the model goes on from there.
+  :undo              take back the last exchange
+  :retry             the same again, with other chance
+  :branch            go on in a copy; :branch N goes back to branch N
+  :set NAME VALUE    change an option, such as :set temperature 0.9
+  :text              show the whole text
+  :save FILE         write the text to a new file
+  :help, :quit       (or Ctrl-D); Ctrl-C stops a text while it is written"""
+
+
+class Conversation:
+    """The text so far, how it came about, and its branches."""
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, options: GenerationConfig, template: str
+    ) -> None:
+        """template: what stands around each thing said, with {} for it."""
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.options = options
+        self.seed = secrets.randbits(62) if options.seed is None else options.seed
+        # the text after each exchange, and what was said; one such history a branch
+        self.branches: list[list[tuple[str, str]]] = [[("", "")]]
+        self.branch = 0
+        self.commands: dict[str, Callable[[str], None]] = {
+            "undo": self.undo,
+            "retry": self.retry,
+            "branch": self.go_to_branch,
+            "set": self.set,
+            "text": lambda _: terminal.write(f"{self.text}\n"),
+            "save": self.save,
+            "help": lambda _: terminal.note(HELP),
+        }
+
+    @property
+    def history(self) -> list[tuple[str, str]]:
+        """(text, what was said last) after each exchange of the branch; the first is empty."""
+        return self.branches[self.branch]
+
+    @property
+    def text(self) -> str:
+        """All that was written on this branch."""
+        return self.history[-1][0]
+
+    def say(self, words: str) -> None:
+        """Add words and let the model go on. Raises ValueError where there is no room."""
+        opening = self.template.format(words) if words else ""
+        between = "\n" if self.template != "{}" and self.text and words else ""
+        prompt = self.text + between + opening
+        options = replace(self.options, seed=self.seed, num_return_sequences=1)
+        self.seed = (self.seed + 1) % 2**63
+        request = request_for(self.model, self.tokenizer, [prompt], options)
+        note_dropped(request, self.model.config.block_size)
+        screen = terminal.Screen()
+        written: list[str] = []
+        show = Show(screen, heard=written.append)
+        try:
+            decode_texts(self.model, self.tokenizer, [prompt], request, show)
+        except KeyboardInterrupt:
+            terminal.note(" (stopped)")
+        screen.write("\n")
+        self.history.append((prompt + "".join(written), words))
+
+    def undo(self, _: str = "") -> None:
+        """Take back the last exchange."""
+        if len(self.history) == 1:
+            raise ValueError("there is nothing to take back")
+        self.history.pop()
+        terminal.note(f"...{self.text[-60:]}" if self.text else "(at the beginning)")
+
+    def retry(self, _: str) -> None:
+        """Say the last thing again, with other chance."""
+        if len(self.history) == 1:
+            raise ValueError("there is nothing to try again")
+        _, words = self.history.pop()
+        self.say(words)
+
+    def go_to_branch(self, number: str) -> None:
+        """Copy this branch and go on in the copy, or go to branch `number`."""
+        if not number:
+            self.branches.append(list(self.history))
+            self.branch = len(self.branches) - 1
+        elif number.isdecimal() and 1 <= int(number) <= len(self.branches):
+            self.branch = int(number) - 1
+        else:
+            raise ValueError(f":branch takes a number from 1 to {len(self.branches)}")
+        terminal.note(f"on branch {self.branch + 1} of {len(self.branches)}")
+
+    def set(self, argument: str) -> None:
+        """Change an option of the decoding."""
+        name, _, value = argument.partition(" ")
+        name = name.replace("-", "_")
+        self.options = replace(
+            self.options, **{name: value_of(GenerationConfig, name, value.strip())}
+        )
+        if name == "seed":
+            self.seed = self.options.seed or 0
+
+    def save(self, file: str) -> None:
+        """Write the text to a file that does not exist yet."""
+        if not file:
+            raise ValueError(":save needs a file's name")
+        with Path(file).expanduser().open("x", encoding="utf-8") as out:
+            out.write(self.text + "\n")
+        terminal.note(f"saved to {file}")
+
+    def obey(self, line: str) -> None:
+        """Carry out a command, or go on with the text; what is wrong is one line."""
+        try:
+            if not line.startswith(":"):
+                self.say(line)
+                return
+            name, _, argument = line[1:].partition(" ")
+            if name not in self.commands:
+                raise ValueError(f"no command :{name}; :help lists them")
+            self.commands[name](argument.strip())
+        except (ValueError, OSError) as error:
+            terminal.note(f"error: {error}")
+
+
+def run_interactive(conversation: Conversation, opening: str) -> None:
+    """Talk until the end of input or :quit. `opening` is said first."""
+    if sys.stdin.isatty():
+        # line editing and history
+        import readline  # noqa: F401
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminal.note(":help lists the commands")
+    if opening:
+        conversation.say(opening)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        if line.strip() == ":quit":
+            return
+        conversation.obey(line)

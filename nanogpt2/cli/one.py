@@ -1,0 +1,149 @@
+"""One prompt and its texts: streamed as they are made, rows and beams alike.
+
+Of several rows the first is streamed and the others follow. Of beams, what all of them agree on is
+final and is printed; the best one's tail is drawn behind it on a terminal, redrawn as it changes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nanogpt2 import terminal
+from nanogpt2.cli.text import Completion
+from nanogpt2.config import GenerationConfig
+from nanogpt2.generation import steps
+from nanogpt2.generation.beam import Beams, best
+from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.request import Request, prepare
+from nanogpt2.generation.sampling import Step
+from nanogpt2.generation.tree import BeamTree
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """A continuation, finished; `score` is the beam's."""
+
+    completion: Completion
+    score: float | None = None
+
+
+def request_for(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig
+) -> Request:
+    """Make a request for prompts of any lengths. Raises ValueError for what cannot be."""
+    bos = model.config.bos_token_id
+    rows = [tokenizer.encode(prompt) or ([] if bos is None else [bos]) for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
+
+
+def note_dropped(request: Request, block_size: int) -> None:
+    """Say how much of a long prompt the model does not see."""
+    length = request.prompt_length
+    dropped = context_start(length, request.max_length, block_size)
+    if dropped:
+        terminal.note(
+            f"note: the prompt has {length} tokens and the context {block_size}: "
+            f"the first {dropped} are dropped"
+        )
+
+
+class Show:
+    """Who follows a text while it is made: a screen, a listener, the beams' tree; or nobody."""
+
+    def __init__(
+        self,
+        screen: terminal.Screen | None = None,
+        heard: Callable[[str], object] | None = None,
+        tree: BeamTree | None = None,
+    ) -> None:
+        self.screen, self.heard, self.tree = screen, heard, tree
+
+    def write(self, piece: str) -> None:
+        """Pass on text that is certain."""
+        if self.screen is not None:
+            self.screen.write(piece)
+        if self.heard is not None:
+            self.heard(piece)
+
+
+def decode_texts(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show | None = None
+) -> list[list[Text]]:
+    """Return the texts of every prompt; show the first text of the first while it is made."""
+    show = show or Show()
+    if request.config.num_beams > 1:
+        return _beams(model, tokenizer, prompts, request, show)
+    return _rows(model, tokenizer, prompts, request, show)
+
+
+def _completion(tokenizer: Tokenizer, prompt: str, request: Request) -> Completion:
+    stops = request.config.stop_strings or ()
+    stops = [stops] if isinstance(stops, str) else stops
+    return Completion(tokenizer, prompt, request.eos.tolist(), stops)
+
+
+def _rows(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
+) -> list[list[Text]]:
+    texts = [
+        [_completion(tokenizer, prompt, request) for _ in range(request.rows)] for prompt in prompts
+    ]
+    flat = [text for row in texts for text in row]
+    for step in steps(model, request):
+        assert isinstance(step, Step)
+        tokens = zip(flat, step.tokens.tolist(), step.running.tolist(), strict=True)
+        pieces = [text.add(token) if running else "" for text, token, running in tokens]
+        show.write(pieces[0])
+    show.write(flat[0].finish())
+    for text in flat[1:]:
+        text.finish()
+    return [[Text(text) for text in row] for row in texts]
+
+
+def _beams(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
+) -> list[list[Text]]:
+    shown, agreed = _completion(tokenizer, prompts[0], request), 0
+    for beams in steps(model, request):
+        assert isinstance(beams, Beams)
+        if show.tree is not None:
+            show.tree.record(beams)
+        if show.screen is not None:
+            ids = beams.running.ids[0, 0, request.prompt_length :].tolist()
+            certain = _agreed(beams, request)
+            for token in ids[agreed:certain]:
+                show.write(shown.add(token))
+            agreed = max(agreed, certain)
+            show.screen.tail(tokenizer.decode(ids[agreed:]))
+    assert isinstance(beams, Beams)
+    group = best(request, beams)
+    texts = [[_completion(tokenizer, prompt, request) for _ in group.ids[0]] for prompt in prompts]
+    for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):
+        for text, tokens, beam in zip(row, ids, rows, strict=True):
+            new = tokens[request.prompt_length :][beam >= 0]
+            for token in new.tolist():
+                text.add(token)
+            text.finish()
+    # what was shown is the beginning of the best text
+    show.write(texts[0][0].text[len(shown.text) :])
+    scores = group.scores.tolist()
+    return [
+        [Text(*pair) for pair in zip(*both, strict=True)]
+        for both in zip(texts, scores, strict=True)
+    ]
+
+
+def _agreed(beams: Beams, request: Request) -> int:
+    """How many new tokens all texts of the first prompt begin with, running and finished ones."""
+    ended = beams.is_finished[0]
+    ids = torch.cat([beams.running.ids[0], beams.finished.ids[0][ended]])  # (texts, T)
+    new = ids[:, request.prompt_length :]
+    same = int((new == new[:1]).all(dim=0).int().cumprod(0).sum())
+    lengths = (beams.finished.beams[0][ended] >= 0).sum(dim=1)
+    return min([same, *lengths.tolist()])

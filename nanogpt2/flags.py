@@ -1,0 +1,268 @@
+"""Dataclass fields that are also command-line flags: declared, checked and read in one place.
+
+A field made by `flag` carries its help and its range. `check` holds a value to them, from Python
+and from the command line alike; `parse` turns `argv` into an instance, with one line of error and
+exit code 2 for what is wrong. No flag is known here, and only the standard library is imported, so
+that `--help` and a mistake answer at once.
+"""
+
+import dataclasses
+import difflib
+import json as json_module
+import math
+import operator
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, NoReturn, Protocol, Self, TypeVar
+
+
+class FromFlags(Protocol):
+    """A configuration that a command line can make."""
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> Self:
+        """Build it from the flags that were given. Raises ValueError starting with a field."""
+
+
+T = TypeVar("T", bound=FromFlags)
+
+
+def flag(
+    default: Any,
+    help: str,  # noqa: A002
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    positional: bool = False,
+    json: str = "",
+) -> Any:
+    """Return a dataclass field that is also a flag.
+
+    `low` and `high` are in its range, `above` and `below` are not. `json` describes a value with a
+    structure, which the command line takes as JSON; what it needs is checked where it is used.
+    """
+    limits = {">=": low, ">": above, "<=": high, "<": below}
+    metadata = {
+        "help": help,
+        "limits": {sign: limit for sign, limit in limits.items() if limit is not None},
+        "choices": choices,
+        "positional": positional,
+        "json": json,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# the rules a value is held to
+
+_RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def check(config: Any) -> None:
+    """Raise ValueError for the first field with a wrong type or a value out of range."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if not f.metadata or f.metadata["json"]:
+            continue
+        if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
+            raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Split a type: int | None -> (int, NoneType); int -> (int,)."""
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    kinds = _alternatives(kind)
+    if isinstance(value, tuple):
+        return _takes_several(kind) and all(type(v) is int for v in value)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _takes_several(kind: Any) -> bool:
+    return any(typing.get_origin(k) is tuple for k in _alternatives(kind))
+
+
+def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
+    if metadata["choices"] and isinstance(value, str):
+        return value in metadata["choices"]
+    numbers = value if isinstance(value, tuple) else (value,)
+    return all(
+        not (isinstance(number, float) and not math.isfinite(number))
+        and all(_RELATIONS[sign](number, limit) for sign, limit in metadata["limits"].items())
+        for number in numbers
+        if isinstance(number, (int, float))
+    )
+
+
+def _allowed(f: Field[Any]) -> str:
+    """What a field's value may be, in words."""
+    if f.metadata["json"]:
+        return f"{f.metadata['json']} in JSON"
+    if f.metadata["choices"]:
+        return "one of " + ", ".join(f.metadata["choices"])
+    kinds = _alternatives(f.type)
+    words = next(words for kind, words in _KINDS.items() if kind in kinds)
+    limits = [f"{sign} {limit}" for sign, limit in f.metadata["limits"].items()]
+    none = ["or none"] if types.NoneType in kinds else []
+    return " ".join([words, *([" and ".join(limits)] if limits else []), *none])
+
+
+def show(value: Any) -> str:
+    """Write a value for an error's line."""
+    return _clip(repr(value))
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse(cls: type[T], argv: Sequence[str]) -> T:
+    """Read `argv` (without the script's name) into a configuration.
+
+    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; one that is
+    true or false is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one
+    line that starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
+    """
+    given = _read(cls, argv)
+    try:
+        return cls.from_flags(given)
+    except ValueError as error:
+        # it starts with the field's name
+        fail(f"--{error}")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print `error: message` as one line of at most 200 characters on stderr and exit."""
+    line = " ".join(f"error: {message}".split())
+    print(line if len(line) <= 200 else line[:197] + "...", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def wrong_use(flag: str) -> Iterator[None]:
+    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(f"{flag} {error}")
+
+
+def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
+    """Return {field name: value} for the flags that were given."""
+    known = _flags(cls)
+    positional = next(f for f in known.values() if f.metadata["positional"])
+    place = positional.name.upper()
+    given: dict[str, Any] = {}
+    words = iter(argv)
+    only_text = False
+    for word in words:
+        if word == "--" and not only_text:
+            only_text = True
+        elif word in ("-h", "--help") and not only_text:
+            print(_help(cls, known))
+            raise SystemExit(0)
+        elif word.startswith("--") and not only_text:
+            name, value = _read_flag(known, word, words)
+            given[name] = value
+        elif positional.name in given:
+            fail(f"{show(word)} is a second {place}; one is allowed (is it in quotes?)")
+        else:
+            given[positional.name] = word
+    if positional.default is MISSING and positional.name not in given:
+        fail(f"{place} is missing: {positional.metadata['help']}")
+    return given
+
+
+def _read_flag(known: dict[str, Field[Any]], word: str, words: Iterator[str]) -> tuple[str, Any]:
+    """Return the name and value of the flag `word`, taking its value from `words` if need be."""
+    name, equals, text = word[2:].partition("=")
+    name = name.replace("-", "_")
+    negated = known.get(name.removeprefix("no_")) if name not in known else None
+    if negated and negated.type is bool and not equals:
+        return negated.name, False
+    if name not in known or known[name].metadata["positional"]:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        fail(f"--{_clip(name)} is not a flag; {hint}")
+    f = known[name]
+    if bool in _alternatives(f.type) and not equals:
+        return name, True
+    if not equals:
+        text = next(words, "--")
+        if text.startswith("--"):
+            fail(f"--{name} needs a value: {_allowed(f)}")
+    try:
+        return name, _value(f, text)
+    except ValueError as error:
+        fail(f"--{error}")
+
+
+def value_of(cls: type, name: str, text: str) -> Any:
+    """Read the value of the field `name` from text. Raises ValueError for neither."""
+    known = _flags(cls)
+    if name not in known:
+        raise ValueError(f"{_clip(name)} is no option")
+    return _value(known[name], text)
+
+
+def _value(f: Field[Any], text: str) -> Any:
+    try:
+        return _structure(text, f.type) if f.metadata["json"] else _convert(text, f.type)
+    except ValueError:
+        raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(text)}") from None
+
+
+def _structure(text: str, kind: Any) -> Any:
+    """JSON; a plain text where the field takes one."""
+    plain = str in _alternatives(kind) and not text.startswith("[")
+    return text if plain else json_module.loads(text)
+
+
+def _convert(text: str, kind: Any) -> Any:
+    kinds = _alternatives(kind)
+    if text.lower() == "none" and types.NoneType in kinds:
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind is bool:
+        raise ValueError(text)
+    if _takes_several(kind) and "," in text:
+        return tuple(_convert(part, int) for part in text.split(","))
+    if str in kinds:
+        return text
+    if int in kinds:
+        if not text.isascii() or not text.removeprefix("-").isdigit():
+            raise ValueError(text)
+        return int(text)
+    return float(text)
+
+
+def _flags(cls: type) -> dict[str, Field[Any]]:
+    """The fields of a configuration by name, those of a nested one included."""
+    known: dict[str, Field[Any]] = {}
+    for f in fields(cls):
+        if f.metadata:
+            known[f.name] = f
+        elif isinstance(f.type, type) and is_dataclass(f.type):
+            known |= _flags(f.type)
+    return known
+
+
+def _help(cls: type, known: dict[str, Field[Any]]) -> str:
+    lines = [cls.__doc__ or "", "Flags (hyphens are accepted for underscores):"]
+    for f in known.values():
+        if not f.metadata["positional"]:
+            default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+            kind = "" if f.type is bool else f" {_allowed(f)}"
+            lines.append(f"  --{f.name}{kind}\n        {f.metadata['help']}{default}")
+    return "\n".join(line.replace("\n    ", "\n") for line in lines)

@@ -1,0 +1,99 @@
+"""Why this token: its raw probability, what each processor made of it, and who came close.
+
+Runs a finished text through the model again, token by token, with the processors of its request:
+the same numbers as while it was decoded, by whatever algorithm. This file does not know how a token was
+chosen.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt2 import terminal
+from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.request import Request
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that might have been next. `probabilities`: raw, then after each processor."""
+
+    token: int
+    text: str
+    rank: int  # 1 is the model's own first choice
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One chosen token among its rivals."""
+
+    position: int  # 0 is the first new token
+    entropy: float  # of the model's own distribution, in nats
+    stages: tuple[str, ...]  # "raw", then the processors' options, in order
+    chosen: Candidate
+    runners_up: tuple[Candidate, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain objects, for --json."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def explain(
+    model: GPT, request: Request, token_ids: Sequence[int], tokenizer: Tokenizer, rivals: int = 4
+) -> Iterator[Explanation]:
+    """Explain the new tokens of a request's first prompt, one by one."""
+    request = replace(request, ids=request.ids[:1], mask=request.mask[:1], rows=1)
+    engine, chain = Engine(model, request), processors_for(request)
+    stages = ("raw", *(name for name, _ in chain))
+    ids = request.ids  # (1, T)
+    with evaluating(model):
+        for position, token in enumerate(token_ids):
+            # normalised, as beams start from; what sampling draws from is the same
+            scores = engine.next_scores(ids).log_softmax(dim=1)  # (1, V)
+            entropy = float(-(scores.exp() * scores).nansum())
+            order = scores[0].argsort(descending=True)
+            rows = [scores]
+            for _, process in chain:
+                rows.append(process(ids, rows[-1]))
+            p = torch.cat(rows).softmax(dim=1)  # (stages, V)
+            best = [int(i) for i in p[-1].topk(rivals + 1).indices if int(i) != token][:rivals]
+            chosen, *runners_up = (_candidate(i, order, p, tokenizer) for i in (token, *best))
+            yield Explanation(position, entropy, stages, chosen, tuple(runners_up))
+            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+
+
+def _candidate(token: int, order: Tensor, p: Tensor, tokenizer: Tokenizer) -> Candidate:
+    rank = int((order == token).nonzero()) + 1
+    return Candidate(token, tokenizer.decode([token]), rank, tuple(p[:, token].tolist()))
+
+
+def draw(explanation: Explanation) -> str:
+    """A table: the chosen token (>) and its runners-up, their probability after each processor."""
+    heads = [name.replace("_", " ") for name in explanation.stages]
+    rows = [["", "rank", *heads]]
+    for candidate in (explanation.chosen, *explanation.runners_up):
+        mark = ">" if candidate is explanation.chosen else " "
+        cells = ["-" if p == 0 else f"{p:.2%}" for p in candidate.probabilities]
+        rows.append([f"{mark} {candidate.text!r}", str(candidate.rank), *cells])
+    title = f"token {explanation.position + 1}, entropy {explanation.entropy:.2f} nats"
+    return f"{title}\n{terminal.table(rows)}"
+
+
+def colour(explanation: Explanation, by: str, vocab_size: int) -> str:
+    """The chosen token's text, coloured by its raw probability, the entropy there, or its rank."""
+    chosen = explanation.chosen
+    if by == "prob":
+        share = chosen.probabilities[0] ** 0.5
+    elif by == "entropy":
+        share = 1 - explanation.entropy / torch.tensor(float(vocab_size)).log().item()
+    else:
+        share = 1 / (1 + torch.tensor(float(chosen.rank)).log2().item())
+    return terminal.paint(chosen.text, share)

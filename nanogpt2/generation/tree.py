@@ -1,0 +1,79 @@
+"""The beams as a tree: where they split, which were pruned, which ended, with their scores.
+
+This file does not know how beams are chosen: it watches a search go by.
+"""
+
+from dataclasses import dataclass, field
+
+from nanogpt2 import terminal
+from nanogpt2.generation.beam import Beams
+from nanogpt2.tokenizer import Tokenizer
+
+
+@dataclass
+class _Place:
+    token: int
+    score: float  # the sum so far, of processed log-probabilities
+    last_step: int
+    final: float | None = None  # the text that ends here: its length-normalised score
+    children: "dict[int, _Place]" = field(default_factory=dict)
+
+
+class BeamTree:
+    """Grows with a search over one prompt."""
+
+    def __init__(self, prompt_length: int) -> None:
+        self._start = prompt_length
+        self._root = _Place(-1, 0.0, 0)
+        self._step = 0
+
+    def record(self, beams: Beams) -> None:
+        """Take the state after a step."""
+        self._step += 1
+        running = beams.running
+        for ids, score in zip(running.ids[0].tolist(), running.scores[0].tolist(), strict=True):
+            self._put(ids[self._start :], score)
+        ended = zip(
+            beams.finished.ids[0].tolist(),
+            beams.finished.beams[0].tolist(),
+            beams.finished.scores[0].tolist(),
+            beams.is_finished[0].tolist(),
+            strict=True,
+        )
+        for ids, rows, score, is_finished in ended:
+            if is_finished:
+                new = sum(row >= 0 for row in rows)
+                place = self._put(ids[self._start : self._start + new], None)
+                place.final = score
+
+    def _put(self, tokens: list[int], score: float | None) -> _Place:
+        place = self._root
+        for token in tokens:
+            place = place.children.setdefault(token, _Place(token, float("nan"), self._step))
+            place.last_step = self._step
+        if score is not None:
+            place.score = score
+        return place
+
+    def draw(self, tokenizer: Tokenizer) -> str:
+        """The tree, runs of tokens without a split on one line."""
+        return terminal.tree(
+            [self._node(place, tokenizer) for place in self._best_first(self._root)]
+        )
+
+    def _best_first(self, place: _Place) -> list[_Place]:
+        return sorted(place.children.values(), key=lambda child: -child.last_step)
+
+    def _node(self, place: _Place, tokenizer: Tokenizer) -> terminal.Node:
+        tokens = [place.token]
+        while place.final is None and len(place.children) == 1:
+            (place,) = place.children.values()
+            tokens.append(place.token)
+        label = repr(tokenizer.decode(tokens))
+        if place.final is not None:
+            label += f"  ended, score {place.final:.3f}"
+        elif not place.children:
+            fate = "running" if place.last_step == self._step else f"pruned at {place.last_step}"
+            label += f"  {fate}, sum {place.score:.3f}"
+        children = [self._node(child, tokenizer) for child in self._best_first(place)]
+        return terminal.Node(label, children)
