@@ -12,6 +12,7 @@ from nanogpt2.config import (
     FROM_CHECKPOINT,
     MAX_SEED,
     PRESETS,
+    SAMPLING_FLAGS,
     GenerationConfig,
     GPTConfig,
     SampleConfig,
@@ -39,16 +40,26 @@ def test_no_decoding_flag_samples_sensibly():
 
 @pytest.mark.parametrize("name", DECODING_FLAGS)
 def test_a_decoding_flag_switches_to_hugging_faces_defaults(name):
-    values = {"do_sample": ["--do_sample"], "top_p": ["--top_p", "1.0"]}
-    argv = values.get(name, [f"--{name}", "30"])
-    if name in ("temperature", "top_k", "top_p"):
+    values = {
+        "early_stopping": "never",
+        "sequence_bias": "[[[5], 1.5]]",
+        "bad_words_ids": "[[5]]",
+        "suppress_tokens": "[5]",
+        "begin_suppress_tokens": "[5]",
+        "exponential_decay_length_penalty": "[5, 1.5]",
+    }
+    bare = name in ("do_sample", "renormalize_logits")
+    argv = [f"--{name}"] if bare else [f"--{name}", values.get(name, "0.5")]
+    known = next(f for f in fields(GenerationConfig) if f.name == name)
+    if "int" in str(known.type):
+        argv = [f"--{name}", "3"]
+    if name in SAMPLING_FLAGS:
         argv = [*argv, "--do_sample"]
     given = {name: getattr(sample(*argv).generation, name), "max_new_tokens": 100}
+    assert given[name] != known.default, "the flag changed nothing"
     if name == "max_length":
         given["max_new_tokens"] = None
-    if "--do_sample" in argv:
-        given["do_sample"] = True
-    expected = GenerationConfig(**{"do_sample": name == "do_sample"} | given)
+    expected = GenerationConfig(**{"do_sample": "--do_sample" in argv} | given)
     assert sample(*argv).generation == expected
 
 

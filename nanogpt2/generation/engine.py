@@ -16,9 +16,9 @@ from nanogpt2.model import GPT
 class Engine:
     """Runs a model over rows of tokens that grow at their right end: N = B prompts x rows each.
 
-    The rows of a prompt share its reading: it is computed once. A context longer than block_size
+    The rows of a prompt share its reading: it is computed once. A row longer than block_size
     slides: its oldest tokens are dropped, and the rest is read again, with room for half a context
-    of new ones.
+    of new ones. When that happens depends on the row alone, not on what it is batched with.
     """
 
     def __init__(self, model: GPT, request: Request) -> None:
@@ -30,18 +30,19 @@ class Engine:
         mask = request.mask.repeat_interleave(self.rows, dim=0)
         new = request.max_length - request.prompt_length
         self.mask = torch.nn.functional.pad(mask, (0, new), value=True)
-        self.padded = not bool(request.mask.all())
+        self.holes = not bool(request.mask.all())
+        # the first token of each row that is in the context, and the cache's first position
+        self.starts: list[int] = mask.int().argmax(dim=1).tolist()
+        self.base = 0
         self.cache = model.new_cache(len(request.ids), min(self.block_size, self.max_length))
-        self.start = 0  # the first token that is still in the context
         self.shared = 0  # positions of the cache that are the same in all rows of a prompt
 
     def next_scores(self, ids: Tensor) -> Tensor:
         """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V)."""
         length = ids.size(1)
-        if length - self.start > self.block_size:
-            self.start = context_start(length, self.max_length, self.block_size)
-            self.cache.length = self.shared = 0
-        known = self.start + self.cache.length
+        if length - self.base > self.block_size:
+            self._slide(length)
+        known = self.base + self.cache.length
         # until the first token is chosen the rows of a prompt are one
         one = self.cache.batch_size < len(ids)
         rows = slice(None, None, self.rows if one else 1)
@@ -54,6 +55,15 @@ class Engine:
             scores = scores.repeat_interleave(self.rows, dim=0)
         return scores
 
+    def _slide(self, length: int) -> None:
+        """Drop the oldest tokens of the rows that have outgrown the context; read all again."""
+        start = context_start(length, self.max_length, self.block_size)
+        self.starts = [s if length - s <= self.block_size else start for s in self.starts]
+        for row, first in enumerate(self.starts):
+            self.mask[row, :first] = False
+        self.base, self.shared, self.cache.length = min(self.starts), 0, 0
+        self.holes = self.holes or self.base < max(self.starts)
+
     def reorder(self, parents: Tensor) -> None:
         """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
         self.cache.reorder(parents, start=self.shared)
@@ -62,11 +72,11 @@ class Engine:
         self, known: int, length: int, rows: slice
     ) -> tuple[Tensor | None, Tensor | None]:
         """For tokens [known, length): positions (B, T) that skip padding, and mask (B, 1, T, S)."""
-        if not self.padded:
+        if not self.holes:
             return None, None
-        keys = self.mask[rows, self.start : length]  # (B, S)
-        positions = (keys.cumsum(1) - 1).clamp(min=0)[:, known - self.start :]  # (B, T)
-        T, S = length - known, length - self.start
+        keys = self.mask[rows, self.base : length]  # (B, S)
+        positions = (keys.cumsum(1) - 1).clamp(min=0)[:, known - self.base :]  # (B, T)
+        T, S = length - known, length - self.base
         square = torch.ones(T, S, dtype=torch.bool, device=keys.device)
         # padding sees itself: a row of attention that is masked whole would be 0 / 0
         itself = square.tril(S - T).triu(S - T)

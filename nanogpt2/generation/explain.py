@@ -1,8 +1,8 @@
 """Why this token: its raw probability, what each processor made of it, and who came close.
 
 Runs a finished text through the model again, token by token, with the processors of its request:
-the same numbers as while it was decoded, by whatever algorithm. This file does not know how a token was
-chosen.
+the same numbers as while it was decoded, by whatever algorithm. This file does not know how a token
+was chosen.
 """
 
 from collections.abc import Iterator, Sequence

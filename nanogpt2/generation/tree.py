@@ -6,7 +6,7 @@ This file does not know how beams are chosen: it watches a search go by.
 from dataclasses import dataclass, field
 
 from nanogpt2 import terminal
-from nanogpt2.generation.beam import Beams
+from nanogpt2.generation.beam import OUT, Beams
 from nanogpt2.tokenizer import Tokenizer
 
 
@@ -32,7 +32,9 @@ class BeamTree:
         self._step += 1
         running = beams.running
         for ids, score in zip(running.ids[0].tolist(), running.scores[0].tolist(), strict=True):
-            self._put(ids[self._start :], score)
+            # a text that ended without a place among the finished runs no further
+            if score > OUT / 2:
+                self._put(ids[self._start :], score)
         ended = zip(
             beams.finished.ids[0].tolist(),
             beams.finished.beams[0].tolist(),
