@@ -86,7 +86,6 @@ class Screen:
     """Text on stdout as it is made, and behind it, on a terminal, a tail that may still change."""
 
     def __init__(self) -> None:
-        self._redraws = sys.stdout.isatty()
         self._line = ""  # what stands on the last line, without the tail
 
     def write(self, text: str) -> None:
@@ -95,19 +94,25 @@ class Screen:
         write(text)
         self._line = (self._line + text).rpartition("\n")[2]
 
+    def redraws(self) -> bool:
+        """True where stdout is a terminal."""
+        return sys.stdout.isatty()
+
     def tail(self, text: str) -> None:
         """Draw what is not certain yet, dimmed, as far as the line has room."""
-        if not self._redraws:
+        if not self.redraws():
             return
         columns = shutil.get_terminal_size().columns
-        # a long line has wrapped: only its last row can be drawn again
-        start, room = self._line, columns - 1 - _width(self._line) % columns
+        # a long line has wrapped: only its last row can be drawn again, a full one has no room
+        taken = _width(self._line) % columns
+        if self._line and taken == 0:
+            return
         shown = ""
         for char in text.replace("\n", "⏎"):
-            if _width(shown + char) > room or not char.isprintable():
+            if _width(shown + char) > columns - 1 - taken or not char.isprintable():
                 break
             shown += char
-        row = _last_row(start, columns)
+        row = _last(self._line, taken)
         write(f"\r{row}\x1b[K" + (f"\x1b[2m{shown}\x1b[0m" if shown else ""))
 
 
@@ -117,11 +122,10 @@ def _width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
 
 
-def _last_row(line: str, columns: int) -> str:
-    """The part of a line that stands on the terminal's last row."""
-    rest = _width(line) % columns
+def _last(line: str, width: int) -> str:
+    """The end of a line that takes this many columns."""
     size = 0
-    while size < len(line) and _width(line[len(line) - size :]) < rest:
+    while size < len(line) and _width(line[len(line) - size :]) < width:
         size += 1
     return line[len(line) - size :]
 

@@ -100,7 +100,7 @@ def test_text_is_streamed(monkeypatch, folder):
     pieces = []
     monkeypatch.setattr(terminal, "write", pieces.append)
     run(folder, "Hello", "--max_new_tokens", "20", "--seed", "1", "--eos_token_id=none")
-    assert len(pieces) == 21 and pieces[0].startswith("Hello") and pieces[-1].endswith("\n")
+    assert len(pieces) > 20 and pieces[0] == "Hello" and pieces[-1] == "\n"
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -71,6 +71,16 @@ class Show:
         if self.heard is not None:
             self.heard(piece)
 
+    def tail(self, text: str) -> None:
+        """Pass on text that may still change."""
+        if self.screen is not None:
+            self.screen.tail(text)
+
+    @property
+    def follows(self) -> bool:
+        """True where somebody wants the text before it is finished."""
+        return self.screen is not None or self.heard is not None
+
 
 def decode_texts(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show | None = None
@@ -114,13 +124,13 @@ def _beams(
         assert isinstance(beams, Beams)
         if show.tree is not None:
             show.tree.record(beams)
-        if show.screen is not None:
+        if show.follows:
             ids = beams.running.ids[0, 0, request.prompt_length :].tolist()
             certain = _agreed(beams, request)
             for token in ids[agreed:certain]:
                 show.write(shown.add(token))
             agreed = max(agreed, certain)
-            show.screen.tail(tokenizer.decode(ids[agreed:]))
+            show.tail(tokenizer.decode(ids[agreed:]))
     assert isinstance(beams, Beams)
     group = best(request, beams)
     texts = [[_completion(tokenizer, prompt, request) for _ in group.ids[0]] for prompt in prompts]

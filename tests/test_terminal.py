@@ -1,0 +1,114 @@
+"""What is drawn: a screen whose tail changes, tables, trees, colours."""
+
+import os
+import re
+import shutil
+
+import pytest
+
+from nanogpt2 import terminal
+
+
+class FakeTerminal:
+    """Enough of a terminal to know what a person sees: \\r, \\n, erase to the end of the line."""
+
+    def __init__(self, columns):
+        self.columns = columns
+        self.rows = [""]
+        self.column = 0
+
+    def write(self, text):
+        for piece in re.findall(r"\x1b\[[0-9;]*[A-Za-z]|.|\n", text, re.DOTALL):
+            if piece == "\r":
+                self.column = 0
+            elif piece == "\n":
+                self.rows.append("")
+                self.column = 0
+            elif piece.endswith("K") and piece.startswith("\x1b"):
+                self.rows[-1] = self.rows[-1][: self.column]
+            elif not piece.startswith("\x1b"):
+                self._put(piece)
+
+    def _put(self, char):
+        if self.column == self.columns:
+            self.rows.append("")
+            self.column = 0
+        self.rows[-1] = self.rows[-1][: self.column] + char + self.rows[-1][self.column + 1 :]
+        self.column += 1
+
+    @property
+    def shown(self):
+        """The rows, those that wrapped put together again."""
+        text = ""
+        for row in self.rows[:-1]:
+            text += row if len(row) == self.columns else row + "\n"
+        return text + self.rows[-1]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    out = FakeTerminal(20)
+    # pytest's own standard output is no terminal
+    monkeypatch.setattr(terminal, "write", out.write)
+    monkeypatch.setattr(terminal.Screen, "redraws", lambda self: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    return out
+
+
+def test_a_tail_is_drawn_and_goes(fake):
+    screen = terminal.Screen()
+    screen.write("The cat")
+    screen.tail(" sat on")
+    assert fake.shown == "The cat sat on"
+    screen.tail(" ran")
+    assert fake.shown == "The cat ran"
+    screen.write(" slept")
+    screen.tail("")
+    assert fake.shown == "The cat slept"
+
+
+@pytest.mark.parametrize("length", [5, 19, 20, 21, 39, 40, 41, 66])
+def test_a_long_line_keeps_its_text_whatever_the_tail(fake, length):
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    screen = terminal.Screen()
+    for i, char in enumerate(text):
+        screen.tail("some tail, longer than the line"[i % 7 :])
+        screen.write(char)
+    screen.tail("x\ny")
+    screen.tail("")
+    assert fake.shown == text
+
+
+def test_a_tail_never_takes_a_second_row(fake):
+    screen = terminal.Screen()
+    screen.write("a\n12345")
+    screen.tail("日本語日本語日本語\nnext")
+    assert len(fake.rows) == 2
+    screen.write("6\n")
+    assert fake.shown == "a\n123456\n"
+
+
+def test_no_terminal_no_tail(capsys):
+    screen = terminal.Screen()
+    screen.write("The cat")
+    screen.tail(" sat")
+    screen.write(" ran\n")
+    assert capsys.readouterr().out == "The cat ran\n"
+
+
+def test_tables_align_wide_characters():
+    drawn = terminal.table([["token", "p"], ["'日'", "1%"], ["'a'", "100%"]])
+    assert drawn == "token     p\n'日'     1%\n'a'    100%"
+
+
+def test_trees():
+    leaf = terminal.Node("b", [])
+    nodes = [terminal.Node("a", [leaf, terminal.Node("c", [leaf])]), terminal.Node("d", [])]
+    assert terminal.tree(nodes) == "├─ a\n│  ├─ b\n│  └─ c\n│     └─ b\n└─ d"
+
+
+def test_colours_run_from_red_to_green():
+    backgrounds = [re.match(r"\x1b\[48;2;(\d+);(\d+)", terminal.paint("x", s)) for s in (0, 0.5, 1)]
+    red, green = zip(*[map(int, found.groups()) for found in backgrounds], strict=True)
+    assert red[0] > red[2] and green[0] < green[2]
+    assert terminal.paint("x", 7.0) == terminal.paint("x", 1.0)
