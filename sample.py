@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from nanogpt2.cli import compare, text
 from nanogpt2.cli.interactive import Conversation, run_interactive
-from nanogpt2.cli.one import Show, decode_texts, note_dropped, request_for
+from nanogpt2.cli.one import Show, decode_texts, note_dropped, note_outgrown, request_for
 from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
 from nanogpt2.generation.explain import colour, draw, explain
 from nanogpt2.generation.tree import BeamTree
@@ -105,6 +105,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
     (texts,) = decode_texts(model, tokenizer, [prompt], request, Show(screen, tree=tree))
     if screen is not None:
         screen.write("\n")
+    note_outgrown(request, model.config.block_size, texts)
     if tree is not None:
         terminal.write(tree.draw(tokenizer) + "\n")
     for index, found in enumerate(texts):

@@ -130,7 +130,7 @@ def test_an_empty_prompt_starts_a_text(capsys, folder):
     run(folder, "--max_new_tokens", "5")
 
 
-@pytest.mark.parametrize(("length", "new", "dropped"), [(100, 10, 46), (64, 10, 0), (500, 99, 468)])
+@pytest.mark.parametrize(("length", "new", "dropped"), [(100, 10, 46), (54, 10, 0), (500, 99, 468)])
 def test_a_prompt_longer_than_the_context_is_kept_working(capsys, folder, length, new, dropped):
     argv = ["x" * length, "--max_new_tokens", str(new), "--eos_token_id=none", "--json"]
     run(folder, *argv)
@@ -161,6 +161,16 @@ def test_greedy_is_generates(capsys, folder):
         (["Hello", "--model", "broken"], "model.safetensors"),
         (["Hello", "--model", "empty"], "model.safetensors"),
         (["Hello", "--device", "mps"], "--device"),
+        (["Hello", "--stop_strings", ""], "--stop_strings"),
+        (["Hello", "--stop_strings", '["a", ""]'], "--stop_strings"),
+        (["Hello", "--bad_words_ids", "[[257]]"], "--bad_words_ids"),
+        (["Hello", "--suppress_tokens", "[-1]"], "--suppress_tokens"),
+        (["Hello", "--forced_bos_token_id", "300"], "--forced_bos_token_id"),
+        (["Hello", "--bad_words_ids", "[[1]"], "--bad_words_ids"),
+        (["--prompts", "nowhere.txt"], "--prompts"),
+        (["--prompts", "broken.jsonl"], "line 2"),
+        (["Hello", "--compare", "nowhere"], "--compare"),
+        (["Hello", "--compare", "demo"], "--compare"),
     ],
     ids=str,
 )
@@ -168,6 +178,7 @@ def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text('"a"\n{"prompt": 3}\n')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(SystemExit) as stopped:
@@ -178,13 +189,95 @@ def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
     assert named in err
 
 
+def test_beams_have_scores(capsys, folder):
+    argv = ["Hello", "--num_beams", "3", "--num_return_sequences", "2", "--max_new_tokens", "6"]
+    first, second = run_json(capsys, folder, *argv)
+    assert first["score"] >= second["score"]
+    ids = torch.tensor([byte_tokenizer().encode("Hello")])
+    expected = generate(load_model(folder), ids, num_beams=3, max_new_tokens=6)
+    assert first["score"] == pytest.approx(expected.sequences_scores[0].item(), abs=1e-5)
+
+
+def test_stop_strings_end_and_are_cut_off(capsys, folder):
+    argv = ["Hi", "--seed", "2", "--max_new_tokens", "20", "--eos_token_id=none"]
+    (free,) = run_json(capsys, folder, *argv)
+    stop = free["completion"][5]
+    (ended,) = run_json(capsys, folder, *argv, "--stop_strings", stop)
+    assert ended["finish_reason"] == "stop" and stop not in ended["completion"]
+    assert ended["completion"] == free["completion"][: free["completion"].index(stop)]
+
+
+def test_many_prompts(capsys, folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n"a longer second"\nbroken\n"three"\n')
+    argv = ["--prompts", str(path), "--max_new_tokens", "4", "--num_return_sequences", "2"]
+    run(folder, *argv, "--skip_bad", "--unique", "--batch_size", "2", "--seed", "1")
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [f["prompt"] for f in found] == [
+        p for p in ("one", "a longer second", "three") for _ in "12"
+    ]
+    assert "skipped" in err and "line 3" in err
+
+
+def test_a_preset_sets_template_and_decoding(capsys, folder):
+    (found,) = run_json(capsys, folder, "Who?", "--preset", "question-answering")
+    assert found["prompt"].endswith("Q: Who?\nA:") and found["score"] is not None
+    assert "\n" not in found["completion"] and len(found["token_ids"]) <= 24
+    (found,) = run_json(capsys, folder, "Who?", "--preset", "summarise", "--max_new_tokens", "3")
+    assert found["prompt"] == "Who?\nTL;DR:" and len(found["token_ids"]) == 3
+
+
+def test_presets_are_listed_at_once(tmp_path):
+    ran = run_script("sample.py", "--list_presets", cwd=tmp_path)
+    assert ran.returncode == 0 and ran.stderr == b""
+    for name in ("story", "dialogue", "poem", "question-answering", "summarise", "translate"):
+        assert name in ran.stdout.decode()
+
+
+def test_explanations(capsys, folder):
+    argv = ["Hello", "--max_new_tokens", "3", "--seed", "1", "--eos_token_id=none", "--do_sample"]
+    (found,) = run_json(capsys, folder, "--explain", *argv)
+    assert [why["chosen"]["token"] for why in found["explain"]] == found["token_ids"]
+    run(folder, "--explain", *argv)
+    assert capsys.readouterr().out.count("entropy") == 3
+    run(folder, "--color", "prob", *argv)
+    assert capsys.readouterr().out.count("\x1b[48;2;") == 3
+    run(folder, "Hello", "--tree", "--num_beams", "3", "--max_new_tokens", "4")
+    assert "ended, score" in capsys.readouterr().out
+
+
+def test_two_models_side_by_side(capsys, folder):
+    argv = ["Hello", "--max_new_tokens", "3", "--seed", "1", "--compare", folder]
+    run(folder, *argv)
+    out = capsys.readouterr().out
+    assert f"--- A: {folder} ---" in out and f"--- B: {folder} ---" in out
+    (found,) = run_json(capsys, folder, *argv)
+    assert [text["gain"] for text in found["texts"]] == [0, 0]
+
+
+def test_the_loop(folder, tmp_path):
+    lines = b"Hello\n:set temperature 0\n again\n:undo\n:text\n:nonsense\n"
+    argv = ["--interactive", "--model", folder, "--max_new_tokens", "4", "--seed", "1"]
+    ran = run_script("sample.py", "Opening", *argv, cwd=tmp_path, stdin=lines)
+    assert ran.returncode == 0 and b"Traceback" not in ran.stderr
+    assert ran.stdout.decode().startswith("Opening") and b":nonsense" in ran.stderr
+
+
+def test_a_text_that_outgrows_the_context_says_so(capsys, folder):
+    run(folder, "Hello", "--max_new_tokens", "90", "--eos_token_id=none", "--json")
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["token_ids"]) == 90
+    assert "outgrew the context of 64" in err and err.count("\n") == 1
+
+
 def test_bytes_on_standard_input_that_are_no_text(folder, tmp_path):
     ran = run_script("sample.py", "-", "--model", folder, cwd=tmp_path, stdin=b"ab\xff")
     assert ran.returncode == 2 and b"standard input" in ran.stderr and b"offset 2" in ran.stderr
 
 
 def test_a_terminal_without_the_characters(folder, tmp_path):
-    argv = ["日本", "--model", folder, "--seed", "0"]
+    argv = ["日本", "--model", folder, "--seed", "0", "--max_new_tokens", "9"]
     ran = run_script("sample.py", *argv, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert ran.returncode == 0 and ran.stdout.startswith(b"??") and ran.stderr == b""
 

@@ -143,6 +143,7 @@ def run_interactive(conversation: Conversation, opening: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     terminal.note(":help lists the commands")
     if opening:
+        terminal.write(conversation.template.format(opening))
         conversation.say(opening)
     while True:
         try:

@@ -15,8 +15,10 @@ from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import steps
 from nanogpt2.generation.beam import Beams, best
 from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request, prepare
 from nanogpt2.generation.sampling import Step
+from nanogpt2.generation.stopping import Stopping
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -39,7 +41,11 @@ def request_for(
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
+    request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
+    # what is wrong with an option is said before anything is shown
+    processors_for(request)
+    Stopping(request)
+    return request
 
 
 def note_dropped(request: Request, block_size: int) -> None:
@@ -50,6 +56,16 @@ def note_dropped(request: Request, block_size: int) -> None:
         terminal.note(
             f"note: the prompt has {length} tokens and the context {block_size}: "
             f"the first {dropped} are dropped"
+        )
+
+
+def note_outgrown(request: Request, block_size: int, texts: list["Text"]) -> None:
+    """Say where the oldest tokens left the model's sight, if a text was that long."""
+    length, longest = request.prompt_length, max(len(t.completion.token_ids) for t in texts)
+    if length <= block_size < length + longest:
+        terminal.note(
+            f"note: the text outgrew the context of {block_size} tokens: from new token "
+            f"{block_size - length + 2} on, the oldest ones are dropped"
         )
 
 

@@ -64,8 +64,10 @@ def explain(
             for _, process in chain:
                 rows.append(process(ids, rows[-1]))
             p = torch.cat(rows).softmax(dim=1)  # (stages, V)
-            best = [int(i) for i in p[-1].topk(rivals + 1).indices if int(i) != token][:rivals]
-            chosen, *runners_up = (_candidate(i, order, p, tokenizer) for i in (token, *best))
+            # in turn the likeliest at the end and the model's own favourites, banned or not
+            best = torch.stack([p[-1].topk(rivals + 1).indices, order[: rivals + 1]], dim=1)
+            others = [i for i in dict.fromkeys(best.flatten().tolist()) if i != token][:rivals]
+            chosen, *runners_up = (_candidate(i, order, p, tokenizer) for i in (token, *others))
             yield Explanation(position, entropy, stages, chosen, tuple(runners_up))
             ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
 

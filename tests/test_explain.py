@@ -1,0 +1,93 @@
+"""Why this token: the same numbers as while the text was decoded."""
+
+import json
+
+import pytest
+import torch
+from reference import TINY, twins
+
+from nanogpt2.config import GenerationConfig
+from nanogpt2.generation import generate
+from nanogpt2.generation.explain import colour, draw, explain
+from nanogpt2.generation.request import prepare
+from nanogpt2.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return twins(tmp_path_factory.mktemp("twins"))[0]
+
+
+def explained(model, ids, **options):
+    config = GenerationConfig(**{"max_new_tokens": 8, "seed": 5, "eos_token_id": None} | options)
+    request = prepare(model.config, torch.device("cpu"), config, ids)
+    found = generate(model, ids, **{**vars(config), "output_scores": True})
+    new = found.sequences[0, ids.size(1) :].tolist()
+    return list(explain(model, request, new, byte_tokenizer(), rivals=3)), found, new
+
+
+IDS = torch.tensor([[5, 9, 5, 9, 30, 7]])
+FULL = {
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 9,
+    "top_p": 0.9,
+    "repetition_penalty": 1.4,
+    "no_repeat_ngram_size": 2,
+}
+
+
+def test_the_last_stage_is_what_was_drawn_from(model):
+    why, found, new = explained(model, IDS, **FULL)
+    assert [w.chosen.token for w in why] == new
+    for w, scores in zip(why, found.scores, strict=True):
+        p = scores[0].softmax(0)
+        best = next(int(i) for i in p.topk(4).indices if i != w.chosen.token)
+        assert w.runners_up[0].token == best and len(w.runners_up) == 3
+        for candidate in (w.chosen, *w.runners_up):
+            assert candidate.probabilities[-1] == pytest.approx(p[candidate.token].item(), abs=1e-5)
+
+
+def test_the_first_stage_is_the_model(model):
+    why, _, new = explained(model, IDS, **FULL)
+    ids = IDS
+    for w in why:
+        with torch.no_grad():
+            p = model(ids)[0, -1].double().softmax(0)
+        assert w.chosen.probabilities[0] == pytest.approx(p[w.chosen.token].item(), abs=1e-5)
+        assert w.entropy == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+        assert w.chosen.rank == 1 + int((p > p[w.chosen.token]).sum())
+        ids = torch.cat([ids, torch.tensor([[w.chosen.token]])], dim=1)
+    assert len(why) == len(new)
+
+
+def test_every_option_is_a_stage_in_order(model):
+    why, _, _ = explained(model, IDS, **FULL)
+    names = ("repetition_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p")
+    assert why[0].stages == ("raw", *names)
+    assert all(len(c.probabilities) == 6 for w in why for c in (w.chosen, *w.runners_up))
+    drawn = draw(why[0])
+    assert "repetition penalty" in drawn and drawn.count("\n") == 5
+    banned = [c for w in why for c in w.runners_up if 0 in c.probabilities]
+    assert banned and "-" in drawn
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, **FULL}, {}])
+def test_any_algorithm_is_explained(model, options):
+    why, _, new = explained(model, IDS, **options)
+    assert [w.chosen.token for w in why] == new
+    if not options:
+        assert all(w.chosen.rank == 1 for w in why)
+    json.dumps([w.as_json() for w in why])
+
+
+def test_colours_follow_what_they_stand_for(model):
+    why, _, _ = explained(model, IDS, do_sample=True, top_k=0)
+    for by in ("prob", "entropy", "rank"):
+        painted = {colour(w, by, TINY.vocab_size) for w in why}
+        assert all(text.startswith("\x1b[48;2;") for text in painted) and len(painted) > 1
+
+
+def test_past_the_context(model):
+    why, _, new = explained(model, IDS, max_new_tokens=60)
+    assert [w.chosen.token for w in why] == new and all(w.chosen.rank == 1 for w in why)
