@@ -43,7 +43,7 @@ def test_the_last_stage_is_what_was_drawn_from(model):
     for w, scores in zip(why, found.scores, strict=True):
         p = scores[0].softmax(0)
         best = next(int(i) for i in p.topk(4).indices if i != w.chosen.token)
-        assert w.runners_up[0].token == best and len(w.runners_up) == 3
+        assert best in [c.token for c in w.runners_up] and len(w.runners_up) == 3
         for candidate in (w.chosen, *w.runners_up):
             assert candidate.probabilities[-1] == pytest.approx(p[candidate.token].item(), abs=1e-5)
 
@@ -62,7 +62,7 @@ def test_the_first_stage_is_the_model(model):
 
 
 def test_every_option_is_a_stage_in_order(model):
-    why, _, _ = explained(model, IDS, **FULL)
+    why, _, _ = explained(model, IDS, **{**FULL, "top_k": 2})
     names = ("repetition_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p")
     assert why[0].stages == ("raw", *names)
     assert all(len(c.probabilities) == 6 for w in why for c in (w.chosen, *w.runners_up))
