@@ -43,7 +43,8 @@ def test_the_last_stage_is_what_was_drawn_from(model):
     for w, scores in zip(why, found.scores, strict=True):
         p = scores[0].softmax(0)
         best = next(int(i) for i in p.topk(4).indices if i != w.chosen.token)
-        assert best in [c.token for c in w.runners_up] and len(w.runners_up) == 3
+        assert best in [c.token for c in w.runners_up] or p[best] == 0
+        assert len(w.runners_up) == 3
         for candidate in (w.chosen, *w.runners_up):
             assert candidate.probabilities[-1] == pytest.approx(p[candidate.token].item(), abs=1e-5)
 
