@@ -56,11 +56,12 @@ def explain(
     ids = request.ids  # (1, T)
     with evaluating(model):
         for position, token in enumerate(token_ids):
-            # normalised, as beams start from; what sampling draws from is the same
-            scores = engine.next_scores(ids).log_softmax(dim=1)  # (1, V)
-            entropy = float(-(scores.exp() * scores).nansum())
-            order = scores[0].argsort(descending=True)
-            rows = [scores]
+            scores = engine.next_scores(ids)  # (1, V)
+            logp = scores.log_softmax(dim=1)
+            entropy = float(-(logp.exp() * logp).nansum())
+            order = logp[0].argsort(descending=True)
+            # a penalty weighs on log-probabilities with beams and on logits without
+            rows = [logp if request.config.num_beams > 1 else scores]
             for _, process in chain:
                 rows.append(process(ids, rows[-1]))
             p = torch.cat(rows).softmax(dim=1)  # (stages, V)
