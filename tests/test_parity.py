@@ -216,13 +216,12 @@ def test_early_stopping(models, sample, length_penalty):
 
 def test_length_penalties(models):
     """A higher power prefers longer texts."""
-    found = {
-        penalty: results(models, num_beams=4, **endings(3.0, length_penalty=penalty))
-        for penalty in (2.0, 1.0, 0.5, 0.0, -1.0)
-    }
-    total = {p: sum(sum(lengths(rows, 6)) for rows in found[p]) for p in found}
-    assert total[2.0] > total[1.0] > total[0.0] > total[-1.0]
-    assert total[1.0] >= total[0.5] >= total[0.0]
+    total = {}
+    for penalty in (2.0, 1.0, 0.5, 0.0, -1.0):
+        found = results(models, num_beams=4, **endings(2.0, length_penalty=penalty))
+        total[penalty] = sum(sum(lengths(rows, 6)) for rows in found)
+    # a sum of log-probabilities prefers the shorter text by itself, so 0 and -1 may agree
+    assert total[2.0] > total[1.0] > total[0.5] > total[0.0] >= total[-1.0]
 
 
 @pytest.mark.parametrize("T", [1, 9, 25])
