@@ -206,6 +206,24 @@ def test_the_context_slides_with_padding(models):
     assert found.sequences.shape == (3, 85)
 
 
+@pytest.mark.parametrize(("T", "new"), [(30, 40), (50, 30)])
+def test_beams_slide_together(models, T, new):
+    """Each text's score is the sum of its log-probabilities over the contexts it slid through."""
+    ours, _ = models
+    ids, B = prompts(2, T), TINY.block_size
+    found = generate(
+        ours, ids, num_beams=4, num_return_sequences=4, max_new_tokens=new, eos_token_id=None
+    )
+    total, start = torch.zeros(8), context_start(T, T + new, B)
+    with torch.no_grad():
+        for length in range(T, T + new):
+            if length - start > B:
+                start = context_start(length, T + new, B)
+            logp = ours(found.sequences[:, start:length])[:, -1].log_softmax(-1)
+            total += logp.gather(1, found.sequences[:, length, None])[:, 0]
+    torch.testing.assert_close(found.sequences_scores, total / new, rtol=1e-4, atol=1e-4)
+
+
 def test_context_start_leaves_room():
     assert context_start(1024, 1124, 1024) == 0
     assert context_start(1500, 1600, 1024) == 576

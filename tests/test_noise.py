@@ -85,6 +85,12 @@ def test_beams_in_any_batch(model):
         alone = new_tokens(model, ids[row : row + 1], first_sample=2, **options)
         assert torch.equal(batch[3 * row : 3 * row + 3], alone)
     assert not torch.equal(new_tokens(model, ids, first_sample=3, **options), batch)
+    # left padding does not matter either
+    padded, mask = left_padded(2, 9, seed=2)
+    padded[1], mask[1] = 0, 0
+    padded[1, -6:], mask[1, -6:] = ids[2], 1
+    found = new_tokens(model, padded, mask, first_sample=2, **options)
+    assert torch.equal(found[3:], batch[6:])
 
 
 def test_seeds_and_samples_make_a_difference(model):

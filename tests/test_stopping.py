@@ -9,7 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import GPT, TINY, assert_parity, left_padded, our_output, prompts, twins
+from reference import (
+    GPT,
+    TINY,
+    assert_parity,
+    assert_same_output,
+    left_padded,
+    our_output,
+    prompts,
+    their_output,
+    twins,
+)
 from transformers import AutoTokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -235,6 +245,23 @@ def test_rows_stop_one_by_one(saved, name, K, sample):
         assert torch.equal(found, expected)
         different += len(set((found[:, 5:] == 3).sum(1).tolist())) > 1
     assert different > 2
+
+
+@pytest.mark.parametrize("pad", [None, 0, 3])
+def test_texts_that_only_a_string_ends_are_filled_with_minus_one(saved, pad):
+    """Beams without an end token: transformers' filler there is no token, whatever the pad."""
+    ours, theirs, tokenizer, their_tokenizer = saved["bytes"]
+    filled = 0
+    for seed in range(6):
+        ids, mask = left_padded(2, 5, seed, vocab_size=257)
+        options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12}
+        options |= {"stop_strings": [chr(i) for i in range(32, 72)], "eos_token_id": None}
+        options |= {"pad_token_id": pad}
+        expected = their_output(theirs, ids, mask, seed, tokenizer=their_tokenizer, **options)
+        found = our_output(ours, ids, mask, seed, tokenizer=tokenizer, **options)
+        assert_same_output(found, expected, beams=True)
+        filled += int((found.sequences == -1).sum())
+    assert filled > 20
 
 
 @pytest.mark.parametrize("strings", ["", [""], ["end", ""], [], [3], 3, {"a": 1}, ["end", None]])
