@@ -2,17 +2,20 @@
 
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 from transformers.utils import logging
 
 from nanogpt2.config import PRESETS, GPTConfig
+from nanogpt2.generation import GenerationOutput, generate
 from nanogpt2.model import GPT
 from nanogpt2.weights import load_model
 
@@ -60,6 +63,81 @@ def twins(folder: Path, config: GPTConfig = TINY, seed: int = 0) -> tuple[GPT, G
     theirs = hf_model(config, seed)
     theirs.save_pretrained(folder)
     return load_model(folder), theirs
+
+
+# ---- the same generation twice
+
+
+def prompts(B: int, T: int, seed: int = 0, vocab_size: int = TINY.vocab_size) -> torch.Tensor:
+    """Random ids, the vocabulary's last one left out: int64 (B, T)."""
+    return torch.randint(vocab_size - 1, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(
+    B: int, T: int, seed: int = 0, pad: int = 0, vocab_size: int = TINY.vocab_size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of 1 to T tokens, the first one full, and their mask: both (B, T)."""
+    ids, rng = prompts(B, T, seed, vocab_size), random.Random(seed)
+    mask = torch.ones_like(ids)
+    for row in range(1, B):
+        pads = rng.randrange(T)
+        ids[row, :pads], mask[row, :pads] = pad, 0
+    return ids, mask
+
+
+def their_output(theirs: GPT2LMHeadModel, ids, mask, seed: int, **options):
+    """What transformers' generate returns, scores included, for a global seed."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # transformers warns of flags that greedy decoding does not use
+        warnings.simplefilter("ignore")
+        return theirs.generate(
+            ids,
+            attention_mask=mask,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **{name: _as_theirs(name, value) for name, value in options.items()},
+        )
+
+
+def _as_theirs(name: str, value):
+    if name == "logits_processor":
+        return LogitsProcessorList(value)
+    return list(value) if name.endswith("token_id") and isinstance(value, tuple) else value
+
+
+def our_output(ours: GPT, ids, mask, seed: int, **options) -> GenerationOutput:
+    """What our generate returns for the same call."""
+    torch.manual_seed(seed)
+    return generate(ours, ids, mask, output_scores=True, **options)
+
+
+def assert_same_output(found: GenerationOutput, expected, beams: bool) -> None:
+    """Token for token; processed rows with one -inf mask and within 1e-4; beams by their rows."""
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.scores) == len(expected.scores)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        assert torch.equal(ours.isneginf(), theirs.isneginf())
+        # a row with nothing left to allow, renormalised, is not a number in both
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
+    if beams:
+        torch.testing.assert_close(
+            found.sequences_scores, expected.sequences_scores, rtol=1e-5, atol=1e-4
+        )
+        assert torch.equal(found.beam_indices, expected.beam_indices)
+
+
+def assert_parity(models, ids, mask=None, seed: int = 0, **options) -> GenerationOutput:
+    """Both models' output for one call, compared; returns ours."""
+    ours, theirs = models
+    mask = torch.ones_like(ids) if mask is None else mask
+    expected = their_output(theirs, ids, mask, seed, **options)
+    found = our_output(ours, ids, mask, seed, **options)
+    assert_same_output(found, expected, beams=options.get("num_beams", 1) > 1)
+    return found
+
+
+# ---- files
 
 
 def official_tensors(config: GPTConfig, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -56,7 +56,8 @@ def _preferences(request: Request) -> list[tuple[str, Processor]]:
     elif c.min_length > 0:
         chain.append(("min_length", partial(ban_before, length=c.min_length, tokens=eos)))
     if request.prefix_allowed_tokens is not None:
-        allow = partial(allow_only, fn=request.prefix_allowed_tokens, rows=request.rows)
+        # transformers numbers prompts where beams run, and rows where they do not
+        allow = partial(allow_only, fn=request.prefix_allowed_tokens, rows=c.num_beams)
         chain.append(("prefix_allowed_tokens_fn", allow))
     if c.forced_bos_token_id is not None:
         bos = _ids("forced_bos_token_id", c.forced_bos_token_id, request)
@@ -191,7 +192,9 @@ def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor
 
 
 def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) -> Tensor:
-    """Allow what `fn(prompt's number, row)` names; where a prompt has nothing left, all alike."""
+    """Allow what `fn(group's number, row)` names, `rows` to a group; where a whole group has nothing
+    left, all that is allowed alike.
+    """
     mask = torch.full_like(scores, -INF)
     for row, tokens in enumerate(ids):
         allowed = fn(row // rows, tokens)
@@ -199,7 +202,7 @@ def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) 
             raise ValueError(f"prefix_allowed_tokens_fn must allow a token in row {row}, not none")
         mask[row, allowed] = 0.0
     result = scores + mask
-    none = result.amax(dim=1).isneginf().view(-1, rows).all(dim=1)  # (B,)
+    none = result.amax(dim=1).isneginf().view(-1, rows).all(dim=1)  # (N / rows,)
     return torch.where(none.repeat_interleave(rows)[:, None], mask, result)
 
 

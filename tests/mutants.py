@@ -1,0 +1,613 @@
+"""Does the suite see mistakes? Make some, one at a time, and name the test that fails.
+
+    python tests/mutants.py [LOG.md] [--only WORD] [--jobs N]
+
+A mutant is an exact-string patch to one shipped file. It is applied to a temporary copy of the
+repository, never in place, and the tests that ought to see it are run there until one fails. Exits
+with 1 where a mutant survives, or where a patch no longer applies: then the mutant is to be
+rewritten, or the suite strengthened. A patch that changes no result is no mutant.
+
+Not collected by pytest: it takes minutes.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("nanogpt2", "kernels", "tests", "pyproject.toml", "train.py", "sample.py")
+SECONDS = 300
+PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
+PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands once in the file, becomes `new`; the tests in these files must see it."""
+
+    what: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = (PARITY,)
+
+
+MUTANTS: dict[str, list[Mutant]] = {
+    "generation/processors.py": [
+        Mutant(
+            "order: the first preference is applied last",
+            "    return chain\n\n\ndef _warpers",
+            "    return chain[1:] + chain[:1]\n\n\ndef _warpers",
+        ),
+        Mutant(
+            "order: temperature after top_k and top_p",
+            "    return chain\n\n\n# ---- preferences",
+            '    return sorted(chain, key=lambda item: item[0] == "temperature")'
+            "\n\n\n# ---- preferences",
+        ),
+        Mutant(
+            "order: the user's processors before all others",
+            '    chain += [("logits_processor", processor) for',
+            '    chain[:0] = [("logits_processor", processor) for',
+        ),
+        Mutant(
+            "penalty: left pads count",
+            "    ids = ids.where(seen, ids[:, -1:])\n",
+            "",
+        ),
+        Mutant(
+            "penalty: once per occurrence",
+            "    return scores.scatter(1, ids, "
+            "torch.where(score < 0, score * penalty, score / penalty))",
+            "    factor = torch.ones_like(scores)\n"
+            "    factor = factor.scatter_reduce(1, ids, torch.full_like(score, penalty), 'prod')\n"
+            "    return torch.where(scores < 0, scores * factor, scores / factor)",
+        ),
+        Mutant(
+            "penalty: negative scores divided too",
+            "torch.where(score < 0, score * penalty, score / penalty)",
+            "score / penalty",
+        ),
+        Mutant(
+            "n-gram ban: one token too late",
+            "    if ids.size(1) < n:",
+            "    if ids.size(1) <= n:",
+        ),
+        Mutant(
+            "n-gram ban: the first token of the n-gram",
+            "scores.index_put((row, ngrams[row, start, -1])",
+            "scores.index_put((row, ngrams[row, start, 0])",
+        ),
+        Mutant(
+            "n-gram ban: the last n-gram is not counted",
+            "start = (ngrams[:, :, :-1] == prefix).all(dim=2).nonzero(as_tuple=True)",
+            "start = (ngrams[:, :-1, :-1] == prefix).all(dim=2).nonzero(as_tuple=True)",
+        ),
+        Mutant(
+            "min_new_tokens: counts the prompt",
+            "length=T + c.min_new_tokens",
+            "length=c.min_new_tokens",
+        ),
+        Mutant(
+            "min_length: leaves the prompt out",
+            "length=c.min_length, tokens=eos",
+            "length=T + c.min_length, tokens=eos",
+        ),
+        Mutant(
+            "min_length: wins over min_new_tokens",
+            "    if c.min_new_tokens is not None:",
+            "    if c.min_new_tokens is not None and c.min_length == 0:",
+        ),
+        Mutant(
+            "forced_eos: one step late",
+            "length=request.max_length - 1",
+            "length=request.max_length",
+        ),
+        Mutant(
+            "forced_bos: after any prompt",
+            "partial(force_at, length=1, tokens=bos)",
+            "partial(force_at, length=T, tokens=bos)",
+        ),
+        Mutant(
+            "decay: off by one",
+            "(factor ** (ids.size(1) - start) - 1)",
+            "(factor ** (ids.size(1) - start - 1) - 1)",
+        ),
+        Mutant("decay: starts within the prompt", "start=T + start", "start=start"),
+        Mutant(
+            "begin_suppress: a forced first token is the beginning",
+            "begin = T + 1 if T == 1 and c.forced_bos_token_id is not None else T",
+            "begin = T",
+        ),
+        Mutant(
+            "bad words: an end token is banned",
+            "biases = {tuple(word): -INF for word in words if word not in ends}",
+            "biases = {tuple(word): -INF for word in words}",
+        ),
+        Mutant(
+            "sequence bias: a prefix anywhere in the row",
+            "matches = (ids[:, None, -length:] == prefixes).all(dim=2)",
+            "matches = (ids.unfold(1, length, 1)[:, :, None] == prefixes).all(dim=3).any(dim=1)",
+        ),
+        Mutant(
+            "prefix_allowed_tokens_fn: sampled rows numbered by their prompt",
+            "rows=c.num_beams)",
+            "rows=request.rows)",
+        ),
+        Mutant(
+            "top_k: ties dropped",
+            "    kth = scores.topk(min(k, scores.size(1)), dim=1).values[:, -1:]  # (N, 1)\n"
+            "    return scores.masked_fill(scores < kth, -INF)",
+            "    best = scores.topk(min(k, scores.size(1)), dim=1)\n"
+            "    return torch.full_like(scores, -INF).scatter(1, best.indices, best.values)",
+            (PROCESSORS,),
+        ),
+        Mutant(
+            "top_p: one token too few",
+            "banned = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p",
+            "p_up = ascending.softmax(dim=1)\n    banned = p_up.cumsum(dim=1) - p_up <= 1 - p",
+        ),
+        Mutant(
+            "top_p: one too many where the mass is exact",
+            "cumsum(dim=1) <= 1 - p",
+            "cumsum(dim=1) < 1 - p",
+            (PROCESSORS,),
+        ),
+        Mutant(
+            "top_p: beams keep one token only",
+            "    banned[:, -keep:] = False",
+            "    banned[:, -1:] = False",
+        ),
+        Mutant(
+            "top_k: beams keep k tokens only",
+            "k=max(c.top_k, keep)",
+            "k=c.top_k",
+        ),
+        Mutant(
+            "beams keep one token where nothing ends a text",
+            "max(1, len(request.eos)) + 1 if",
+            "len(request.eos) + 1 if",
+        ),
+        Mutant(
+            "min_p: absolute, not relative to the best",
+            "probabilities < p * probabilities.amax(dim=1, keepdim=True)",
+            "probabilities < p",
+        ),
+        Mutant(
+            "typical_p: the most surprising tokens",
+            "distance, order = (-logp - entropy).abs().sort(dim=1)",
+            "distance, order = (-logp).sort(dim=1)",
+        ),
+        Mutant(
+            "typical_p: the token that reaches the mass is dropped",
+            "banned = distance > distance.gather(1, last)",
+            "banned = distance >= distance.gather(1, last)",
+        ),
+        Mutant(
+            "eta: the larger bound",
+            "torch.minimum(most, most.sqrt()",
+            "torch.maximum(most, most.sqrt()",
+        ),
+        Mutant(
+            "top_h: entropy of 50 tokens",
+            "scores.topk(min(100, scores.size(1)), dim=1)",
+            "scores.topk(min(50, scores.size(1)), dim=1)",
+        ),
+        Mutant(
+            "renormalisation left out",
+            "    if request.config.renormalize_logits:",
+            "    if False:",
+        ),
+    ],
+    "generation/beam.py": [
+        Mutant("K candidates", "N = max(2, 1 + len(request.eos)) * K", "N = K"),
+        Mutant("2 K candidates for any number of ends", "max(2, 1 + len(request.eos))", "2"),
+        Mutant(
+            "all N candidates may finish",
+            "    now[:, K:] = False\n",
+            "",
+        ),
+        Mutant(
+            "early_stopping: False takes True's place at the finished places",
+            "& (config.early_stopping is True)",
+            "& (config.early_stopping is False)",
+        ),
+        Mutant(
+            "early_stopping: True does not end the search",
+            "full = config.early_stopping is True and",
+            "full = config.early_stopping is None and",
+        ),
+        Mutant(
+            "early_stopping: False and never swapped",
+            'config.early_stopping == "never" and',
+            "config.early_stopping is False and",
+        ),
+        Mutant(
+            "early_stopping: never hopes for length where length costs",
+            " and config.length_penalty > 0:",
+            ":",
+        ),
+        Mutant(
+            "length penalty: the prompt counts",
+            "    length = candidates.ids.size(2) - request.prompt_length\n    now",
+            "    length = candidates.ids.size(2)\n    now",
+        ),
+        Mutant(
+            "length penalty: the end token does not count",
+            "    length = candidates.ids.size(2) - request.prompt_length\n    now",
+            "    length = max(1, candidates.ids.size(2) - request.prompt_length - 1)\n    now",
+        ),
+        Mutant(
+            "length penalty: multiplies",
+            "candidates.scores / length**config.length_penalty",
+            "candidates.scores * length**config.length_penalty",
+        ),
+        Mutant(
+            "hope: the prompt counts",
+            "    length = candidates.ids.size(2) - request.prompt_length\n    if",
+            "    length = candidates.ids.size(2)\n    if",
+        ),
+        Mutant(
+            "hope: not latched",
+            "beams.improvable = beams.improvable & (best_possible",
+            "beams.improvable = (best_possible",
+        ),
+        Mutant(
+            "hope: lost items still finish",
+            "for barred in (full, ~beams.improvable, ~now):",
+            "for barred in (full, ~now):",
+        ),
+        Mutant(
+            "hope: the best finished text is the bar",
+            "beams.finished.scores.amin(dim=1, keepdim=True)",
+            "beams.finished.scores.amax(dim=1, keepdim=True)",
+        ),
+        Mutant(
+            "hope: one lost item ends all",
+            "not beams.improvable.any()",
+            "not beams.improvable.all()",
+        ),
+        Mutant(
+            "filler: a pad of 0 stays",
+            "request.pad or int(request.eos[0])",
+            "request.pad if request.pad is not None else int(request.eos[0])",
+        ),
+        Mutant(
+            "filler: 0 where nothing ends", "        return -1", "        return 0", (STOPPING,)
+        ),
+        Mutant(
+            "cache not reordered",
+            "                engine.reorder(parents)",
+            "                pass",
+        ),
+        Mutant(
+            "cache reordered within the first prompt only",
+            "rows = parents + torch.arange(B, device=parents.device)[:, None] * K",
+            "rows = parents",
+        ),
+        Mutant(
+            "scores accumulated without processing",
+            "            for process in chain:\n                scores = process(ids, scores)\n",
+            "            raw = scores\n"
+            "            for process in chain:\n"
+            "                scores = raw.masked_fill(process(ids, scores).isneginf(), -1e30)\n",
+        ),
+        Mutant(
+            "logits, not log-probabilities",
+            ".next_scores(ids).log_softmax(dim=1)",
+            ".next_scores(ids)",
+        ),
+        Mutant(
+            "renormalised after the processors",
+            "            if config.output_scores:",
+            "            scores = scores.log_softmax(dim=1)\n            if config.output_scores:",
+        ),
+        Mutant(
+            "drawn candidates sorted by score",
+            "        best = total.gather(1, places)",
+            "        best, order = total.gather(1, places).sort(descending=True)\n"
+            "        places = places.gather(1, order)",
+        ),
+        Mutant("all beams start alike", "first[:, 0] = 0.0", "first[:] = 0.0"),
+        Mutant(
+            "ended texts run on",
+            "scores = candidates.scores + ended * OUT",
+            "scores = candidates.scores + 0.0",
+        ),
+        Mutant(
+            "the counter's step counts the prompt",
+            "step = running.ids.size(2) - request.prompt_length",
+            "step = running.ids.size(2)",
+            (NOISE,),
+        ),
+    ],
+    "generation/sampling.py": [
+        Mutant(
+            "rows that ended do not draw",
+            "                tokens = noise.draw(scores.softmax(dim=1), 1, step).squeeze(1)",
+            "                tokens = filler.repeat(len(ids))\n"
+            "                p = scores[running].softmax(dim=1)\n"
+            "                tokens[running] = noise.draw(p, 1, step).squeeze(1)",
+        ),
+        Mutant(
+            "rows that ended write on",
+            "            tokens = tokens.where(running, filler)\n",
+            "",
+        ),
+        Mutant(
+            "filler: a pad of 0 becomes the end token",
+            "    if request.pad is not None:",
+            "    if request.pad:",
+        ),
+        Mutant(
+            "temperature applied twice",
+            "noise.draw(scores.softmax(dim=1), 1, step)",
+            "noise.draw((scores / config.temperature).softmax(dim=1), 1, step)",
+        ),
+        Mutant(
+            "counter: a sample's noise depends on its place in the batch",
+            "samples.repeat(len(request.ids))",
+            "torch.arange(len(request.ids) * len(samples)) + config.first_sample",
+            (NOISE,),
+        ),
+        Mutant(
+            "counter: first_sample ignored",
+            "config.first_sample, config.first_sample + request.rows",
+            "0, request.rows",
+            (NOISE,),
+        ),
+        Mutant(
+            "counter: the step counts the prompt",
+            "step = ids.size(1) - request.prompt_length",
+            "step = ids.size(1)",
+            (NOISE,),
+        ),
+    ],
+    "generation/noise.py": [
+        Mutant(
+            "counter: every step draws alike",
+            "_mix_int(self._seed)) + step)",
+            "_mix_int(self._seed)))",
+            (NOISE,),
+        ),
+        Mutant(
+            "counter: every sample draws alike",
+            "_mix(self._samples + ",
+            "_mix(self._samples * 0 + ",
+            (NOISE,),
+        ),
+        Mutant("counter: uniform, not exponential", "q = -uniform.log()", "q = uniform", (NOISE,)),
+        Mutant(
+            "the stream's own seed ignored",
+            "torch.multinomial(probabilities, count, generator=self._generator)",
+            "torch.multinomial(probabilities, count)",
+            (GENERATION,),
+        ),
+        Mutant(
+            "the stream draws with replacement",
+            "torch.multinomial(probabilities, count, generator",
+            "torch.multinomial(probabilities, count, True, generator",
+        ),
+    ],
+    "generation/engine.py": [
+        Mutant(
+            "cache reordered from the wrong position",
+            "start=self.shared)",
+            "start=self.shared + 1)",
+        ),
+        Mutant(
+            "positions count pads",
+            "(keys.cumsum(1) - 1).clamp(min=0)",
+            "(torch.ones_like(keys).cumsum(1) - 1)",
+        ),
+        Mutant(
+            "mask without causality",
+            "square.tril(S - T) & (keys[:, None, None, :] | itself)",
+            "square & (keys[:, None, None, :] | itself)",
+        ),
+        Mutant(
+            "mask without padding",
+            "square.tril(S - T) & (keys[:, None, None, :] | itself)",
+            "square.tril(S - T).expand(len(keys), 1, T, S)",
+        ),
+        Mutant(
+            "a context that slid reorders from its old prompt's end",
+            "self.cache.length = self.shared = 0",
+            "self.cache.length = 0",
+            (GENERATION,),
+        ),
+        Mutant(
+            "a context slides without making room",
+            "length - block_size + min(max_length - length, block_size // 2)",
+            "length - block_size",
+            (GENERATION,),
+        ),
+        Mutant("eval mode not forced", "    model.eval()\n", "", (GENERATION,)),
+        Mutant(
+            "mode not restored",
+            "        model.train(was_training)",
+            "        pass",
+            (GENERATION,),
+        ),
+    ],
+    "kv_cache.py": [
+        Mutant(
+            "only keys reordered", "for buffer in (self.k, self.v):", "for buffer in (self.k,):"
+        ),
+        Mutant(
+            "prompts interleaved",
+            "new[..., : self.length, :] = old[:, :, None, :, : self.length]\n"
+            "            setattr(self, name, new.view(L, B * repeats, H, S, D))",
+            "new[..., : self.length, :] = old[:, :, None, :, : self.length]\n"
+            "            new = new.transpose(1, 2).contiguous()\n"
+            "            setattr(self, name, new.view(L, B * repeats, H, S, D))",
+        ),
+    ],
+    "generation/stopping.py": [
+        Mutant(
+            "stop strings at token ends only",
+            "text.find(string, max(0, len(text) - len(last) - len(string) + 1)) >= 0",
+            "text.endswith(string)",
+            (STOPPING,),
+        ),
+        Mutant(
+            "stop strings in the prompt count",
+            "max(0, len(text) - len(last) - len(string) + 1)",
+            "0",
+            (STOPPING,),
+        ),
+        Mutant(
+            "stop strings seen one byte late",
+            "len(text) - len(last) - len(string) + 1)",
+            "len(text) - len(last) - len(string) + 2)",
+            (STOPPING,),
+        ),
+        Mutant(
+            "stop strings looked for in too few tokens",
+            "-self._longest - 1 :",
+            "-self._longest + 1 :",
+            (STOPPING,),
+        ),
+        Mutant(
+            "stop strings may end with their first byte only",
+            "last_bytes = {string[-1] for",
+            "last_bytes = {string[0] for",
+            (STOPPING,),
+        ),
+        Mutant(
+            "only the first end token",
+            "torch.isin(ids[:, -1], self._eos)",
+            "torch.isin(ids[:, -1], self._eos[:1])",
+        ),
+        Mutant(
+            "one token too many",
+            "ids.size(1) >= self._max_length",
+            "ids.size(1) > self._max_length",
+        ),
+        Mutant(
+            "time: the limit itself is past",
+            "time.monotonic() > self._deadline",
+            "time.monotonic() >= self._deadline",
+            (STOPPING,),
+        ),
+    ],
+    "generation/request.py": [
+        Mutant(
+            "max_length leaves the prompt out",
+            "    return config.max_length\n",
+            "    return length + config.max_length\n",
+        ),
+        Mutant(
+            "a pad that ends texts marks padding",
+            "if pad is not None and pad not in eos:",
+            "if pad is not None:",
+            (GENERATION,),
+        ),
+    ],
+}
+
+
+def copy_repository(target: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", ".*")
+            shutil.copytree(source, target / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(source, target / name)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Run until the first failure: pytest's exit status and the test that failed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", *(f"tests/{name}" for name in tests)]
+    # no bytecode: a patched file may be as old and as long as the one before it
+    alone = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | alone, capture_output=True, text=True,
+            timeout=SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 1, f"no end within {SECONDS} s"
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+    return done.returncode, failed[1] if failed else done.stdout.strip()[-300:]
+
+
+def verdict(file: str, mutant: Mutant) -> str:
+    """The test that killed a mutant; SURVIVED, or why it says nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_repository(folder)
+        path = folder / "nanogpt2" / file
+        source = path.read_text()
+        if source.count(mutant.old) != 1:
+            return f"DOES NOT APPLY: the text stands {source.count(mutant.old)} times in the file"
+        path.write_text(source.replace(mutant.old, mutant.new))
+        status, test = run_tests(folder, mutant.tests)
+    if status == 0:
+        return "SURVIVED"
+    return f"`{test}`" if status == 1 else f"DOES NOT RUN: {test}"
+
+
+def unmutated(files: tuple[str, ...]) -> None:
+    """Exit where the tests fail without any mutation: then nothing below would mean a thing."""
+    with tempfile.TemporaryDirectory() as name:
+        copy_repository(Path(name))
+        status, test = run_tests(Path(name), files)
+    if status:
+        sys.exit(f"error: the suite fails without a mutation: {test}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("log", nargs="?", type=Path, help="a Markdown file; default: stdout")
+    parser.add_argument("--only", default="", help="the mutants whose file or text has this word")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tested side by side")
+    arguments = parser.parse_args()
+
+    chosen = [
+        (file, mutant)
+        for file, mutants in MUTANTS.items()
+        for mutant in mutants
+        if arguments.only in f"{file} {mutant.what}"
+    ]
+    unmutated(tuple(sorted({test for _, mutant in chosen for test in mutant.tests})))
+    verdicts = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (file, mutant), found in zip(
+            chosen, pool.map(lambda pair: verdict(*pair), chosen), strict=True
+        ):
+            verdicts.append(found)
+            print(f"{file}: {mutant.what}: {found}", file=sys.stderr, flush=True)
+
+    alive = [found for found in verdicts if not found.startswith("`")]
+    lines = [
+        "# Mutants",
+        "",
+        "Mistakes put into the shipped source on purpose, one at a time, and the first test that",
+        "fails because of each. Written by `python tests/mutants.py benchmarks/mutants.md`.",
+        "",
+        f"{len(chosen)} mutants, {len(chosen) - len(alive)} killed.",
+        "",
+        "| file | mutation | killed by |",
+        "|---|---|---|",
+    ]
+    for (file, mutant), found in zip(chosen, verdicts, strict=True):
+        lines.append(f"| {file} | {mutant.what} | {found} |")
+    text = "\n".join(lines) + "\n"
+    if arguments.log:
+        arguments.log.write_text(text)
+    else:
+        print(text, end="")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()
