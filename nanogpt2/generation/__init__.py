@@ -2,10 +2,11 @@
 
 The steps and who does them: request.py checks what is asked for, engine.py scores the next token,
 processors.py changes the scores, sampling.py or beam.py chooses with what noise.py draws,
-stopping.py ends a text. None of it knows training.
+stopping.py ends a text. Other ways to choose: contrastive.py instead of sampling.py; diverse.py,
+constrained.py and stochastic.py instead of beam.py. None of it knows training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation.beam import beam_search, best
+from nanogpt2.generation.beam import Beams, beam_search, best
+from nanogpt2.generation.constrained import constrained_search
+from nanogpt2.generation.contrastive import contrastive_search
+from nanogpt2.generation.diverse import diverse_search
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
-from nanogpt2.generation.sampling import decode
+from nanogpt2.generation.sampling import Step, decode
+from nanogpt2.generation.stochastic import stochastic_search
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -72,10 +77,28 @@ def generate(
     return run(model, request, input_ids.device)
 
 
+def steps(model: GPT, request: Request) -> Iterator[Step]:
+    """Decode row by row, the way that the request asks for."""
+    contrastive = request.config.penalty_alpha is not None
+    return contrastive_search(model, request) if contrastive else decode(model, request)
+
+
+def search(model: GPT, request: Request) -> Iterator[Beams]:
+    """Decode with beams, the way that the request asks for."""
+    config = request.config
+    if config.num_beam_groups > 1:
+        return diverse_search(model, request)
+    if config.force_words_ids is not None:
+        return constrained_search(model, request)
+    if config.stochastic_beams:
+        return stochastic_search(model, request)
+    return beam_search(model, request)
+
+
 def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
     columns = [request.ids.repeat_interleave(request.rows, dim=0)]
     scores = []
-    for step in decode(model, request):
+    for step in steps(model, request):
         columns.append(step.tokens[:, None])
         if request.config.output_scores:
             scores.append(step.scores)
@@ -84,7 +107,7 @@ def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationO
 
 
 def _run_beams(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
-    for beams in beam_search(model, request):  # noqa: B007 (the last one is kept)
+    for beams in search(model, request):  # noqa: B007 (the last one is kept)
         pass
     texts = best(request, beams)
     asked = request.config.output_scores
