@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nanogpt2.generation.beam import Beams, continuations, pick, totals, width
 from nanogpt2.generation.engine import Engine, evaluating
-from nanogpt2.generation.finishing import close, finish, start
+from nanogpt2.generation.finishing import close, finish, ranked, start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.sampling import filler_token
@@ -151,6 +151,7 @@ def constrained_search(model: GPT, request: Request) -> Iterator[Beams]:
                 complete = progress.complete()  # (B, K)
                 few = complete.sum(dim=1, keepdim=True) < config.num_return_sequences
                 close(request, beams, complete | few)
+                beams.finished = ranked(beams.finished)
             engine.reorder(beams.running.beams[:, :, -1].flatten().long())
             yield beams
 

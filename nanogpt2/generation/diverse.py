@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nanogpt2.generation.beam import Beams, continuations, totals, width
 from nanogpt2.generation.engine import Engine, evaluating
-from nanogpt2.generation.finishing import close, finish, pad_what_is_over, run_on, start
+from nanogpt2.generation.finishing import close, finish, pad_what_is_over, ranked, run_on, start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.sampling import filler_token
@@ -119,8 +119,7 @@ def _together(groups: list[Beams], history: list[Tensor]) -> Beams:
     running, finished = groups[0].running, groups[0].finished
     for group in groups[1:]:
         running, finished = running.join(group.running), finished.join(group.finished)
-    order = finished.scores.argsort(dim=1, descending=True, stable=True)
-    finished = finished.pick(order)
+    finished = ranked(finished)
     return Beams(
         running=running,
         finished=finished,

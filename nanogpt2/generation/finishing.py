@@ -72,6 +72,12 @@ def close(request: Request, beams: Beams, allowed: Tensor | None = None) -> None
     beams.done = True
 
 
+def ranked(finished: Group) -> Group:
+    """Best first, and of equals the newest first."""
+    order = finished.scores.flip(1).argsort(dim=1, descending=True, stable=True)
+    return finished.pick(finished.scores.size(1) - 1 - order)
+
+
 def pad_what_is_over(beams: Beams, over: Tensor, filler: int) -> None:
     """Let the running texts of searches that were `over`, bool (B, 1), before this step rest."""
     ids = beams.running.ids
