@@ -11,12 +11,12 @@ def next_logp(model, ids):
         return model(torch.tensor([ids]))[0, -1].double().log_softmax(0).tolist()
 
 
-def best_continuations(model, running, count, eos, penalty=lambda token: 0.0):
+def best_continuations(model, running, count, eos, penalties=(0.0,) * V):
     """The best (score, text) one token longer; enough of them that `count` do not end."""
     found = []
     for score, text in running:
         for token, logp in enumerate(next_logp(model, text)):
-            found.append((score + logp - penalty(token), [*text, token]))
+            found.append((score + logp - penalties[token], [*text, token]))
     found.sort(key=lambda each: -each[0])
     return found[: max(2, 1 + len(eos)) * count]
 
@@ -50,7 +50,7 @@ def best_first(kept, count):
 
 
 def left_padded(rng, pad):
-    """One to three prompts, of any ids but the last three and the pad, their rows and their mask."""
+    """One to three prompts, of any ids but the last three and the pad; their rows and mask."""
     lengths = [rng.randrange(1, 7) for _ in range(rng.choice([1, 2, 3]))]
     allowed = [i for i in range(V - 3) if i != pad]
     prompts = [[rng.choice(allowed) for _ in range(length)] for length in lengths]

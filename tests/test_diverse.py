@@ -1,5 +1,6 @@
 """Diverse beams: against the definition, one group, one text, one token at a time."""
 
+import itertools
 import random
 
 import pytest
@@ -41,9 +42,8 @@ def reference(model, prompt, groups, size, penalty, count, options):
             if kept[g].over:
                 chosen += [PAD] * size
                 continue
-            candidates = best_continuations(
-                model, running[g], size, eos, lambda token: penalty * chosen.count(token)
-            )
+            penalties = [penalty * chosen.count(token) for token in range(V)]
+            candidates = best_continuations(model, running[g], size, eos, penalties)
             for score, text in candidates[:size]:
                 if text[-1] in eos:
                     kept[g].add(score, text)
@@ -90,7 +90,7 @@ def test_a_great_penalty_keeps_first_tokens_apart(model):
 
 
 def test_the_penalty_comes_after_the_bias_and_before_the_others(model):
-    """A bias is what makes a token chosen; a ban wins over the penalty; a factor applies to both."""
+    """The second group pays for the token that the bias made the first one choose."""
     options = {"num_beams": 2, "num_beam_groups": 2, "max_new_tokens": 1, "output_scores": True}
     options |= {"eos_token_id": None, "num_return_sequences": 2, "diversity_penalty": 4.0}
     ids = torch.tensor([[9, 9]])
@@ -114,7 +114,7 @@ def test_every_step_is_seen(model):
     assert [state.done for state in states] == [False] * (len(states) - 1) + [True]
     assert all(scores.shape == (8, V) for scores in states[-1].scores)
     # a token's row holds the text it was added to
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         rows = after.running.beams[:, :, -1].flatten().long()
         texts = before.running.ids.flatten(0, 1)[rows]
         assert torch.equal(texts, after.running.ids.flatten(0, 1)[:, :-1])
