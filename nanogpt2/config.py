@@ -82,6 +82,21 @@ class GenerationConfig:
     )
     length_penalty: float = flag(1.0, "power of the length that divides a beam's score")
     num_return_sequences: int = flag(1, "texts for each prompt", low=1)
+    num_beam_groups: int = flag(1, "groups of beams that avoid each other's tokens", low=1)
+    diversity_penalty: float = flag(
+        0.0, "taken off the score of a token for each beam of an earlier group that has it", low=0
+    )
+    force_words_ids: Any = flag(
+        None,
+        "what the beams must write",
+        json="a list of lists of token ids (all of them) or of lists of those (one of each)",
+    )
+    stochastic_beams: bool = flag(
+        False, "draw num_beams different texts, likely ones first, instead of searching"
+    )
+    penalty_alpha: float | None = flag(
+        None, "contrastive search: the weight of being unlike the text so far", low=0, high=1
+    )
     # what the draw is from
     temperature: float = flag(1.0, "flattens (> 1) or sharpens (< 1) the draw; 0 is greedy", low=0)
     top_h: float | None = flag(None, "keep this share of the entropy", above=0, high=1)
@@ -128,6 +143,56 @@ class GenerationConfig:
             )
         if self.noise == "counter" and self.seed is None:
             raise ValueError("noise must be hf without a seed, not 'counter'")
+        if self.num_beam_groups > 1 or self.diversity_penalty > 0:
+            self._check_diverse()
+        if self.penalty_alpha is not None:
+            self._check_contrastive()
+        if self.force_words_ids is not None:
+            self._check_constrained()
+        if self.stochastic_beams:
+            self._check_stochastic()
+
+    def _check_diverse(self) -> None:
+        if self.num_beams % self.num_beam_groups:
+            raise ValueError(
+                f"num_beam_groups must divide num_beams ({self.num_beams}), "
+                f"not {self.num_beam_groups}"
+            )
+        if self.num_beam_groups == 1:
+            raise ValueError(
+                f"diversity_penalty must come with num_beam_groups > 1, not "
+                f"{self.diversity_penalty} alone"
+            )
+        if self.diversity_penalty == 0:
+            raise ValueError(
+                "diversity_penalty must be > 0 with num_beam_groups (the groups would be all the "
+                "same), not 0"
+            )
+        self._refuse("num_beam_groups", "do_sample", "force_words_ids", "stochastic_beams")
+
+    def _check_contrastive(self) -> None:
+        if self.top_k is None or self.top_k < 2:
+            raise ValueError(f"top_k must be > 1 with penalty_alpha, not {self.top_k}")
+        self._refuse("penalty_alpha", "do_sample", "num_beams")
+
+    def _check_constrained(self) -> None:
+        if self.num_beams == 1:
+            raise ValueError("num_beams must be > 1 with force_words_ids, not 1")
+        self._refuse("force_words_ids", "do_sample", "stop_strings", "stochastic_beams")
+
+    def _check_stochastic(self) -> None:
+        if self.num_beams == 1:
+            raise ValueError("num_beams must be > 1 with stochastic_beams, not 1")
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("temperature must be > 0 with stochastic_beams, not 0")
+        self._refuse("stochastic_beams", "length_penalty", "early_stopping")
+
+    def _refuse(self, option: str, *others: str) -> None:
+        """Raise ValueError for the first of `others` that does not have its default."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in others and value != f.default:
+                raise ValueError(f"{f.name} must be left out with {option}, not {show(value)}")
 
     @property
     def samples(self) -> bool:
@@ -235,7 +300,8 @@ class SampleConfig:
             options = SENSIBLE_SAMPLING | options
         if not options.get("do_sample"):
             for name in SAMPLING_FLAGS:
-                if name in given:
+                # contrastive search has candidates too
+                if name in given and (name, "penalty_alpha" in given) != ("top_k", True):
                     raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
         if "max_length" not in given:
             options = {"max_new_tokens": 100} | options

@@ -12,12 +12,11 @@ import torch
 from nanogpt2 import terminal
 from nanogpt2.cli.text import Completion
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation import steps
+from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
 from nanogpt2.generation.engine import context_start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request, prepare
-from nanogpt2.generation.sampling import Step
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
@@ -122,7 +121,6 @@ def _rows(
     ]
     flat = [text for row in texts for text in row]
     for step in steps(model, request):
-        assert isinstance(step, Step)
         tokens = zip(flat, step.tokens.tolist(), step.running.tolist(), strict=True)
         pieces = [text.add(token) if running else "" for text, token, running in tokens]
         show.write(pieces[0])
@@ -136,8 +134,7 @@ def _beams(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
 ) -> list[list[Text]]:
     shown, agreed = _completion(tokenizer, prompts[0], request), 0
-    for beams in steps(model, request):
-        assert isinstance(beams, Beams)
+    for beams in search(model, request):
         if show.tree is not None:
             show.tree.record(beams)
         if show.follows:
@@ -147,7 +144,6 @@ def _beams(
                 show.write(shown.add(token))
             agreed = max(agreed, certain)
             show.tail(tokenizer.decode(ids[agreed:]))
-    assert isinstance(beams, Beams)
     group = best(request, beams)
     texts = [[_completion(tokenizer, prompt, request) for _ in group.ids[0]] for prompt in prompts]
     for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):

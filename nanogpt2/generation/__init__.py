@@ -2,7 +2,8 @@
 
 The steps and who does them: request.py checks what is asked for, engine.py scores the next token,
 processors.py changes the scores, sampling.py or beam.py chooses with what noise.py draws,
-stopping.py ends a text. None of it knows training.
+stopping.py ends a text. Other ways to choose: contrastive.py instead of sampling.py; diverse.py,
+constrained.py and stochastic.py instead of beam.py. None of it knows training.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,12 @@ from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.beam import Beams, beam_search, best
+from nanogpt2.generation.constrained import constrained_search
+from nanogpt2.generation.contrastive import contrastive_search
+from nanogpt2.generation.diverse import diverse_search
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
 from nanogpt2.generation.sampling import Step, decode
+from nanogpt2.generation.stochastic import stochastic_search
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -73,17 +78,28 @@ def generate(
     return run(model, request, input_ids.device)
 
 
-def steps(model: GPT, request: Request) -> Iterator[Step] | Iterator[Beams]:
-    """Decode step by step: what has become of the rows, or of the beams, after each token."""
-    search = beam_search if request.config.num_beams > 1 else decode
-    return search(model, request)
+def steps(model: GPT, request: Request) -> Iterator[Step]:
+    """Decode row by row, the way that the request asks for."""
+    contrastive = request.config.penalty_alpha is not None
+    return contrastive_search(model, request) if contrastive else decode(model, request)
+
+
+def search(model: GPT, request: Request) -> Iterator[Beams]:
+    """Decode with beams, the way that the request asks for."""
+    config = request.config
+    if config.num_beam_groups > 1:
+        return diverse_search(model, request)
+    if config.force_words_ids is not None:
+        return constrained_search(model, request)
+    if config.stochastic_beams:
+        return stochastic_search(model, request)
+    return beam_search(model, request)
 
 
 def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
     columns = [request.ids.repeat_interleave(request.rows, dim=0)]
     scores = []
     for step in steps(model, request):
-        assert isinstance(step, Step)
         columns.append(step.tokens[:, None])
         if request.config.output_scores:
             scores.append(step.scores)
@@ -92,8 +108,7 @@ def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationO
 
 
 def _run_beams(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
-    *_, beams = steps(model, request)
-    assert isinstance(beams, Beams)
+    *_, beams = search(model, request)
     texts = best(request, beams)
     asked = request.config.output_scores
     return GenerationOutput(

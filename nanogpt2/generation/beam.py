@@ -41,7 +41,7 @@ class Group:
 
     def pick(self, places: Tensor) -> "Group":
         """Take the texts at `places`, int64 (B, M)."""
-        return Group(*(_pick(x, places) for x in (self.ids, self.scores, self.beams)))
+        return Group(*(pick(x, places) for x in (self.ids, self.scores, self.beams)))
 
     def extend(self, tokens: Tensor | int, beams: Tensor | int) -> "Group":
         """Add a column."""
@@ -78,7 +78,8 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
     engine, stopping = Engine(model, request), Stopping(request)
     chain = [process for _, process in processors_for(request)]
     noise, filler = make_noise(request), _filler(request)
-    beams = _begin(request)
+    beams = begin(request, K)
+    rows = torch.arange(beams.running.scores.numel(), device=request.ids.device).view(-1, K)
     with evaluating(model):
         while not beams.done:
             ids = beams.running.ids.flatten(0, 1)  # (B * K, T)
@@ -87,7 +88,7 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
                 scores = process(ids, scores)
             if config.output_scores:
                 beams.scores.append(scores)
-            candidates = _candidates(request, beams.running, scores, noise)  # N of them
+            candidates = _candidates(request, beams.running, scores, rows, noise)  # N of them
             ended = stopping.ended(candidates.ids.flatten(0, 1)).view(candidates.scores.shape)
             beams.finished = beams.finished.extend(filler, -1)
             _finish(request, beams, candidates, ended)
@@ -98,8 +99,9 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
             yield beams
 
 
-def _begin(request: Request) -> Beams:
-    B, K, device = len(request.ids), request.config.num_beams, request.ids.device
+def begin(request: Request, K: int) -> Beams:
+    """K texts for each prompt, all of them the prompt itself."""
+    B, device = len(request.ids), request.ids.device
     ids = request.ids[:, None].expand(-1, K, -1)
     scores = torch.full((B, K), OUT, device=device)
     nothing = torch.empty(B, K, 0, dtype=torch.int32, device=device)
@@ -114,22 +116,40 @@ def _begin(request: Request) -> Beams:
     )
 
 
-def _candidates(request: Request, running: Group, scores: Tensor, noise: Noise) -> Group:
+def _candidates(
+    request: Request, running: Group, scores: Tensor, rows: Tensor, noise: Noise
+) -> Group:
     """The N continuations that go on to the next round."""
-    B, K = running.scores.shape
-    N = max(2, 1 + len(request.eos)) * K
-    total = (scores.view(B, K, -1) + running.scores[:, :, None]).flatten(1)  # (B, K * V)
+    total = totals(running, scores)  # (B, K * V)
+    N = width(request, running)
     if request.config.samples:
         step = running.ids.size(2) - request.prompt_length
         places = noise.draw(total.softmax(dim=1), N, step)  # (B, N)
-        best = total.gather(1, places)
     else:
-        best, places = total.topk(N)
-    V = total.size(1) // K
+        places = total.topk(N)[1]
+    return continuations(running, total, places, rows)
+
+
+def totals(running: Group, scores: Tensor) -> Tensor:
+    """Score all continuations: scores of the next token (B * K, V) -> (B, K * V)."""
+    B, K = running.scores.shape
+    return (scores.view(B, K, -1) + running.scores[:, :, None]).flatten(1)
+
+
+def width(request: Request, running: Group) -> int:
+    """N: so many candidates that K of them run on, however many end."""
+    return max(2, 1 + len(request.eos)) * running.scores.size(1)
+
+
+def continuations(running: Group, total: Tensor, places: Tensor, rows: Tensor) -> Group:
+    """The texts at `places`, int64 (B, N), of all the continuations scored by total (B, K * V).
+
+    rows: int64 (B, K), the engine's row of each running text.
+    """
+    V = total.size(1) // running.scores.size(1)
     parents = places // V
-    rows = parents + torch.arange(B, device=parents.device)[:, None] * K
-    texts = running.pick(parents).extend(places % V, rows)
-    return Group(texts.ids, best, texts.beams)
+    texts = running.pick(parents).extend(places % V, rows.gather(1, parents))
+    return Group(texts.ids, total.gather(1, places), texts.beams)
 
 
 def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
@@ -145,7 +165,7 @@ def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) ->
     contest = beams.finished.join(Group(candidates.ids, scores, candidates.beams))
     places = contest.scores.topk(K)[1]
     beams.finished = contest.pick(places)
-    beams.is_finished = _pick(torch.cat([beams.is_finished, now], dim=1), places)
+    beams.is_finished = pick(torch.cat([beams.is_finished, now], dim=1), places)
 
 
 def _run_on(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
@@ -183,7 +203,7 @@ def _filler(request: Request) -> int:
     return request.pad or int(request.eos[0])
 
 
-def _pick(x: Tensor, places: Tensor) -> Tensor:
+def pick(x: Tensor, places: Tensor) -> Tensor:
     """(B, N, ...), (B, M) -> (B, M, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], places]
 

@@ -21,9 +21,10 @@ class Engine:
     of new ones. When that happens depends on the row alone, not on what it is batched with.
     """
 
-    def __init__(self, model: GPT, request: Request) -> None:
+    def __init__(self, model: GPT, request: Request, rows: int | None = None) -> None:
+        """rows: those of each prompt, by default as many as the request is decoded with."""
         self.model = model
-        self.rows = request.rows
+        self.rows = request.rows if rows is None else rows
         self.max_length = request.max_length
         self.block_size = model.config.block_size
         # padding of prompts, then all the tokens to come: bool (N, max_length)
@@ -36,6 +37,8 @@ class Engine:
         self.base = 0
         self.cache = model.new_cache(len(request.ids), min(self.block_size, self.max_length))
         self.shared = 0  # positions of the cache that are the same in all rows of a prompt
+        # what the model knew at the tokens it read last: (B or N, T, C), T of them
+        self.hidden = model.wte.weight.new_empty(0)
 
     def next_scores(self, ids: Tensor) -> Tensor:
         """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V)."""
@@ -48,6 +51,7 @@ class Engine:
         rows = slice(None, None, self.rows if one else 1)
         positions, mask = self._positions_and_mask(known, length, rows)
         x = self.model.hidden_states(ids[rows, known:], positions, mask, self.cache)
+        self.hidden = x
         scores = self.model.logits(x[:, -1]).float()  # (B, V) or (N, V)
         if one:
             self.cache.repeat_interleave(self.rows)

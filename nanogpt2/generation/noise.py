@@ -23,16 +23,25 @@ class Noise(Protocol):
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
         """Return int64 (R, count): different columns of each row of (R, N), in draw order."""
 
+    def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
+        """Return q itself, positive float64 (R, N)."""
+
 
 class StreamNoise:
     """torch.multinomial with the global generator, or with one of its own where a seed is given."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
         self._generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self._device = device
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
         """See Noise."""
         return torch.multinomial(probabilities, count, generator=self._generator)
+
+    def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
+        """See Noise."""
+        q = torch.empty(shape, dtype=torch.float64, device=self._device)
+        return q.exponential_(generator=self._generator)
 
 
 class CounterNoise:
@@ -44,15 +53,19 @@ class CounterNoise:
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
         """See Noise."""
-        columns = torch.arange(probabilities.size(1), device=probabilities.device)
+        R, N = probabilities.shape
+        # a token of probability 0 is never preferred to one that is possible
+        return (probabilities.double() / self.exponential((R, N), step)).topk(count, dim=1).indices
+
+    def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
+        """See Noise."""
+        columns = torch.arange(shape[1], device=self._samples.device)
         # one key a row, mixed before the columns come in: (R, 1)
         row = _mix(_mix(self._samples + _mix_int(self._seed)) + step)[:, None]
         bits = _mix(row + columns)  # int64 (R, N)
         # 53 random bits in (0, 1): never 0, so the logarithm is finite
         uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
-        q = -uniform.log()
-        # a token of probability 0 is never preferred to one that is possible
-        return (probabilities.double() / q).topk(count, dim=1).indices
+        return -uniform.log()
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

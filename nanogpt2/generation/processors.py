@@ -18,9 +18,12 @@ from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request
 INF = float("inf")
 
 
-def processors_for(request: Request) -> list[tuple[str, Processor]]:
-    """Return the processors that a request asks for, by the names of their options."""
-    chain = _preferences(request)
+def processors_for(request: Request, rows: int | None = None) -> list[tuple[str, Processor]]:
+    """Return the processors that a request asks for, by the names of their options.
+
+    rows: how many rows of a prompt they are given at once, by default all.
+    """
+    chain = _preferences(request, request.rows if rows is None else rows)
     _check_forced(request)
     chain += [("logits_processor", processor) for processor in request.user_processors]
     if request.config.samples:
@@ -30,14 +33,14 @@ def processors_for(request: Request) -> list[tuple[str, Processor]]:
     return chain
 
 
-def _preferences(request: Request) -> list[tuple[str, Processor]]:
+def _preferences(request: Request, rows: int) -> list[tuple[str, Processor]]:
     """What prefers and bans tokens, whether they are drawn or not."""
     c, eos, T = request.config, request.eos, request.prompt_length
     chain: list[tuple[str, Processor]] = []
     if c.sequence_bias is not None:
         chain.append(("sequence_bias", SequenceBias(_biases(c.sequence_bias), request)))
     if c.repetition_penalty != 1:
-        first = request.mask.int().argmax(dim=1).repeat_interleave(request.rows)  # (N,)
+        first = request.mask.int().argmax(dim=1).repeat_interleave(rows)  # (N,)
         penalty = partial(penalise_repetition, penalty=c.repetition_penalty, first=first)
         chain.append(("repetition_penalty", penalty))
     if c.no_repeat_ngram_size > 0:
@@ -57,7 +60,9 @@ def _preferences(request: Request) -> list[tuple[str, Processor]]:
         chain.append(("min_length", partial(ban_before, length=c.min_length, tokens=eos)))
     if request.prefix_allowed_tokens is not None:
         # transformers numbers prompts where beams run, and rows where they do not
-        allow = partial(allow_only, fn=request.prefix_allowed_tokens, rows=c.num_beams)
+        allow = partial(
+            allow_only, fn=request.prefix_allowed_tokens, rows=rows if c.num_beams > 1 else 1
+        )
         chain.append(("prefix_allowed_tokens_fn", allow))
     if c.forced_bos_token_id is not None:
         bos = _ids("forced_bos_token_id", c.forced_bos_token_id, request)
@@ -84,8 +89,9 @@ def _preferences(request: Request) -> list[tuple[str, Processor]]:
 def _warpers(request: Request) -> list[tuple[str, Processor]]:
     """What shapes the distribution that tokens are drawn from."""
     c = request.config
-    # beams need a token that does not end the text beside all those that do
-    keep = max(1, len(request.eos)) + 1 if c.num_beams > 1 else 1
+    # beams need a token that does not end the text beside all those that do; what is drawn whole
+    # texts from is the distribution as it is
+    keep = max(1, len(request.eos)) + 1 if c.num_beams > 1 and not c.stochastic_beams else 1
     chain: list[tuple[str, Processor]] = []
     if c.temperature != 1:
         chain.append(("temperature", partial(scale_temperature, temperature=c.temperature)))
@@ -192,8 +198,9 @@ def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor
 
 
 def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) -> Tensor:
-    """Allow what `fn(group's number, row)` names, `rows` to a group; where a whole group has nothing
-    left, all that is allowed alike.
+    """Allow what `fn(group's number, row)` names, `rows` to a group.
+
+    Where that leaves a whole group nothing, all that is allowed is alike.
     """
     mask = torch.full_like(scores, -INF)
     for row, tokens in enumerate(ids):

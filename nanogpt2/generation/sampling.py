@@ -36,7 +36,7 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
     noise = make_noise(request)
     ids = request.ids.repeat_interleave(request.rows, dim=0)  # (N, T)
     running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
-    filler = torch.tensor(_filler(request), device=device)
+    filler = torch.tensor(filler_token(request), device=device)
     with evaluating(model):
         while running.any():
             scores = engine.next_scores(ids)  # (N, V)
@@ -67,7 +67,8 @@ def make_noise(request: Request) -> Noise:
     return CounterNoise(config.seed, samples.repeat(len(request.ids)))
 
 
-def _filler(request: Request) -> int:
+def filler_token(request: Request) -> int:
+    """What rows that ended are filled up with."""
     if request.pad is not None:
         return request.pad
     return int(request.eos[0]) if len(request.eos) else 0

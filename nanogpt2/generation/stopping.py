@@ -28,15 +28,20 @@ class Stopping:
 
     def ended(self, ids: Tensor) -> Tensor:
         """Int64 (N, T), all tokens so far -> bool (N,): the last one ended the row."""
+        ended = self.ended_by_token(ids)
+        return torch.ones_like(ended) if self.must_stop(ids.size(1)) else ended
+
+    def ended_by_token(self, ids: Tensor) -> Tensor:
+        """Int64 (N, T) -> bool (N,): the last token ends the row, whatever its length."""
         ended = torch.isin(ids[:, -1], self._eos)
         if self._strings is not None:
             ended |= self._strings.ended(ids)
-        if ids.size(1) >= self._max_length or self._out_of_time():
-            ended = torch.ones_like(ended)
         return ended
 
-    def _out_of_time(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
+    def must_stop(self, length: int) -> bool:
+        """Tell whether all rows, of this length, have come to their end."""
+        out_of_time = self._deadline is not None and time.monotonic() > self._deadline
+        return length >= self._max_length or out_of_time
 
 
 class StopStrings:

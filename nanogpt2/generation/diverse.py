@@ -1,0 +1,130 @@
+"""Diverse beam search: groups of beams that keep away from each other's tokens.
+
+The K beams of a prompt are G groups of S = K / G. In a step the groups choose one after the other,
+each by beam search of its own on scores from which what the earlier groups just chose is taken off:
+
+    score(token) = log p(token) - diversity_penalty * (beams of earlier groups that chose token)
+
+The Hamming distance between the groups thus enters the objective. The penalised scores add up to a
+text's score. The texts returned are the best of all groups together.
+
+Tokens are transformers' 4.x, the last version that had this built in; so a group whose search is
+over counts as one that chooses the pad token. The penalty comes after sequence_bias and before the
+other processors. finishing.py has the rules by which texts end.
+
+Sources: Vijayakumar et al. 2016, "Diverse Beam Search"; transformers 4.49, _group_beam_search and
+HammingDiversityLogitsProcessor.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanogpt2.generation.beam import Beams, continuations, totals, width
+from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.generation.finishing import close, finish, pad_what_is_over, ranked, run_on, start
+from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.request import Processor, Request
+from nanogpt2.generation.sampling import filler_token
+from nanogpt2.generation.stopping import Stopping
+from nanogpt2.model import GPT
+
+
+class Diversity:
+    """Lowers the scores of the tokens that this step's earlier groups chose."""
+
+    def __init__(self, request: Request) -> None:
+        self._penalty = request.config.diversity_penalty
+        shape = (len(request.ids), request.vocab_size)
+        self._counts = torch.zeros(shape, device=request.ids.device)  # (B, V)
+
+    def begin_step(self) -> None:
+        """Forget the tokens of the step before."""
+        self._counts = torch.zeros_like(self._counts)
+
+    def add(self, tokens: Tensor) -> None:
+        """Count what a group chose: int64 (B, S)."""
+        self._counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float32))
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """A processor, for a group: (B * S, V)."""
+        return scores - self._penalty * self._counts.repeat_interleave(
+            len(scores) // len(self._counts), dim=0
+        )
+
+
+@torch.no_grad()
+def diverse_search(model: GPT, request: Request) -> Iterator[Beams]:
+    """Yield the state of all groups after every step; the last one is `done`."""
+    config, B, K = request.config, len(request.ids), request.config.num_beams
+    G, S = config.num_beam_groups, K // config.num_beam_groups
+    engine, stopping, diversity = Engine(model, request), Stopping(request), Diversity(request)
+    chain = _chain(request, S, diversity)
+    rows = torch.arange(B * K, device=request.ids.device).view(B, G, S)
+    groups = [start(request, S) for _ in range(G)]
+    history: list[Tensor] = []
+    beams = _together(groups, history)
+    with evaluating(model):
+        while not beams.done:
+            ids = beams.running.ids.flatten(0, 1)  # (B * K, T)
+            scores = engine.next_scores(ids).log_softmax(dim=1).view(B, G, S, -1)
+            diversity.begin_step()
+            processed = []
+            for g, group in enumerate(groups):
+                processed.append(_step(request, group, scores[:, g], rows[:, g], chain, stopping))
+                diversity.add(group.running.ids[:, :, -1])
+            if config.output_scores:
+                history.append(torch.stack(processed, dim=1).flatten(0, 2))  # (B * K, V)
+            over = not any(bool(group.improvable.any()) for group in groups)
+            if over or stopping.must_stop(ids.size(1) + 1):
+                for group in groups:
+                    close(request, group)
+            beams = _together(groups, history)
+            engine.reorder(beams.running.beams[:, :, -1].flatten().long())
+            yield beams
+
+
+def _chain(request: Request, S: int, diversity: Diversity) -> list[Processor]:
+    chain = processors_for(request, rows=S)
+    first = [process for name, process in chain if name == "sequence_bias"]
+    return [*first, diversity, *(process for name, process in chain if name != "sequence_bias")]
+
+
+def _step(
+    request: Request,
+    group: Beams,
+    scores: Tensor,
+    rows: Tensor,
+    chain: list[Processor],
+    stopping: Stopping,
+) -> Tensor:
+    """Lengthen one group's texts, by scores (B, S, V); return the processed ones."""
+    over, filler = ~group.improvable, filler_token(request)
+    ids, processed = group.running.ids.flatten(0, 1), scores.flatten(0, 1)
+    for process in chain:
+        processed = process(ids, processed)
+    total = totals(group.running, processed)  # (B, S * V)
+    places = total.topk(width(request, group.running))[1]
+    candidates = continuations(group.running, total, places, rows)
+    ended = stopping.ended_by_token(candidates.ids.flatten(0, 1)).view(places.shape)
+    finish(request, group, candidates, ended, filler)
+    run_on(group, candidates, ended)
+    pad_what_is_over(group, over, filler)
+    return processed.view_as(scores)
+
+
+def _together(groups: list[Beams], history: list[Tensor]) -> Beams:
+    """The groups of a prompt side by side; the finished texts best first, whoever found them."""
+    running, finished = groups[0].running, groups[0].finished
+    for group in groups[1:]:
+        running, finished = running.join(group.running), finished.join(group.finished)
+    finished = ranked(finished)
+    return Beams(
+        running=running,
+        finished=finished,
+        is_finished=finished.scores > float("-inf"),
+        improvable=torch.stack([group.improvable for group in groups]).any(dim=0),
+        done=all(group.done for group in groups),
+        scores=history,
+    )
