@@ -47,15 +47,24 @@ def test_a_decoding_flag_switches_to_hugging_faces_defaults(name):
         "suppress_tokens": "[5]",
         "begin_suppress_tokens": "[5]",
         "exponential_decay_length_penalty": "[5, 1.5]",
+        "force_words_ids": "[[5]]",
     }
-    bare = name in ("do_sample", "renormalize_logits")
+    companions = {
+        "num_beam_groups": {"num_beams": 3, "diversity_penalty": 1.5},
+        "diversity_penalty": {"num_beams": 3, "num_beam_groups": 3},
+        "force_words_ids": {"num_beams": 3},
+        "stochastic_beams": {"num_beams": 3},
+    }.get(name, {})
+    bare = name in ("do_sample", "renormalize_logits", "stochastic_beams")
     argv = [f"--{name}"] if bare else [f"--{name}", values.get(name, "0.5")]
     known = next(f for f in fields(GenerationConfig) if f.name == name)
     if "int" in str(known.type):
         argv = [f"--{name}", "3"]
     if name in SAMPLING_FLAGS:
         argv = [*argv, "--do_sample"]
-    given = {name: getattr(sample(*argv).generation, name), "max_new_tokens": 100}
+    for flag, value in companions.items():
+        argv += [f"--{flag}", str(value)]
+    given = companions | {name: getattr(sample(*argv).generation, name), "max_new_tokens": 100}
     assert given[name] != known.default, "the flag changed nothing"
     if name == "max_length":
         given["max_new_tokens"] = None

@@ -62,9 +62,8 @@ def contrastive_search(model: GPT, request: Request) -> Iterator[Step]:
             mask = F.pad(mask, (0, 1), value=True)
             picked = tokens.gather(1, places[:, None]).squeeze(1).where(running, filler)  # (B,)
             ids = torch.cat([ids, picked[:, None]], dim=1)
-            ended = ~running | stopping.ended(ids)
-            yield Step(picked, running, scores, ended)
-            running = ~ended
+            yield Step(picked, running, scores)
+            running = running & ~stopping.ended(ids)
 
 
 def _choose(p: Tensor, hidden: Tensor, context: Tensor, mask: Tensor, alpha: float) -> Tensor:

@@ -24,7 +24,6 @@ class Step:
     tokens: Tensor  # int64 (N,), the filler in rows that had ended before
     running: Tensor  # bool (N,), False in rows that had ended before
     scores: Tensor  # float32 (N, V), processed
-    ended: Tensor  # bool (N,), True in rows whose text is now at its end
 
 
 @torch.no_grad()
@@ -50,9 +49,8 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
                 tokens = scores.argmax(dim=1)  # (N,)
             tokens = tokens.where(running, filler)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
-            ended = ~running | stopping.ended(ids)
-            yield Step(tokens, running, scores, ended)
-            running = ~ended
+            yield Step(tokens, running, scores)
+            running = running & ~stopping.ended(ids)
 
 
 def make_noise(request: Request) -> Noise:
