@@ -253,5 +253,5 @@ def test_generation_config_names_are_transformers():
 
     from transformers import GenerationConfig as Theirs
 
-    known = {*vars(Theirs()), "seed", "noise", "first_sample"}
+    known = {*vars(Theirs()), "seed", "noise", "first_sample", "stochastic_beams"}
     assert {f.name for f in fields(GenerationConfig)} <= known
