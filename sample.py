@@ -5,7 +5,7 @@ the lesson (streaming beams, many prompts, the prompt loop) is in nanogpt2/cli/.
 """
 
 import json
-import secrets
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,9 @@ def main(config: SampleConfig) -> None:
         model = load_model(config.model, device, config.dtype)
     # a seed of our own where none is given, so that any text can be made again
     seed = config.generation.seed
-    options = replace(config.generation, seed=secrets.randbits(62) if seed is None else seed)
+    options = replace(
+        config.generation, seed=int.from_bytes(os.urandom(7)) if seed is None else seed
+    )
     config = replace(config, generation=options)
     template = TASKS[config.preset].template if config.preset else "{}"
     try:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 
 def note(text: str) -> None:
     """Print a line for the person, on stderr: stdout is for results."""
-    tqdm.write(text, file=sys.stderr)
+    # above the bar, if there is one; tqdm is loaded when one is first drawn
+    tqdm = sys.modules.get("tqdm")
+    (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
 
 
 def write(text: str) -> None:
@@ -30,6 +30,8 @@ class Progress:
     """A bar on stderr with speed and time left; only the evaluations where that is no terminal."""
 
     def __init__(self, total: int, done: int, unit: str) -> None:
+        from tqdm import tqdm
+
         self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty())
 
     def show(self, figures: Mapping[str, Any]) -> None:

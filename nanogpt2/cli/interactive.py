@@ -3,7 +3,7 @@
 This file does not know how tokens are chosen.
 """
 
-import secrets
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Conversation:
         """template: what stands around each thing said, with {} for it."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.options = options
-        self.seed = secrets.randbits(62) if options.seed is None else options.seed
+        self.seed = int.from_bytes(os.urandom(7)) if options.seed is None else options.seed
         # the text after each exchange, and what was said; one such history a branch
         self.branches: list[list[tuple[str, str]]] = [[("", "")]]
         self.branch = 0
