@@ -38,7 +38,24 @@ def test_no_decoding_flag_samples_sensibly():
     assert generation.max_new_tokens == 9
 
 
-@pytest.mark.parametrize("name", DECODING_FLAGS)
+# flags that mean nothing by themselves
+COMPANIONS = {
+    "num_beam_groups": ["--num_beam_groups=2", "--num_beams=4", "--diversity_penalty=0.5"],
+    "diversity_penalty": ["--diversity_penalty=0.5", "--num_beams=4", "--num_beam_groups=2"],
+    "force_words_ids": ["--force_words_ids=[[1,2]]", "--num_beams=4"],
+    "stochastic_beams": ["--stochastic_beams", "--num_beams=4"],
+    "penalty_alpha": ["--penalty_alpha=0.6", "--top_k=4"],
+}
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_flags_that_need_others(name):
+    config = sample(*COMPANIONS[name]).generation
+    assert getattr(config, name) != getattr(GenerationConfig(), name)
+    assert not config.do_sample and config.max_new_tokens == 100
+
+
+@pytest.mark.parametrize("name", [name for name in DECODING_FLAGS if name not in COMPANIONS])
 def test_a_decoding_flag_switches_to_hugging_faces_defaults(name):
     values = {
         "early_stopping": "never",

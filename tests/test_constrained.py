@@ -18,7 +18,7 @@ from search_reference import (
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
-from nanogpt2.generation.constrained import constrained_search
+from nanogpt2.generation.constrained import Constraints, constrained_search
 from nanogpt2.generation.request import prepare
 
 # never in a prompt nor in a word
@@ -154,6 +154,25 @@ def test_tokens_and_scores_are_the_definitions(model):
         )
         expected = [reference(model, p, constraints, beams, count, options) for p in prompts]
         check(found, expected, prompts, ids, PAD, count)
+
+
+def test_progress_is_the_definitions():
+    """Constraints that begin alike, words begun and lost: texts of four tokens are full of them."""
+    for case in range(60):
+        rng = random.Random(case)
+        texts = [[rng.randrange(4) for _ in range(12)] for _ in range(50)]
+        words = []
+        for _ in range(rng.choice([2, 3, 4])):
+            word = [rng.randrange(4) for _ in range(rng.choice([1, 2, 3]))]
+            other = [word[0], (word[-1] + 1) % 4, rng.randrange(4)]
+            words.append([word] if len(word) < 3 or other[:2] == word[:2] else [word, other])
+        constraints = Constraints(words, torch.device("cpu"))
+        progress = constraints.begin(torch.tensor(texts), 2)
+        ahead = constraints.ahead(progress)
+        for b, text in enumerate(texts):
+            assert progress.complete()[b, 1].item() == is_complete(text, words)
+            assert constraints.bank(progress)[b, 1].item() == bank(text, words)
+            assert {*constraints.token[ahead[b, 1]].tolist()} == towards(text, words)
 
 
 def test_the_words_are_written(model):

@@ -2,10 +2,11 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from reference import twins
+from reference import TINY, twins
 from search_reference import (
     Kept,
     V,
@@ -20,6 +21,7 @@ from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
 from nanogpt2.generation.diverse import diverse_search
 from nanogpt2.generation.request import prepare
+from nanogpt2.tokenizer import byte_tokenizer
 
 PAD = 3
 
@@ -100,6 +102,37 @@ def test_the_penalty_comes_after_the_bias_and_before_the_others(model):
     logp = plain[0, 9].item()
     assert first[9].item() == pytest.approx((logp + 50) / 2, abs=1e-4)
     assert second[9].item() == pytest.approx((logp + 50 - 4) / 2, abs=1e-4)
+
+
+def test_a_stop_string_ends_a_text(tmp_path):
+    """As an end token of the same bytes does, but that it is written as it is."""
+    tokenizer = byte_tokenizer()
+    model = twins(tmp_path, replace(TINY, vocab_size=tokenizer.vocab_size))[0]
+    options = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.3, "pad_token_id": PAD}
+    options |= {"num_return_sequences": 4, "max_new_tokens": 12, "early_stopping": True}
+    ids = torch.tensor([tokenizer.encode("a b"), tokenizer.encode("c d")])
+    strings = [chr(i) for i in range(1, 25)]
+    ends = tuple(tokenizer.encode(string)[0] for string in strings)
+    found = generate(
+        model, ids, stop_strings=strings, tokenizer=tokenizer, eos_token_id=None, **options
+    )
+    # the first of the end ids, so that one text's token is what it is written as
+    expected = generate(model, ids, eos_token_id=ends, **options)
+    assert torch.equal(found.sequences_scores, expected.sequences_scores)
+    assert found.sequences.shape == expected.sequences.shape
+    ended = torch.isin(found.sequences, torch.tensor(ends))
+    assert ended[:, 3:].any()
+    assert torch.equal(found.sequences[~ended], expected.sequences[~ended])
+    # where nearly all that is likely ends, nothing runs on past an end all the same
+    strings = [chr(i) for i in range(1, 128)]
+    ends = torch.tensor([tokenizer.encode(string)[0] for string in strings])
+    options |= {"early_stopping": "never", "num_beams": 6, "num_beam_groups": 3}
+    found = generate(
+        model, ids, stop_strings=strings, tokenizer=tokenizer, eos_token_id=None, **options
+    )
+    for text, score in zip(found.sequences[:, 3:], found.sequences_scores, strict=True):
+        new = text[: int((text != PAD).nonzero().max()) + 1]
+        assert score < -1e30 or not torch.isin(new[:-1], ends).any()
 
 
 def test_every_step_is_seen(model):

@@ -132,6 +132,15 @@ def test_as_many_beams_as_texts_find_them_all(model):
     assert (found.sequences_scores[len(p) :] == -1e9).all()
 
 
+def test_sampling_options_shape_the_distribution_to_the_last(big):
+    """Plain beams keep more than top_k 1; then there would be other texts."""
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "seed": 1}
+    ids = torch.tensor([[1, 2, 3]])
+    found = generate(big, ids, stochastic_beams=True, do_sample=True, top_k=1, **options)
+    assert torch.equal(found.sequences[:1], generate(big, ids, max_new_tokens=6).sequences)
+    assert found.sequences_scores.tolist() == [0, -1e9, -1e9]
+
+
 def test_a_draw_can_be_made_again_alone_and_in_any_batch(big):
     ids = torch.tensor([[0, 0, 5], [1, 2, 3], [0, 8, 9]])
     mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
@@ -165,7 +174,12 @@ def test_processors_ban(big):
 
 def test_every_step_is_seen(big):
     config = GenerationConfig(
-        stochastic_beams=True, num_beams=3, max_new_tokens=8, seed=4, eos_token_id=tuple(range(15))
+        stochastic_beams=True,
+        num_beams=3,
+        max_new_tokens=8,
+        seed=4,
+        eos_token_id=tuple(range(15)),
+        pad_token_id=30,
     )
     request = prepare(big.config, torch.device("cpu"), config, torch.tensor([[20, 21], [22, 23]]))
     states = list(stochastic_search(big, request))

@@ -2,6 +2,7 @@
 
 A draw of token i with probability p_i is argmax p_i / q_i, where the q_i are independent
 exponential variables: torch.multinomial does this inside. All that differs is where q comes from.
+Stochastic beams take q itself: -log q is Gumbel noise.
 
 - `StreamNoise` takes the next numbers of a torch generator. A text depends on all that was drawn
   before it, on its batch too.
