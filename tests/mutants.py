@@ -30,7 +30,10 @@ PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which stands once in the file, becomes `new`; the tests in these files must see it."""
+    """`old`, which stands once in the file, becomes `new`; these tests must see it.
+
+    tests: files, or single tests where one was written for just this mistake.
+    """
 
     what: str
     old: str
@@ -44,22 +47,26 @@ MUTANTS: dict[str, list[Mutant]] = {
             "order: the first preference is applied last",
             "    return chain\n\n\ndef _warpers",
             "    return chain[1:] + chain[:1]\n\n\ndef _warpers",
+            ("test_processors.py::test_the_order_is_transformers",),
         ),
         Mutant(
             "order: temperature after top_k and top_p",
             "    return chain\n\n\n# ---- preferences",
             '    return sorted(chain, key=lambda item: item[0] == "temperature")'
             "\n\n\n# ---- preferences",
+            ("test_processors.py::test_the_order_is_transformers",),
         ),
         Mutant(
             "order: the user's processors before all others",
             '    chain += [("logits_processor", processor) for',
             '    chain[:0] = [("logits_processor", processor) for',
+            ("test_processors.py::test_the_order_is_transformers",),
         ),
         Mutant(
             "penalty: left pads count",
             "    ids = ids.where(seen, ids[:, -1:])\n",
             "",
+            ("test_parity.py::test_the_penalty_of_padded_prompts",),
         ),
         Mutant(
             "penalty: once per occurrence",
@@ -68,46 +75,55 @@ MUTANTS: dict[str, list[Mutant]] = {
             "    factor = torch.ones_like(scores)\n"
             "    factor = factor.scatter_reduce(1, ids, torch.full_like(score, penalty), 'prod')\n"
             "    return torch.where(scores < 0, scores * factor, scores / factor)",
+            ("test_processors.py::test_repetition_penalty",),
         ),
         Mutant(
             "penalty: negative scores divided too",
             "torch.where(score < 0, score * penalty, score / penalty)",
             "score / penalty",
+            ("test_processors.py::test_repetition_penalty",),
         ),
         Mutant(
             "n-gram ban: one token too late",
             "    if ids.size(1) < n:",
             "    if ids.size(1) <= n:",
+            ("test_processors.py::test_no_ngram_is_banned_before_there_is_one",),
         ),
         Mutant(
             "n-gram ban: the first token of the n-gram",
             "scores.index_put((row, ngrams[row, start, -1])",
             "scores.index_put((row, ngrams[row, start, 0])",
+            ("test_processors.py::test_no_repeated_ngrams",),
         ),
         Mutant(
             "n-gram ban: the last n-gram is not counted",
             "start = (ngrams[:, :, :-1] == prefix).all(dim=2).nonzero(as_tuple=True)",
             "start = (ngrams[:, :-1, :-1] == prefix).all(dim=2).nonzero(as_tuple=True)",
+            ("test_processors.py::test_no_repeated_ngrams",),
         ),
         Mutant(
             "min_new_tokens: counts the prompt",
             "length=T + c.min_new_tokens",
             "length=c.min_new_tokens",
+            ("test_parity.py::test_least_new_tokens",),
         ),
         Mutant(
             "min_length: leaves the prompt out",
             "length=c.min_length, tokens=eos",
             "length=T + c.min_length, tokens=eos",
+            ("test_parity.py::test_least_new_tokens",),
         ),
         Mutant(
             "min_length: wins over min_new_tokens",
             "    if c.min_new_tokens is not None:",
             "    if c.min_new_tokens is not None and c.min_length == 0:",
+            ("test_processors.py::test_min_new_tokens_counts_from_the_prompts_end",),
         ),
         Mutant(
             "forced_eos: one step late",
             "length=request.max_length - 1",
             "length=request.max_length",
+            ("test_parity.py::test_forced_tokens",),
         ),
         Mutant(
             "forced_bos: after any prompt",
@@ -118,22 +134,31 @@ MUTANTS: dict[str, list[Mutant]] = {
             "decay: off by one",
             "(factor ** (ids.size(1) - start) - 1)",
             "(factor ** (ids.size(1) - start - 1) - 1)",
+            ("test_parity.py::test_the_end_grows_likelier",),
         ),
-        Mutant("decay: starts within the prompt", "start=T + start", "start=start"),
+        Mutant(
+            "decay: starts within the prompt",
+            "start=T + start",
+            "start=start",
+            ("test_parity.py::test_the_end_grows_likelier",),
+        ),
         Mutant(
             "begin_suppress: a forced first token is the beginning",
             "begin = T + 1 if T == 1 and c.forced_bos_token_id is not None else T",
             "begin = T",
+            ("test_processors.py::test_where_a_text_begins",),
         ),
         Mutant(
             "bad words: an end token is banned",
             "biases = {tuple(word): -INF for word in words if word not in ends}",
             "biases = {tuple(word): -INF for word in words}",
+            ("test_processors.py::test_bad_words",),
         ),
         Mutant(
             "sequence bias: a prefix anywhere in the row",
             "matches = (ids[:, None, -length:] == prefixes).all(dim=2)",
             "matches = (ids.unfold(1, length, 1)[:, :, None] == prefixes).all(dim=3).any(dim=1)",
+            ("test_processors.py::test_sequence_bias",),
         ),
         Mutant(
             "prefix_allowed_tokens_fn: sampled rows numbered by their prompt",
@@ -152,6 +177,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "top_p: one token too few",
             "banned = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p",
             "p_up = ascending.softmax(dim=1)\n    banned = p_up.cumsum(dim=1) - p_up <= 1 - p",
+            ("test_processors.py",),
         ),
         Mutant(
             "top_p: one too many where the mass is exact",
@@ -163,41 +189,49 @@ MUTANTS: dict[str, list[Mutant]] = {
             "top_p: beams keep one token only",
             "    banned[:, -keep:] = False",
             "    banned[:, -1:] = False",
+            ("test_processors.py::test_beams_keep_a_token_beside_the_ends",),
         ),
         Mutant(
             "top_k: beams keep k tokens only",
             "k=max(c.top_k, keep)",
             "k=c.top_k",
+            ("test_processors.py::test_beams_keep_a_token_beside_the_ends",),
         ),
         Mutant(
             "beams keep one token where nothing ends a text",
             "max(1, len(request.eos)) + 1 if",
             "len(request.eos) + 1 if",
+            ("test_processors.py::test_beams_keep_a_token_beside_the_ends",),
         ),
         Mutant(
             "min_p: absolute, not relative to the best",
             "probabilities < p * probabilities.amax(dim=1, keepdim=True)",
             "probabilities < p",
+            ("test_processors.py",),
         ),
         Mutant(
             "typical_p: the most surprising tokens",
             "distance, order = (-logp - entropy).abs().sort(dim=1)",
             "distance, order = (-logp).sort(dim=1)",
+            ("test_processors.py",),
         ),
         Mutant(
             "typical_p: the token that reaches the mass is dropped",
             "banned = distance > distance.gather(1, last)",
             "banned = distance >= distance.gather(1, last)",
+            ("test_processors.py",),
         ),
         Mutant(
             "eta: the larger bound",
             "torch.minimum(most, most.sqrt()",
             "torch.maximum(most, most.sqrt()",
+            ("test_processors.py",),
         ),
         Mutant(
             "top_h: entropy of 50 tokens",
             "scores.topk(min(100, scores.size(1)), dim=1)",
             "scores.topk(min(50, scores.size(1)), dim=1)",
+            ("test_processors.py",),
         ),
         Mutant(
             "renormalisation left out",
@@ -206,77 +240,101 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
     ],
     "generation/beam.py": [
-        Mutant("K candidates", "N = max(2, 1 + len(request.eos)) * K", "N = K"),
-        Mutant("2 K candidates for any number of ends", "max(2, 1 + len(request.eos))", "2"),
+        Mutant(
+            "K candidates",
+            "N = max(2, 1 + len(request.eos)) * K",
+            "N = K",
+            ("test_parity.py::test_end_tokens_crowd_the_top",),
+        ),
+        Mutant(
+            "2 K candidates for any number of ends",
+            "max(2, 1 + len(request.eos))",
+            "2",
+            ("test_parity.py::test_end_tokens_crowd_the_top",),
+        ),
         Mutant(
             "all N candidates may finish",
             "    now[:, K:] = False\n",
             "",
+            ("test_parity.py::test_an_end_outside_the_first_candidates_is_dropped",),
         ),
         Mutant(
             "early_stopping: False takes True's place at the finished places",
             "& (config.early_stopping is True)",
             "& (config.early_stopping is False)",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "early_stopping: True does not end the search",
             "full = config.early_stopping is True and",
             "full = config.early_stopping is None and",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "early_stopping: False and never swapped",
             'config.early_stopping == "never" and',
             "config.early_stopping is False and",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "early_stopping: never hopes for length where length costs",
             " and config.length_penalty > 0:",
             ":",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "length penalty: the prompt counts",
             "    length = candidates.ids.size(2) - request.prompt_length\n    now",
             "    length = candidates.ids.size(2)\n    now",
+            ("test_parity.py::test_the_length_penalty_leaves_the_prompt_out",),
         ),
         Mutant(
             "length penalty: the end token does not count",
             "    length = candidates.ids.size(2) - request.prompt_length\n    now",
             "    length = max(1, candidates.ids.size(2) - request.prompt_length - 1)\n    now",
+            ("test_parity.py::test_a_score_is_the_sum_divided_by_the_length",),
         ),
         Mutant(
             "length penalty: multiplies",
             "candidates.scores / length**config.length_penalty",
             "candidates.scores * length**config.length_penalty",
+            ("test_parity.py::test_a_score_is_the_sum_divided_by_the_length",),
         ),
         Mutant(
             "hope: the prompt counts",
             "    length = candidates.ids.size(2) - request.prompt_length\n    if",
             "    length = candidates.ids.size(2)\n    if",
+            ("test_parity.py::test_the_length_penalty_leaves_the_prompt_out",),
         ),
         Mutant(
             "hope: not latched",
             "beams.improvable = beams.improvable & (best_possible",
             "beams.improvable = (best_possible",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "hope: lost items still finish",
             "for barred in (full, ~beams.improvable, ~now):",
             "for barred in (full, ~now):",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "hope: the best finished text is the bar",
             "beams.finished.scores.amin(dim=1, keepdim=True)",
             "beams.finished.scores.amax(dim=1, keepdim=True)",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "hope: one lost item ends all",
             "not beams.improvable.any()",
             "not beams.improvable.all()",
+            ("test_parity.py::test_early_stopping",),
         ),
         Mutant(
             "filler: a pad of 0 stays",
             "request.pad or int(request.eos[0])",
             "request.pad if request.pad is not None else int(request.eos[0])",
+            ("test_parity.py::test_fillers",),
         ),
         Mutant(
             "filler: 0 where nothing ends", "        return -1", "        return 0", (STOPPING,)
@@ -285,11 +343,13 @@ MUTANTS: dict[str, list[Mutant]] = {
             "cache not reordered",
             "                engine.reorder(parents)",
             "                pass",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "cache reordered within the first prompt only",
             "rows = parents + torch.arange(B, device=parents.device)[:, None] * K",
             "rows = parents",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "scores accumulated without processing",
@@ -314,7 +374,12 @@ MUTANTS: dict[str, list[Mutant]] = {
             "        best, order = total.gather(1, places).sort(descending=True)\n"
             "        places = places.gather(1, order)",
         ),
-        Mutant("all beams start alike", "first[:, 0] = 0.0", "first[:] = 0.0"),
+        Mutant(
+            "all beams start alike",
+            "first[:, 0] = 0.0",
+            "first[:] = 0.0",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
+        ),
         Mutant(
             "ended texts run on",
             "scores = candidates.scores + ended * OUT",
@@ -334,16 +399,19 @@ MUTANTS: dict[str, list[Mutant]] = {
             "                tokens = filler.repeat(len(ids))\n"
             "                p = scores[running].softmax(dim=1)\n"
             "                tokens[running] = noise.draw(p, 1, step).squeeze(1)",
+            ("test_parity.py::test_rows_that_ended_go_on_drawing",),
         ),
         Mutant(
             "rows that ended write on",
             "            tokens = tokens.where(running, filler)\n",
             "",
+            ("test_parity.py::test_fillers",),
         ),
         Mutant(
             "filler: a pad of 0 becomes the end token",
             "    if request.pad is not None:",
             "    if request.pad:",
+            ("test_parity.py::test_fillers",),
         ),
         Mutant(
             "temperature applied twice",
@@ -400,21 +468,25 @@ MUTANTS: dict[str, list[Mutant]] = {
             "cache reordered from the wrong position",
             "start=self.shared)",
             "start=self.shared + 1)",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "positions count pads",
             "(keys.cumsum(1) - 1).clamp(min=0)",
             "(torch.ones_like(keys).cumsum(1) - 1)",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "mask without causality",
             "square.tril(S - T) & (keys[:, None, None, :] | itself)",
             "square & (keys[:, None, None, :] | itself)",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "mask without padding",
             "square.tril(S - T) & (keys[:, None, None, :] | itself)",
             "square.tril(S - T).expand(len(keys), 1, T, S)",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "a context that slid reorders from its old prompt's end",
@@ -438,7 +510,10 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "kv_cache.py": [
         Mutant(
-            "only keys reordered", "for buffer in (self.k, self.v):", "for buffer in (self.k,):"
+            "only keys reordered",
+            "for buffer in (self.k, self.v):",
+            "for buffer in (self.k,):",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
             "prompts interleaved",
@@ -447,6 +522,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "new[..., : self.length, :] = old[:, :, None, :, : self.length]\n"
             "            new = new.transpose(1, 2).contiguous()\n"
             "            setattr(self, name, new.view(L, B * repeats, H, S, D))",
+            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
     ],
     "generation/stopping.py": [
@@ -484,11 +560,13 @@ MUTANTS: dict[str, list[Mutant]] = {
             "only the first end token",
             "torch.isin(ids[:, -1], self._eos)",
             "torch.isin(ids[:, -1], self._eos[:1])",
+            ("test_stopping.py::test_several_end_tokens",),
         ),
         Mutant(
             "one token too many",
             "ids.size(1) >= self._max_length",
             "ids.size(1) > self._max_length",
+            ("test_stopping.py::test_each_condition_alone",),
         ),
         Mutant(
             "time: the limit itself is past",
@@ -502,6 +580,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "max_length leaves the prompt out",
             "    return config.max_length\n",
             "    return length + config.max_length\n",
+            ("test_parity.py::test_max_length_counts_the_prompt",),
         ),
         Mutant(
             "a pad that ends texts marks padding",
@@ -536,7 +615,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return 1, f"no end within {SECONDS} s"
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout.strip()[-300:]
 
 
@@ -556,11 +635,11 @@ def verdict(file: str, mutant: Mutant) -> str:
     return f"`{test}`" if status == 1 else f"DOES NOT RUN: {test}"
 
 
-def unmutated(files: tuple[str, ...]) -> None:
+def unmutated(files: set[str]) -> None:
     """Exit where the tests fail without any mutation: then nothing below would mean a thing."""
     with tempfile.TemporaryDirectory() as name:
         copy_repository(Path(name))
-        status, test = run_tests(Path(name), files)
+        status, test = run_tests(Path(name), tuple(sorted(files)))
     if status:
         sys.exit(f"error: the suite fails without a mutation: {test}")
 
@@ -578,7 +657,7 @@ def main() -> None:
         for mutant in mutants
         if arguments.only in f"{file} {mutant.what}"
     ]
-    unmutated(tuple(sorted({test for _, mutant in chosen for test in mutant.tests})))
+    unmutated({test.partition("::")[0] for _, mutant in chosen for test in mutant.tests})
     verdicts = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for (file, mutant), found in zip(

@@ -141,13 +141,18 @@ def test_temperature_0_is_greedy(models):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_eval_mode_is_forced_and_restored(training):
+def test_eval_mode_is_forced_and_restored(models, training):
     from dataclasses import replace
 
-    model = GPT(replace(TINY, dropout=0.5)).train(training)
+    ours, _ = models
+    model = GPT(replace(TINY, dropout=0.5))
+    model.load_state_dict(ours.state_dict())
+    model.train(training)
     ids = prompts(1, 4)
-    a, b = (generate(model, ids, max_new_tokens=9).sequences for _ in range(2))
-    assert torch.equal(a, b) and model.training is training
+    for K in (1, 3):
+        expected = generate(ours, ids, num_beams=K, max_new_tokens=9).sequences
+        found = generate(model, ids, num_beams=K, max_new_tokens=9).sequences
+        assert torch.equal(found, expected) and model.training is training
     with pytest.raises(ValueError, match="max_length"):
         generate(model, ids, max_length=4)
     assert model.training is training

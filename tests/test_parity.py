@@ -324,21 +324,35 @@ def test_an_end_outside_the_first_candidates_is_dropped(models, endings_seen, sa
 
 
 @pytest.mark.parametrize("E", [1, 2, 3])
-def test_more_end_tokens_than_beams_to_lose(models, E):
-    """Where end tokens crowd the top, (1 + E) K candidates leave K that run on."""
-    eos = tuple(range(EOS, EOS + E))
-    bias = [[[i], 30.0] for i in eos]
-    for early in (False, True, "never"):
-        found = results(
+@pytest.mark.parametrize("mode", [False, True, "never"])
+def test_end_tokens_crowd_the_top(models, endings_seen, mode, E):
+    """Every text's E best are its ends: (1 + E) K candidates leave K others that run on."""
+    eos, K, crowded, longest = tuple(range(EOS, EOS + E)), 4, 0, 0
+
+    def ends_first(ids, scores):
+        scores = scores.clamp(max=-3.0)
+        for i in eos:
+            scores[:, i] = -1.0 - 0.01 * i
+        return scores
+
+    for seed in PARITY_SEEDS:
+        endings_seen.clear()
+        found = assert_parity(
             models,
-            num_beams=4,
-            num_return_sequences=4,
-            early_stopping=early,
+            prompts(1, 6, seed),
+            num_beams=K,
+            num_return_sequences=K,
+            early_stopping=mode,
+            # long texts are worth waiting for
+            length_penalty=2.0,
             eos_token_id=eos,
-            sequence_bias=bias,
+            logits_processor=[ends_first],
             max_new_tokens=12,
         )
-        assert any(len({tuple(row) for row in rows}) > 4 for rows in found)
+        for ended in endings_seen[1:-1]:
+            crowded += bool(ended[: E * K].all() and not ended[E * K :].any())
+        longest = max(longest, found.sequences.size(1) - 6)
+    assert crowded > 6 if mode == "never" else longest >= 2
 
 
 @pytest.mark.parametrize(

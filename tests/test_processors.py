@@ -100,6 +100,15 @@ def test_no_repeated_ngrams(scores, n):
             assert result[row, v].item() == expected
 
 
+def test_no_ngram_is_banned_before_there_is_one(scores):
+    tokens = torch.full((N, T), 4)
+    for n, banned in ((T - 1, True), (T, True), (T + 1, False)):
+        result = ours.ban_repeated_ngrams(tokens, scores, n)
+        same(result, theirs.NoRepeatNGramLogitsProcessor(n)(tokens, scores.clone()))
+        found = scores[:, 4].isfinite() & result[:, 4].isneginf()
+        assert torch.equal(found, scores[:, 4].isfinite() & banned)
+
+
 def test_a_row_that_repeats_nothing_is_left_alone(scores):
     tokens = torch.arange(T).expand(N, T)
     assert torch.equal(ours.ban_repeated_ngrams(tokens, scores, 2), scores)

@@ -200,7 +200,7 @@ def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor
 def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) -> Tensor:
     """Allow what `fn(group's number, row)` names, `rows` to a group.
 
-    Where that leaves a whole group nothing, all that is allowed is alike.
+    Where a whole group has nothing left, all that is allowed is alike.
     """
     mask = torch.full_like(scores, -INF)
     for row, tokens in enumerate(ids):
