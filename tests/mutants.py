@@ -162,8 +162,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "prefix_allowed_tokens_fn: sampled rows numbered by their prompt",
-            "rows=c.num_beams)",
-            "rows=request.rows)",
+            "rows=rows if c.num_beams > 1 else 1",
+            "rows=rows",
         ),
         Mutant(
             "top_k: ties dropped",
@@ -242,8 +242,8 @@ MUTANTS: dict[str, list[Mutant]] = {
     "generation/beam.py": [
         Mutant(
             "K candidates",
-            "N = max(2, 1 + len(request.eos)) * K",
-            "N = K",
+            "return max(2, 1 + len(request.eos)) * running.scores.size(1)",
+            "return running.scores.size(1)",
             ("test_parity.py::test_end_tokens_crowd_the_top",),
         ),
         Mutant(
@@ -347,8 +347,9 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "cache reordered within the first prompt only",
-            "rows = parents + torch.arange(B, device=parents.device)[:, None] * K",
-            "rows = parents",
+            "    rows = torch.arange(beams.running.scores.numel(), device=request.ids.device)"
+            ".view(-1, K)\n",
+            "    rows = torch.arange(K, device=request.ids.device).expand(len(request.ids), K)\n",
             ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
@@ -370,9 +371,10 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "drawn candidates sorted by score",
-            "        best = total.gather(1, places)",
-            "        best, order = total.gather(1, places).sort(descending=True)\n"
-            "        places = places.gather(1, order)",
+            "        places = noise.draw(total.softmax(dim=1), N, step)  # (B, N)\n",
+            "        places = noise.draw(total.softmax(dim=1), N, step)  # (B, N)\n"
+            "        order = total.gather(1, places).argsort(dim=1, descending=True)\n"
+            "        places = places.gather(1, order)\n",
         ),
         Mutant(
             "all beams start alike",
@@ -450,7 +452,9 @@ MUTANTS: dict[str, list[Mutant]] = {
             "_mix(self._samples * 0 + ",
             (NOISE,),
         ),
-        Mutant("counter: uniform, not exponential", "q = -uniform.log()", "q = uniform", (NOISE,)),
+        Mutant(
+            "counter: uniform, not exponential", "return -uniform.log()", "return uniform", (NOISE,)
+        ),
         Mutant(
             "the stream's own seed ignored",
             "torch.multinomial(probabilities, count, generator=self._generator)",
@@ -490,8 +494,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a context that slid reorders from its old prompt's end",
-            "self.cache.length = self.shared = 0",
-            "self.cache.length = 0",
+            "self.base, self.shared, self.cache.length = min(self.starts), 0, 0",
+            "self.base, self.cache.length = min(self.starts), 0",
             (GENERATION,),
         ),
         Mutant(
@@ -564,8 +568,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "one token too many",
-            "ids.size(1) >= self._max_length",
-            "ids.size(1) > self._max_length",
+            "length >= self._max_length",
+            "length > self._max_length",
             ("test_stopping.py::test_each_condition_alone",),
         ),
         Mutant(
