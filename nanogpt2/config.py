@@ -127,7 +127,7 @@ class GenerationConfig:
         choices=("hf", "counter"),
     )
     first_sample: int = flag(0, "with noise counter: the number of the first text", low=0)
-    output_scores: bool = flag(False, "return the processed scores of every step")
+    output_scores: bool = False  # no flag: for generate() only
 
     def __post_init__(self) -> None:
         check(self)
@@ -270,9 +270,6 @@ class SampleConfig:
             raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
         if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
             raise ValueError(f"json must be left out where --{chosen[0]} is given")
-        for name in ("unique", "skip_bad"):
-            if getattr(self, name) and self.prompts is None:
-                raise ValueError(f"{name} must come with --prompts")
         if self.tree and self.generation.num_beams == 1:
             raise ValueError("tree must come with --num_beams above 1")
         if self.unique and not self.generation.samples:
@@ -281,6 +278,9 @@ class SampleConfig:
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the flags that were given, filling in what they imply."""
+        for name in ("unique", "skip_bad", "batch_size"):
+            if name in given and "prompts" not in given:
+                fail(f"--{name} must come with --prompts")
         if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
             one = "prompts" if "prompts" in given else "prompt_file"
             fail(f"--{one} must be left out where another prompt is given")
@@ -298,14 +298,29 @@ class SampleConfig:
             options = TASKS[given["preset"]].options | options
         elif not any(name in given for name in DECODING_FLAGS):
             options = SENSIBLE_SAMPLING | options
-        if not options.get("do_sample"):
-            for name in SAMPLING_FLAGS:
-                # contrastive search has candidates too
-                if name in given and (name, "penalty_alpha" in given) != ("top_k", True):
-                    raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
         if "max_length" not in given:
             options = {"max_new_tokens": 100} | options
+        elif "max_new_tokens" not in given:
+            options.pop("max_new_tokens", None)
+        _refuse_ignored(given, options)
         return GenerationConfig(**options)
+
+
+def _refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise ValueError for a flag that would change nothing beside the others."""
+    if not options.get("do_sample"):
+        for name in SAMPLING_FLAGS:
+            # contrastive search has candidates too
+            if name in given and (name, "penalty_alpha" in given) != ("top_k", True):
+                raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
+    for name in ("length_penalty", "early_stopping"):
+        if name in given and options.get("num_beams", 1) == 1:
+            raise ValueError(f"{name} must come with num_beams above 1")
+    if "first_sample" in given and options.get("noise") != "counter":
+        raise ValueError("first_sample must come with noise counter")
+    for name, winner in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if name in given and winner in given:
+            raise ValueError(f"{name} must be left out where --{winner} is given")
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ def test_a_decoding_flag_switches_to_hugging_faces_defaults(name):
         "diversity_penalty": {"num_beams": 3, "num_beam_groups": 3},
         "force_words_ids": {"num_beams": 3},
         "stochastic_beams": {"num_beams": 3},
+        "length_penalty": {"num_beams": 3},
+        "early_stopping": {"num_beams": 3},
     }.get(name, {})
     bare = name in ("do_sample", "renormalize_logits", "stochastic_beams")
     argv = [f"--{name}"] if bare else [f"--{name}", values.get(name, "0.5")]
@@ -159,6 +161,13 @@ WRONG_SAMPLE += [
     (["--prompts", "x", "--unique", "--num_beams", "2"], "--unique"),
     (["--prompts", "x", "--batch_size", "0"], "--batch_size"),
     (["--compare", "gpt3"], "--compare"),
+    (["--length_penalty", "2"], "--length_penalty"),
+    (["--early_stopping"], "--early_stopping"),
+    (["--first_sample", "7", "--seed", "1"], "--first_sample"),
+    (["--max_length", "50", "--max_new_tokens", "9"], "--max_length"),
+    (["--min_length", "50", "--min_new_tokens", "9"], "--min_length"),
+    (["--batch_size", "3"], "--batch_size"),
+    (["--output_scores"], "--output_scores"),
 ]
 WRONG_TRAIN = [
     (["--steps", "0"], "--steps"),
