@@ -122,7 +122,11 @@ def assert_same_output(found: GenerationOutput, expected, beams: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, equal_nan=True)
     if beams:
         torch.testing.assert_close(
-            found.sequences_scores, expected.sequences_scores, rtol=1e-5, atol=1e-4
+            found.sequences_scores,
+            expected.sequences_scores,
+            rtol=1e-5,
+            atol=1e-4,
+            equal_nan=True,
         )
         assert torch.equal(found.beam_indices, expected.beam_indices)
 
