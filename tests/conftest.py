@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# tiny models gain nothing from threads, and the scripts' own processes use one too
+torch.set_num_threads(1)
+
 # train.py and sample.py are no package
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

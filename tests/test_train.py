@@ -123,7 +123,6 @@ def wait_for_step(process, step, out):
 )
 def test_a_stopped_run_goes_on_bit_for_bit(book, tmp_path, number, code):
     argv = [book, *SMALL, "--steps", "400", "--dropout", "0.1", "--save_every", "20"]
-    torch.set_num_threads(1)
     assert run(*argv, "--out", "whole") == 0
     process = script(*argv, "--out", "stopped", cwd=tmp_path)
     wait_for_step(process, 50, "stopped")
