@@ -16,7 +16,6 @@ leaves nothing half-loaded. Pickles are never opened.
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanogpt2 import hub
@@ -37,6 +35,7 @@ from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 READABLE_DTYPES = ("F32", "F16", "BF16")
+WRITTEN_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load_model(
@@ -124,14 +123,8 @@ def save_model(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = Non
     for name, text in texts.items():
         with _whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
-    tensors = {
-        f"transformer.{name}": (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
     with _whole(folder / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
-        # safetensors leaves it readable by its owner alone
-        shutil.copymode(folder / "config.json", path)
+        _write_tensors(path, model.state_dict())
 
 
 # ---- where a checkpoint's files are
@@ -350,6 +343,32 @@ def _whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write our tensors as transformers names and lays them out.
+
+    The library's writer wants them all in memory, transposed; this one holds one at a time.
+    """
+    theirs = {
+        f"transformer.{name}": tensor.t() if name.endswith(TRANSPOSED) else tensor
+        for name, tensor in state.items()
+    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in theirs.items():
+        end = start + tensor.numel() * tensor.element_size()
+        dtype = WRITTEN_DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    # spaces up to a multiple of 8, so that the data is aligned
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in theirs.values():
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+            file.write(memoryview(raw.numpy()))
 
 
 def _config_files(model: GPT) -> dict[str, str]:

@@ -135,17 +135,19 @@ def test_the_official_layout_to_the_byte(tmp_path, monkeypatch):
 def test_loading_and_saving_take_twice_the_models_memory(tmp_path):
     write_official_file(tmp_path / "model.safetensors", official_tensors(PRESETS["gpt2"]), 14_283)
     code = (
-        "import resource, sys, torch; from nanogpt2 import load_model, save_model\n"
+        "import re, sys, torch; from nanogpt2 import load_model, save_model\n"
         "from nanogpt2.tokenizer import gpt2_tokenizer; gpt2_tokenizer()\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        # getrusage's peak would be that of the process which started this one
+        "status = lambda: open('/proc/self/status').read()\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status())[1]) * 1024\n"
         "start = peak(); model = load_model(sys.argv[1]); loaded = peak() - start\n"
         "save_model(model, sys.argv[2]); print(loaded, peak() - start)"
     )
     argv = [sys.executable, "-c", code, str(tmp_path / "model.safetensors"), str(tmp_path / "out")]
     out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     loaded, converted = (int(figure) / (124_439_808 * 4) for figure in out.split())
-    assert loaded < 1.5, loaded
-    assert converted < 2.0, converted
+    assert 0.9 < loaded < 1.5, loaded
+    assert 0.9 < converted < 1.5, converted
 
 
 # ---- out
