@@ -368,7 +368,7 @@ def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in theirs.values():
             raw = tensor.detach().cpu().contiguous().view(torch.uint8)
-            file.write(memoryview(raw.numpy()))
+            file.write(raw.numpy().data)
 
 
 def _config_files(model: GPT) -> dict[str, str]:
