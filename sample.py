@@ -69,6 +69,10 @@ def main(config: SampleConfig) -> None:
             show_texts(config, model, tokenizer, prompts[0])
     except ValueError as error:
         fail(f"--{error}")
+    except OSError as error:
+        # what could not be written is not tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        fail(str(error), code=1)
 
 
 def read(config: SampleConfig) -> list[str]:
@@ -102,9 +106,8 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
     screen = terminal.Screen() if streams and tree is None else None
     count = config.generation.num_return_sequences
     openings = [f"--- {i + 1} of {count} ---\n" if count > 1 else "" for i in range(count)]
-    if screen is not None:
-        screen.write(openings[0] + prompt)
-    (texts,) = decode_texts(model, tokenizer, [prompt], request, Show(screen, tree=tree))
+    show = Show(screen, openings[0] + prompt, tree=tree)
+    (texts,) = decode_texts(model, tokenizer, [prompt], request, show)
     if screen is not None:
         screen.write("\n")
     note_outgrown(request, model.config.block_size, texts)

@@ -154,9 +154,11 @@ def train(
     if step < config.steps:
         terminal.note(f"stopped after step {step}: --resume goes on")
         sys.exit(128 + signals.received)
-    print(f"after training:\n{sample_text(config, model, tokenizer, prompt)}\n")
-    print(f"validation loss {before['val_loss']:.4f} -> {val_loss:.4f} (best {best:.4f})")
-    print(f"now try: python sample.py --model {folder.path}")
+    terminal.write(
+        f"after training:\n{sample_text(config, model, tokenizer, prompt)}\n\n"
+        f"validation loss {before['val_loss']:.4f} -> {val_loss:.4f} (best {best:.4f})\n"
+        f"now try: python sample.py --model {folder.path}\n"
+    )
 
 
 def take_step(
@@ -233,7 +235,7 @@ def print_plan(config: TrainConfig, model: GPT, corpus: Corpus, step: int, sampl
     )
     if config.resume:
         terminal.note(f"resuming after step {step}" if step else "no checkpoint yet: starting over")
-    print(f"before training:\n{sample}\n", flush=True)
+    terminal.write(f"before training:\n{sample}\n\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ class GenerationConfig:
         "true: end with num_beams texts; never: only when none can improve",
         choices=("true", "false", "never"),
     )
-    length_penalty: float = flag(1.0, "power of the length that divides a beam's score")
+    length_penalty: float = flag(
+        1.0, "power of the length that divides a beam's score", low=-50, high=50
+    )
     num_return_sequences: int = flag(1, "texts for each prompt", low=1)
     num_beam_groups: int = flag(1, "groups of beams that avoid each other's tokens", low=1)
     diversity_penalty: float = flag(

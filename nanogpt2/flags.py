@@ -218,7 +218,7 @@ def value_of(cls: type, name: str, text: str) -> Any:
 def _value(f: Field[Any], text: str) -> Any:
     try:
         return _structure(text, f.type) if f.metadata["json"] else _convert(text, f.type)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(text)}") from None
 
 

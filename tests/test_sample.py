@@ -100,7 +100,7 @@ def test_text_is_streamed(monkeypatch, folder):
     pieces = []
     monkeypatch.setattr(terminal, "write", pieces.append)
     run(folder, "Hello", "--max_new_tokens", "20", "--seed", "1", "--eos_token_id=none")
-    assert len(pieces) > 20 and pieces[0] == "Hello" and pieces[-1] == "\n"
+    assert len(pieces) > 20 and pieces[0].startswith("Hello") and pieces[-1] == "\n"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -166,6 +166,16 @@ def test_greedy_is_generates(capsys, folder):
         (["Hello", "--bad_words_ids", "[[257]]"], "--bad_words_ids"),
         (["Hello", "--suppress_tokens", "[-1]"], "--suppress_tokens"),
         (["Hello", "--forced_bos_token_id", "300"], "--forced_bos_token_id"),
+        (["Hello", "--force_words_ids", "[[999]]", "--num_beams", "2"], "--force_words_ids"),
+        (["Hello", "--eos_token_id", "999"], "--eos_token_id"),
+        (["Hello", "--suppress_tokens", str([*range(257)]), "--do_sample"], "--do_sample"),
+        (["Hello", "--temperature", "1e-320", "--do_sample"], "--do_sample"),
+        (["Hello", "--sequence_bias", "[[[5], 1e39]]"], "--sequence_bias"),
+        (["Hello", "--sequence_bias", "[[[5], NaN]]"], "--sequence_bias"),
+        (["Hello", "--sequence_bias", "[[[5], 1" + "0" * 400 + "]]"], "--sequence_bias"),
+        (["Hello", "--suppress_tokens", "[" * 100_000], "--suppress_tokens"),
+        (["Hello", "--exponential_decay_length_penalty", "[Infinity, 1]"], "--exponential"),
+        (["Hello", "--length_penalty", "1e300", "--num_beams", "2"], "--length_penalty"),
         (["Hello", "--bad_words_ids", "[[1]"], "--bad_words_ids"),
         (["--prompts", "nowhere.txt"], "--prompts"),
         (["--prompts", "broken.jsonl"], "line 2"),
@@ -280,6 +290,14 @@ def test_a_terminal_without_the_characters(folder, tmp_path):
     argv = ["日本", "--model", folder, "--seed", "0", "--max_new_tokens", "9"]
     ran = run_script("sample.py", *argv, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert ran.returncode == 0 and ran.stdout.startswith(b"??") and ran.stderr == b""
+
+
+def test_a_full_device_is_one_line(folder, tmp_path):
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        command = [sys.executable, str(ROOT / "sample.py"), "Hello", "--model", folder]
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(b"error: ") and ran.stderr.count(b"\n") == 1
 
 
 def started(folder, tmp_path):

@@ -74,21 +74,25 @@ class Show:
     def __init__(
         self,
         screen: terminal.Screen | None = None,
+        opening: str = "",
         heard: Callable[[str], object] | None = None,
         tree: BeamTree | None = None,
     ) -> None:
-        self.screen, self.heard, self.tree = screen, heard, tree
+        """opening: stands before the text; shown with its first token, errors come first."""
+        self.screen, self.opening, self.heard, self.tree = screen, opening, heard, tree
 
     def write(self, piece: str) -> None:
         """Pass on text that is certain."""
         if self.screen is not None:
-            self.screen.write(piece)
+            self.screen.write(self.opening + piece)
+            self.opening = ""
         if self.heard is not None:
             self.heard(piece)
 
     def tail(self, text: str) -> None:
         """Pass on text that may still change."""
         if self.screen is not None:
+            self.write("")
             self.screen.tail(text)
 
     @property

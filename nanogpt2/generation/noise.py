@@ -36,8 +36,13 @@ class StreamNoise:
         self._device = device
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise."""
-        return torch.multinomial(probabilities, count, generator=self._generator)
+        """See Noise. Raises ValueError where too few columns are possible or one is no number."""
+        try:
+            return torch.multinomial(probabilities, count, generator=self._generator)
+        except RuntimeError as error:
+            raise ValueError(
+                "do_sample must have tokens left to draw, which the other options do not leave"
+            ) from error
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""

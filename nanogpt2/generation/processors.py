@@ -339,9 +339,10 @@ def _biases(value: Any) -> dict[tuple[int, ...], float]:
     try:
         pairs = value.items() if isinstance(value, dict) else [(ids, bias) for ids, bias in value]
         biases = {tuple(int(i) for i in ids): float(bias) for ids, bias in pairs}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         biases = {}
-    if not biases:
+    # in float32, and -inf bans
+    if not biases or not all(bias < 3e38 for bias in biases.values()):
         raise ValueError(f"sequence_bias must be a list of [token ids, bias], not {value!r}")
     return biases
 
@@ -358,9 +359,11 @@ def _check_forced(request: Request) -> None:
 
 def _decay(value: Any) -> tuple[int, float]:
     try:
-        start, factor = value
-        return int(start), float(factor)
-    except (TypeError, ValueError):
+        start, factor = int(value[0]), float(value[1])
+        if len(value) != 2 or start < 0 or not 0 < factor < 1e3:
+            raise ValueError(value)
+        return start, factor
+    except (TypeError, ValueError, OverflowError, LookupError):
         raise ValueError(
             f"exponential_decay_length_penalty must be [START, FACTOR], not {value!r}"
         ) from None

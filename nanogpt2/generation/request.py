@@ -61,6 +61,8 @@ def prepare(
     pad = model_config.pad_token_id if config.pad_token_id is None else config.pad_token_id
     if config.stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings must come with tokenizer=, which says what ids stand for")
+    if config.eos_token_id != FROM_CHECKPOINT and any(i >= model_config.vocab_size for i in eos):
+        raise ValueError(f"eos_token_id must be below {model_config.vocab_size}, not {eos}")
     return Request(
         config=config,
         ids=ids,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,7 +67,11 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model, partial, tokenizer)
-    save_file(_optimizer_tensors(optimizer) | _generator_states(), partial / OPTIMIZER)
+    try:
+        save_file(_optimizer_tensors(optimizer) | _generator_states(), partial / OPTIMIZER)
+    except SafetensorError as error:
+        # the library's own name for a full disk
+        raise OSError(str(error)) from error
     (partial / STATE).write_text(json.dumps({"step": step} | state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
