@@ -28,6 +28,8 @@ class FromFlags(Protocol):
         """Build it from the flags that were given. Raises ValueError starting with a field."""
 
 
+MOST = 2**31 - 1  # no number but a seed is larger
+
 T = TypeVar("T", bound=FromFlags)
 
 
@@ -71,6 +73,8 @@ def check(config: Any) -> None:
         value = getattr(config, f.name)
         if not f.metadata or f.metadata["json"]:
             continue
+        if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
+            raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
         if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
             raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
 

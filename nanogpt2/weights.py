@@ -101,6 +101,8 @@ def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     elif (path := folder / "tokenizer.json").exists():
         model = _read_json(path).get("model")
         stated = model.get("vocab", {}) if isinstance(model, dict) else {}
+    if not isinstance(stated, dict):
+        raise ValueError(f"{str(path)!r} states no vocabulary")
     if stated and stated != {
         token: i for token, i in tokenizer.vocabulary.items() if token in stated
     }:
@@ -161,8 +163,12 @@ def _in_folder(folder: Path) -> Checkpoint:
         return Checkpoint((single,), config)
     if index.exists():
         shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(
-            isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+        if (
+            not isinstance(shards, dict)
+            or not shards
+            or not all(
+                isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+            )
         ):
             raise ValueError(f"{str(index)!r} has no weight_map of tensors to files beside it")
         return Checkpoint(tuple(folder / shard for shard in sorted(set(shards.values()))), config)

@@ -170,6 +170,9 @@ WRONG_SAMPLE += [
     (["--output_scores"], "--output_scores"),
 ]
 WRONG_TRAIN = [
+    (["--grad_accum", "1" + "0" * 30], "--grad_accum"),
+    (["--epochs", "1e308"], "--epochs"),
+    (["--weight_decay", "1e12"], "--weight_decay"),
     (["--steps", "0"], "--steps"),
     (["--steps", "5", "--epochs", "2"], "--epochs"),
     (["--epochs", "0"], "--epochs"),

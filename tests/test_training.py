@@ -227,7 +227,7 @@ def begun(tmp_path, **options):
     config = settings(tmp_path, **options)
     folder = RunFolder(tmp_path / "out")
     folder.lock()
-    folder.start(config, corpus_sha256="abc")
+    folder.start(config, corpus_sha256="abc", before={"val_loss": 1.0})
     folder.close()
     return folder
 
@@ -285,9 +285,12 @@ def test_resuming_takes_what_the_run_was_told(tmp_path):
     folder.check_corpus(config, "abc")
     with pytest.raises(ValueError, match="another text"):
         folder.check_corpus(config, "def")
-    (tmp_path / "out/run.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        folder.check(settings(tmp_path, resume=True))
+    whole = json.loads((tmp_path / "out/run.json").read_text())
+    unknown = whole | {"config": whole["config"] | {"warmth": 3}}
+    for damaged in ("{", "[]", "null", "{}", '{"config": []}', json.dumps(unknown), "[" * 100_000):
+        (tmp_path / "out/run.json").write_text(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            folder.check(settings(tmp_path, resume=True))
 
 
 def test_metrics_are_cut_to_the_step(tmp_path):

@@ -88,7 +88,14 @@ def test_sharded_files_load(saved, tmp_path):
     check_logits(load_model(tmp_path), saved[1], atol=1e-4, rtol=1e-4)
     index = tmp_path / "model.safetensors.index.json"
     shard = next(tmp_path.glob("model-00002*"))
-    for text in ("{}", '{"weight_map": {"a": "../x"}}', "[", "[]", '{"weight_map": 1}'):
+    for text in (
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../x"}}',
+        "[",
+        "[]",
+        '{"weight_map": 1}',
+    ):
         whole = index.read_text()
         index.write_text(text)
         with pytest.raises(ValueError, match="index"):

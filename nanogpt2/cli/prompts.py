@@ -35,7 +35,7 @@ def read_prompts(source: str, skip_bad: bool) -> list[str]:
         try:
             text = line.decode("utf-8")
             prompt = _prompt(text) if is_jsonl and text.strip() else text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             message = f"{source!r} line {number}: {error}"
             if not skip_bad:
                 raise ValueError(f"{message} (--skip_bad goes on without it)") from None

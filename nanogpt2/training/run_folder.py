@@ -80,20 +80,26 @@ class RunFolder:
         recorded = self.record()["config"]
         # the text is held to its SHA-256, wherever it now lies
         for name in set(config.given) - FREE_ON_RESUME:
-            if getattr(config, name) != recorded[name]:
+            if getattr(config, name) != recorded.get(name):
                 raise ValueError(
-                    f"{str(self.path)!r} holds a run with --{name} {recorded[name]!r}, "
+                    f"{str(self.path)!r} holds a run with --{name} {recorded.get(name)!r}, "
                     f"which --resume cannot change to {getattr(config, name)!r}"
                 )
         free = {name: getattr(config, name) for name in FREE_ON_RESUME}
-        return replace(config, **(recorded | free))
+        try:
+            return replace(config, **(recorded | free))
+        except TypeError:
+            raise ValueError(f"{str(self.path / 'run.json')!r} is damaged") from None
 
     def record(self) -> dict[str, Any]:
         """Return run.json. Raises ValueError where it is damaged."""
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(self.path / 'run.json')!r} is damaged: {error}") from None
+            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            if isinstance(record["config"], dict) and record["corpus_sha256"] and record["before"]:
+                return record
+        except (ValueError, TypeError, LookupError, RecursionError):
+            pass
+        raise ValueError(f"{str(self.path / 'run.json')!r} is damaged")
 
     def lock(self) -> None:
         """Keep other trainers out until `close`, or until this process ends, however it ends.
