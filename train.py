@@ -40,6 +40,8 @@ def main(config: TrainConfig) -> None:
     """Make everything ready, then train: what cannot work is said before anything is written."""
     folder = RunFolder(Path(config.out))
     checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+    if config.resume and checkpoint is None and store.checkpoints(folder.checkpoints):
+        fail(f"--resume: no checkpoint in {str(folder.checkpoints)!r} is whole; none was removed")
     if checkpoint is not None and checkpoint.name == f"step-{config.steps}":
         terminal.note(f"the run in {folder.path} is finished: nothing to resume")
         return
@@ -142,6 +144,8 @@ def train(
             improved = False
             if step % config.eval_every == 0 or step == config.steps:
                 val_loss = figures["val_loss"] = evaluate(config, model, corpus.validation)
+                if not math.isfinite(val_loss):
+                    raise FloatingPointError(f"step {step}: val_loss {val_loss}; not saved")
                 improved, best = val_loss < best, min(val_loss, best)
             folder.log(figures)
             bar.show(figures)

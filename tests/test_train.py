@@ -173,6 +173,17 @@ def test_a_damaged_checkpoint_is_passed_over(book):
     assert numbers() == numbers("whole")
 
 
+def test_damaged_checkpoints_are_not_thrown_away(capsys, book):
+    argv = [book, *SMALL, "--steps", "6", "--save_every", "3"]
+    assert run(*argv) == 0
+    for state in Path("out/checkpoints").glob("step-*/state.json"):
+        state.write_text("")
+    before = sorted(Path("out").rglob("*"))
+    assert run(*argv, "--resume") == 2
+    assert "is whole" in capsys.readouterr().err
+    assert sorted(Path("out").rglob("*")) == before
+
+
 def test_accumulation_equals_the_big_batch(book):
     argv = [book, *SMALL, "--steps", "3", "--lr", "0.01", "--batch_size"]
     assert run(*argv, "8", "--out", "big") == 0

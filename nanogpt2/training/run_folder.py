@@ -85,7 +85,8 @@ class RunFolder:
                     f"{str(self.path)!r} holds a run with --{name} {recorded.get(name)!r}, "
                     f"which --resume cannot change to {getattr(config, name)!r}"
                 )
-        free = {name: getattr(config, name) for name in FREE_ON_RESUME}
+        given = FREE_ON_RESUME & {*config.given, "data", "out", "resume", "overwrite"}
+        free = {name: getattr(config, name) for name in given}
         try:
             return replace(config, **(recorded | free))
         except TypeError:
