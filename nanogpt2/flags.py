@@ -199,7 +199,7 @@ def _read_flag(known: dict[str, Field[Any]], word: str, words: Iterator[str]) ->
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         fail(f"--{_clip(name)} is not a flag; {hint}")
     f = known[name]
-    if bool in _alternatives(f.type) and not equals:
+    if f.type is bool and not equals:
         return name, True
     if not equals:
         text = next(words, "--")
