@@ -82,6 +82,14 @@ def test_any_algorithm_is_explained(model, options):
     json.dumps([w.as_json() for w in why])
 
 
+def test_stochastic_beams_are_penalised_on_logits(model):
+    why, found, new = explained(
+        model, IDS, num_beams=2, stochastic_beams=True, repetition_penalty=1.5, max_new_tokens=4
+    )
+    total = sum(torch.tensor(w.chosen.probabilities[-1]).log().item() for w in why)
+    assert total == pytest.approx(found.sequences_scores[0].item(), abs=1e-3) and len(new) == 4
+
+
 def test_colours_follow_what_they_stand_for(model):
     why, _, _ = explained(model, IDS, do_sample=True, top_k=0)
     for by in ("prob", "entropy", "rank"):

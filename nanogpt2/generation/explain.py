@@ -53,6 +53,7 @@ def explain(
     request = replace(request, ids=request.ids[:1], mask=request.mask[:1], rows=1)
     engine, chain = Engine(model, request), processors_for(request)
     stages = ("raw", *(name for name, _ in chain))
+    searches = request.config.num_beams > 1 and not request.config.stochastic_beams
     ids = request.ids  # (1, T)
     with evaluating(model):
         for position, token in enumerate(token_ids):
@@ -60,13 +61,14 @@ def explain(
             logp = scores.log_softmax(dim=1)
             entropy = float(-(logp.exp() * logp).nansum())
             order = logp[0].argsort(descending=True)
-            # a penalty weighs on log-probabilities with beams and on logits without
-            rows = [logp if request.config.num_beams > 1 else scores]
+            # a penalty weighs on log-probabilities in a beam search and on logits elsewhere
+            rows = [logp if searches else scores]
             for _, process in chain:
                 rows.append(process(ids, rows[-1]))
             p = torch.cat(rows).softmax(dim=1)  # (stages, V)
             # in turn the likeliest at the end and the model's own favourites, banned or not
             best = torch.stack([p[-1].topk(rivals + 1).indices, order[: rivals + 1]], dim=1)
+            best[:, 0] = best[:, 0].where(p[-1, best[:, 0]] > 0, best[:, 1])
             others = [i for i in dict.fromkeys(best.flatten().tolist()) if i != token][:rivals]
             chosen, *runners_up = (_candidate(i, order, p, tokenizer) for i in (token, *others))
             yield Explanation(position, entropy, stages, chosen, tuple(runners_up))
