@@ -37,6 +37,9 @@ FREE_ON_RESUME = {
     "device",
     "eval_every",
     "save_every",
+    "sample_every",
+    "tensorboard",
+    "dry_run",
     "keep",
 }
 
