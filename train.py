@@ -51,6 +51,7 @@ def main(config: TrainConfig) -> None:
         return
     with wrong_use("--device"):
         world = distributed.join(config.device)
+    folder.writes = world.is_first
     terminal.speak(world.is_first)
     try:
         with wrong_use("--init"):
@@ -70,7 +71,7 @@ def main(config: TrainConfig) -> None:
             print_plan(config, learner, corpus, batches)
             return
         with wrong_use("--out"):
-            folder.lock(writes=world.is_first)
+            folder.lock()
         if checkpoint is not None:
             learner.restore(tensors, state["micro_batch"])
         train(config, folder, learner, tokenizer, corpus, batches, state)

@@ -49,6 +49,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.writes = True  # False in all but one of several processes
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
         self._open_files: list[TextIO] = []
@@ -110,6 +111,8 @@ class RunFolder:
 
         Raises ValueError where another trainer is in.
         """
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / ".lock").open("w")
         try:
@@ -132,6 +135,8 @@ class RunFolder:
 
     def start(self, config: TrainConfig, **facts: Any) -> None:
         """Begin a new run here: drop an old one's files and write run.json."""
+        if not self.writes:
+            return
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
@@ -142,6 +147,8 @@ class RunFolder:
 
     def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
+        if not self.writes:
+            return
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
             self._open_files.append(self._metrics)
@@ -156,9 +163,10 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and one that a kill left unfinished."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if not (self.writes and path.exists()):
             return
-        kept = path.read_text(encoding="utf-8").splitlines()[:step]
+        # a line that a kill left unfinished may end within a character
+        kept = path.read_bytes().decode("utf-8", "replace").splitlines()[:step]
         partial = self.path / ".metrics.jsonl.tmp"
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
