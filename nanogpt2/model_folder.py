@@ -80,8 +80,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     manifest = _read_json(folder / MANIFEST)
     if manifest is None:
         return None
-    if not manifest or any(
-        not isinstance(entry, dict) or entry.keys() != {"size", "sha256"} or not _is_name(name)
+    if not manifest or not all(
+        _is_name(name) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
         for name, entry in manifest.items()
     ):
         raise ValueError(f"{str(folder / MANIFEST)!r} is no list of files, sizes and SHA-256")

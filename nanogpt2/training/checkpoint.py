@@ -133,19 +133,26 @@ def publish(path: Path, out: Path) -> None:
     lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, OPTIMIZER)}
     partial = out / f".{MANIFEST}.tmp"
     partial.write_text(json.dumps(lasting, indent=1), encoding="utf-8")
+    _sync(partial)
     partial.replace(out / MANIFEST)
     for file in path.iterdir():
         if file.name in (MANIFEST, STATE, OPTIMIZER):
             continue
         partial = out / f".{file.name}.tmp"
         partial.unlink(missing_ok=True)
-        try:
-            os.link(file, partial)
-        except OSError:
-            # a file system without hard links
-            shutil.copyfile(file, partial)
+        # the weights are large; what a person may edit must not be the checkpoint's own
+        (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
+        _sync(partial)
         partial.replace(out / file.name)
     _sync(out)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Give a file a second name; a copy, on a file system without hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def mark_best(path: Path) -> None:
