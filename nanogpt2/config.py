@@ -44,7 +44,8 @@ class GPTConfig:
             )
         if self.n_parameters > MOST_PARAMETERS:
             raise ValueError(
-                f"n_embd {self.n_embd} makes {self.n_parameters:,} parameters; "
+                f"n_embd {self.n_embd}, n_layer {self.n_layer}, vocab_size {self.vocab_size} and "
+                f"block_size {self.block_size} make {self.n_parameters:,} parameters; "
                 f"{MOST_PARAMETERS:,} are allowed"
             )
 
