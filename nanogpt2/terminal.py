@@ -52,8 +52,19 @@ class _Unfailing(io.FileIO):
             return len(data)
 
 
+_speaks = True
+
+
+def speak(aloud: bool) -> None:
+    """Say things from now on, or nothing but errors: one of several processes speaks for all."""
+    global _speaks
+    _speaks = aloud
+
+
 def note(text: str) -> None:
     """Print a line for the person, on stderr: stdout is for results."""
+    if not _speaks:
+        return
     # above the bar, if there is one; tqdm is loaded when one is first drawn
     tqdm = sys.modules.get("tqdm")
     (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
@@ -64,6 +75,8 @@ def write(text: str) -> None:
 
     Raises OSError where stdout cannot take it; what is printed after that goes nowhere.
     """
+    if not _speaks:
+        return
     encoding = sys.stdout.encoding
     try:
         print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
@@ -79,7 +92,7 @@ class Progress:
     def __init__(self, total: int, done: int, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not (_speaks and sys.stderr.isatty()))
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Count one more as done, with its loss and speed; an evaluation keeps its line."""

@@ -34,7 +34,6 @@ STATE, TENSORS = "state.json", "training.safetensors"
 
 def commit(
     out: Path,
-    step: int,
     model: Model,
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
@@ -42,13 +41,13 @@ def commit(
     is_best: bool,
     keep: int,
 ) -> None:
-    """Save a run's state under `out`/checkpoints, then make its model the one of `out`.
+    """Save a run under `out`/checkpoints as step-`state["step"]`; make its model the one of `out`.
 
     Older checkpoints than the newest `keep` and the best are removed last. Raises OSError, leaving
     every checkpoint committed before intact.
     """
     folder = out / "checkpoints"
-    saved = save_checkpoint(folder, step, model, tokenizer, tensors, state)
+    saved = save_checkpoint(folder, model, tokenizer, tensors, state)
     if is_best:
         mark_best(saved)
     publish(saved, out)
@@ -57,17 +56,16 @@ def commit(
 
 def save_checkpoint(
     folder: Path,
-    step: int,
     model: Model,
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
     """Commit `folder/step-N` and return it. Raises OSError, leaving the others as they were."""
-    final = folder / f"step-{step}"
+    final = folder / f"step-{state['step']}"
     if is_whole(final):
         return final
-    partial = folder / f"step-{step}.tmp"
+    partial = final.with_suffix(".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model, partial, tokenizer)
@@ -76,9 +74,9 @@ def save_checkpoint(
     except SafetensorError as error:
         # the library's own name for a full disk
         raise OSError(str(error)) from error
-    (partial / STATE).write_text(json.dumps({"step": step} | state), encoding="utf-8")
+    (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    (partial / MANIFEST).write_text(_manifest_text(entries), encoding="utf-8")
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
@@ -104,8 +102,11 @@ def is_whole(path: Path) -> bool:
     """True where every file is there with the size and SHA-256 that the manifest states."""
     try:
         entries = read_manifest(path) or {}
-        named = {WEIGHTS, TENSORS, STATE} <= entries.keys()
-        return named and all(_digest(path / name) == entry for name, entry in entries.items())
+        return (
+            {WEIGHTS, TENSORS, STATE} <= entries.keys()
+            and (path / MANIFEST).read_text(encoding="utf-8") == _manifest_text(entries)
+            and all(_digest(path / name) == entry for name, entry in entries.items())
+        )
     except (OSError, ValueError):
         return False
 
@@ -124,7 +125,7 @@ def publish(path: Path, out: Path) -> None:
     entries = read_manifest(path) or {}
     lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, TENSORS)}
     partial = out / f".{MANIFEST}.tmp"
-    partial.write_text(json.dumps(lasting, indent=1), encoding="utf-8")
+    partial.write_text(_manifest_text(lasting), encoding="utf-8")
     _sync(partial)
     partial.replace(out / MANIFEST)
     for file in path.iterdir():
@@ -163,6 +164,11 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(path)
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path)
+
+
+def _manifest_text(entries: dict[str, Any]) -> str:
+    """The one way to write a manifest, so that no bit of it can change unseen."""
+    return json.dumps(entries, indent=1)
 
 
 def _digest(path: Path) -> dict[str, Any]:
