@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "hub": ["terminal"],
     "ops": ["kernels"],
     "model": ["config", "ops", "kv_cache"],
+    "classifier": ["ops", "model"],
     "weights": ["config", "hub", "model", "tokenizer"],
     "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "generation"],
     # what draws
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
-    "training": ["config", "model", "weights", "terminal", "tokenizer", "training"],
+    "training": ["config", "model", "classifier", "weights", "terminal", "tokenizer", "training"],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
 
