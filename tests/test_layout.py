@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "hub": ["terminal"],
     "ops": ["kernels"],
     "model": ["config", "ops", "kv_cache"],
+    "classifier": ["ops", "model"],
     "tensor_file": [],
     "model_folder": ["config", "flags", "hub", "tokenizer"],
     "weights": ["config", "flags", "model", "model_folder", "tensor_file", "tokenizer"],
@@ -28,7 +29,16 @@ MAY_IMPORT = {
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
-    "training": ["config", "model", "weights", "terminal", "tokenizer", "training"],
+    "training": [
+        "classifier",
+        "config",
+        "metrics",
+        "model",
+        "terminal",
+        "tokenizer",
+        "training",
+        "weights",
+    ],
     "training.checkpoint": ["model_folder"],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
