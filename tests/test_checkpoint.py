@@ -140,17 +140,17 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import checkpoint as store
-from test_training import trained
-model, optimizer = trained()
+from test_checkpoint import trained
+learner = trained()
 out = Path({str(tmp_path)!r})
-made = (model, byte_tokenizer(), optimizer, {{"best": 1.0}})
-store.commit(out, 1, *made, is_best=True, keep=1)
+made = (learner.exported(), byte_tokenizer(), learner.tensors())
+store.commit(out, *made, {{"step": 1}}, is_best=True, keep=1)
 print("committed", flush=True)
 def die(*a, **k):
     os.kill(os.getpid(), signal.SIGKILL)
 owner = Path if {point!r} in ("rename", "write_text") else store
 setattr(owner, {point!r}, die)
-store.commit(out, 2, *made, is_best=True, keep=1)
+store.commit(out, *made, {{"step": 2}}, is_best=True, keep=1)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == -9 and ran.stdout == "committed\n", ran.stderr
@@ -159,9 +159,9 @@ store.commit(out, 2, *made, is_best=True, keep=1)
     for folder in (latest, tmp_path, tmp_path / "checkpoints/best"):
         assert load_model(folder).config.n_layer == 2
     # the next save clears up
-    store.commit(
-        tmp_path, 3, *trained()[:1], byte_tokenizer(), trained()[1], {}, is_best=True, keep=1
-    )
+    learner = trained()
+    made = (learner.exported(), byte_tokenizer(), learner.tensors())
+    store.commit(tmp_path, *made, {"step": 3}, is_best=True, keep=1)
     assert [p.name for p in store.checkpoints(tmp_path / "checkpoints")] == ["step-3"]
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 

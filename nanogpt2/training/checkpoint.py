@@ -25,16 +25,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.model import GPT
 from nanogpt2.model_folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import Model, save_model
+from nanogpt2.weights import save_model
 
 STATE, TENSORS = "state.json", "training.safetensors"
 
 
 def commit(
     out: Path,
-    model: Model,
+    model: GPT | GPTClassifier,
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
@@ -56,7 +58,7 @@ def commit(
 
 def save_checkpoint(
     folder: Path,
-    model: Model,
+    model: GPT | GPTClassifier,
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
