@@ -25,7 +25,8 @@ if __name__ == "__main__":
 import torch
 
 from nanogpt2.data.corpus import Corpus, Ids, load_corpus
-from nanogpt2.data.loader import BatchLoader, validation_batches
+from nanogpt2.data.examples import Examples
+from nanogpt2.data.loader import Batches, make_batches, validation_batches
 from nanogpt2.generation import generate
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
@@ -53,7 +54,7 @@ def main(config: TrainConfig) -> None:
         corpus = load_corpus(config.data, tokenizer)
     with wrong_use("--block_size"):
         config = fill_in(config, model, len(corpus.train))
-        batches = BatchLoader(corpus.train, config.batch_size, config.block_size, config.seed)
+        batches = make_batches(corpus.train, config.block_size, config.seed)
     with wrong_use("--out"):
         folder.check_corpus(config, corpus.sha256)
         folder.lock()
@@ -115,12 +116,13 @@ def train(
     model: GPT,
     tokenizer: Tokenizer,
     corpus: Corpus,
-    batches: BatchLoader,
+    batches: Batches,
     checkpoint: Path | None,
 ) -> None:
     """Take the steps after `checkpoint`, or all of them; leave the model in the run's folder."""
     # the first whole words that the model has not been trained on
-    words = tokenizer.decode(corpus.validation[:64].tolist()).split()[1:7]
+    held_out: Any = corpus.validation
+    words = tokenizer.decode(held_out[:64].tolist()).split()[1:7]
     prompt = tokenizer.encode(config.prompt or " ".join(words)) or [tokenizer.end_of_text]
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     if checkpoint is None:
@@ -169,7 +171,7 @@ def take_step(
     config: TrainConfig,
     model: GPT,
     optimizer: torch.optim.Optimizer,
-    batches: BatchLoader,
+    batches: Batches,
     step: int,
 ) -> dict[str, Any]:
     """Update the model once and return the step's figures.
@@ -183,7 +185,8 @@ def take_step(
     model.train()
     loss, tokens = 0.0, 0
     for index in range((step - 1) * config.grad_accum, step * config.grad_accum):
-        x, y = (ids.to(model.wte.weight.device) for ids in batches.batch(index))  # each (B, T)
+        rows = batches.rows(index * config.batch_size, config.batch_size)
+        x, y = (ids.to(model.wte.weight.device) for ids in rows)  # each (B, T)
         with precision(config, model):
             micro_loss = model(x, y) / config.grad_accum
         micro_loss.backward()
@@ -209,11 +212,11 @@ def precision(config: TrainConfig, model: GPT) -> torch.autocast:
 
 
 @torch.no_grad()
-def evaluate(config: TrainConfig, model: GPT, ids: Ids) -> float:
-    """Mean cross-entropy in nats a token over all of `ids`; draws no random number."""
+def evaluate(config: TrainConfig, model: GPT, data: Ids | Examples) -> float:
+    """Mean cross-entropy in nats a token over all of `data`; draws no random number."""
     model.eval()
     total, count = 0.0, 0
-    for x, y in validation_batches(ids, config.batch_size, config.block_size):
+    for x, y in validation_batches(data, config.batch_size, config.block_size):
         targets = int((y != -100).sum())
         device = model.wte.weight.device
         with precision(config, model):
