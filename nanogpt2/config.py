@@ -5,6 +5,7 @@ type, default, range and help text stand in one place. A value out of range rais
 the constructor. This file does not know what a tensor is.
 """
 
+import glob
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ PRESETS: dict[str, GPTConfig] = {
 
 MODEL_NAMES = (*PRESETS, "demo")
 DATA_NAMES = ("pydocs", "shakespeare")
+DATA_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -344,10 +346,11 @@ def _refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
 class TrainConfig:
     """python train.py DATA [flags]: train or fine-tune a GPT-2 on text.
 
-    DATA is a text file, a folder, a glob, a .jsonl, .csv, .tsv or .parquet file (also .gz, .zst), -
-    for standard input, or a name: pydocs (the language reference that every Python carries) or
-    shakespeare (downloaded once). --out becomes a folder that `sample.py --model` and transformers
-    load. Several devices: torchrun --nproc_per_node=N train.py DATA.
+    DATA is a file (text, or records as .jsonl, .csv, .tsv or .parquet; also .gz and .zst), a folder
+    or a glob of such files, a .tokens file, - for standard input, or a name: pydocs (the language
+    reference that every Python carries) or shakespeare (downloaded once). --out becomes a folder
+    that `sample.py --model` and transformers load. Several devices: torchrun --nproc_per_node=N
+    train.py DATA.
     """
 
     data: str = flag(MISSING, "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
@@ -485,12 +488,38 @@ def check_model(name: str | Path) -> None:
 
 
 def check_data(source: str) -> None:
-    """Raise ValueError where `source` cannot be a text to train on; reads no text."""
+    """Raise ValueError where `source` cannot be data to train on; reads no text."""
+    if source not in (*DATA_NAMES, "-"):
+        data_files(source)
+
+
+def data_files(source: str) -> list[Path]:
+    """The files of a path or a glob, in order of name: a folder's are those of a known kind.
+
+    Raises ValueError where there is none.
+    """
     path = Path(source)
-    if source in DATA_NAMES or path.is_file():
-        return
-    if not source or not path.exists():
+    if not source or "\0" in source:
+        found = []
+    elif path.is_dir():
+        found = [p for p in path.rglob("*") if data_kind(p) and p.is_file()]
+        if not found:
+            raise ValueError(
+                f"{show(source)} has no file to read ({', '.join(DATA_KINDS)}; also .gz, .zst)"
+            )
+    elif path.is_file():
+        found = [path]
+    else:
+        # Path.glob takes no absolute pattern
+        names = glob.glob(source, recursive=True)  # noqa: PTH207
+        found = [path for path in map(Path, names) if path.is_file()]
+    if not found:
         known = ", ".join(DATA_NAMES)
         raise ValueError(f"{show(source)} is no file, no folder and no known text ({known})")
-    if not any(path.rglob("*.txt")):
-        raise ValueError(f"{show(source)} has no .txt file")
+    return sorted(found)
+
+
+def data_kind(path: str | Path) -> str | None:
+    """How a file is read, which its suffix tells: one of DATA_KINDS, or None."""
+    name = str(path).lower().removesuffix(".gz").removesuffix(".zst")
+    return next((kind for kind in DATA_KINDS if name.endswith(kind)), None)
