@@ -7,6 +7,7 @@ What is not the lesson (batches, optimizers, checkpoint files, several devices) 
 import math
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,31 @@ import torch
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples, preview
-from nanogpt2.data.loader import Batches, make_batches, validation_batches
+from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
 from nanogpt2.generation import generate
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
-from nanogpt2.training import distributed, plan, report
+from nanogpt2.training import distributed, plan
 from nanogpt2.training.learner import Learner, Model
 from nanogpt2.training.optim import learning_rate
+from nanogpt2.training.report import Snapshot
 from nanogpt2.training.validation import validate
 from nanogpt2.weights import load_classifier, load_model, load_tokenizer, new_model
 
 SAMPLE_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run works with."""
+
+    config: TrainConfig
+    folder: RunFolder
+    learner: Learner
+    tokenizer: Tokenizer
+    batches: Batches
+    validation: ValidationBatches
+    prompt: list[int]  # of the samples; a classifier has none
 
 
 def main(config: TrainConfig) -> None:
@@ -45,7 +60,7 @@ def main(config: TrainConfig) -> None:
     checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
     if config.resume and checkpoint is None and store.checkpoints(folder.checkpoints):
         fail(f"--resume: no checkpoint in {str(folder.checkpoints)!r} is whole; none was removed")
-    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {"step": 0})
+    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
     if state.get("finished"):
         terminal.note(f"the run in {folder.path} is finished: nothing to resume")
         return
@@ -57,24 +72,33 @@ def main(config: TrainConfig) -> None:
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
         with wrong_use("DATA"):
-            corpus = load_data(config, model, tokenizer)
-            folder.check_corpus(config, corpus.sha256)
+            corpus = read_data(config, model, tokenizer)
+            init = {"init": model_digest(config.init)} if config.lora_rank else {}
+            folder.hold_to(config, data=corpus.sha256, **init)
         if config.task == "classify" and not isinstance(model, GPTClassifier):
             model = GPTClassifier(model, corpus.labels)
         with wrong_use("--block_size"):
             block_size = plan.block_size(config, model.config, world, corpus.room)
             batches = make_batches(corpus.train, block_size, config.seed)
-            validation = validation_batches(corpus.validation, config.batch_size, block_size)
+        with wrong_use("--batch_size"):
             config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
+        validation = validation_batches(corpus.validation, config.batch_size, block_size)
         learner = Learner(config, model, world)
+        prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
+        run = Run(config, folder, learner, tokenizer, batches, validation, prompt)
+        if isinstance(corpus.train, Examples):
+            terminal.note(preview(corpus.train, tokenizer))
         if config.dry_run:
-            print_plan(config, learner, corpus, batches)
+            print_plan(run)
             return
+        if config.tensorboard and world.is_first:
+            with wrong_use("--tensorboard"):
+                folder.loggers.append(TensorBoard(folder.path / "tensorboard", step).log)
         with wrong_use("--out"):
             folder.lock()
         if checkpoint is not None:
             learner.restore(tensors, state["micro_batch"])
-        train(config, folder, learner, tokenizer, corpus, batches, state)
+        train(run, state)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error), code=1)
     finally:
@@ -108,52 +132,40 @@ def make_model(
     return load(source, device, dropout=config.dropout), load_tokenizer(source)
 
 
-def load_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
-    """Read the task's data; a classifier's labels must be those of its head."""
+def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
+    """Read the task's data; a model that knows labels allows no others."""
     return load_corpus(
         config.data,
         tokenizer,
         config.task,
         validation=config.validation,
-        columns=Columns(text=config.text_column, label=config.label_column),
+        columns=Columns(config.text_column, config.label_column),
         vocab_size=model.config.vocab_size,
-        labels=model.labels if isinstance(model, GPTClassifier) else None,
+        labels=getattr(model, "labels", None),
     )
 
 
-def train(
-    config: TrainConfig,
-    folder: RunFolder,
-    learner: Learner,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    batches: Batches,
-    state: dict[str, Any],
-) -> None:
+def train(run: Run, state: dict[str, Any]) -> None:
     """Take the steps after the checkpoint's, or all of them; leave the model in the folder."""
-    validation = validation_batches(corpus.validation, config.batch_size, config.block_size)
-    prompt = first_prompt(config, tokenizer, corpus)
-    if state["step"] == 0:
+    config, folder, learner = run.config, run.folder, run.learner
+    if not state:
         state = {"step": 0, "best": math.inf, "stale": 0, "finished": False}
-        before = {"sample": sample(config, learner, tokenizer, prompt)}
-        before |= validate(learner, validation)
-        folder.start(config, corpus_sha256=corpus.sha256, before=before)
+        before = snapshot(run, validate(learner, run.validation))
+        folder.start(config, before=asdict(before))
     else:
-        before = folder.record()["before"]
+        before = Snapshot(**folder.record()["before"])
         folder.cut_metrics(state["step"])
-    print_plan(config, learner, corpus, batches, state["step"])
-    terminal.write(f"before training:\n{before['sample']}\n\n" if prompt else "")
+    terminal.note(plan.describe(config, learner, run.batches.sequences, state["step"]))
+    terminal.write(f"before training:\n{before.sample}\n\n" if before.sample else "")
 
     signals, stopped = terminal.Signals(), 0
     with terminal.Progress(config.steps, state["step"], "step") as bar:
         while not (state["finished"] or stopped):
             step = state["step"] = state["step"] + 1
-            figures = take_step(config, learner, batches, step)
+            figures = take_step(config, learner, run.batches, step)
             is_best = False
             if step % config.eval_every == 0 or step == config.steps:
-                figures |= validate(learner, validation)
-                if not math.isfinite(figures["val_loss"]):
-                    raise FloatingPointError(f"step {step}: val_loss is {figures['val_loss']}")
+                figures |= validate(learner, run.validation)
                 is_best = figures["val_loss"] < state["best"]
                 state["best"] = min(figures["val_loss"], state["best"])
                 state["stale"] = 0 if is_best else state["stale"] + 1
@@ -162,15 +174,14 @@ def train(
             folder.log(figures)
             bar.show(figures)
             if is_best or stopped or state["finished"] or step % config.save_every == 0:
-                save(config, folder, learner, tokenizer, state, is_best)
+                save(run, state, is_best)
             if config.sample_every and step % config.sample_every == 0:
-                terminal.note(f"step {step}: {sample(config, learner, tokenizer, prompt)}")
+                terminal.note(f"step {step}:\n{snapshot(run, figures).sample}")
 
     if not state["finished"]:
         terminal.note(f"stopped after step {step}: --resume goes on")
         sys.exit(128 + stopped)
-    after = {"sample": sample(config, learner, tokenizer, prompt)} | figures
-    terminal.write(report.final_report(folder.path, before, after, state["best"]))
+    folder.finish(config, before, snapshot(run, figures), state["best"])
 
 
 def take_step(
@@ -186,7 +197,8 @@ def take_step(
     # this process's share of the step's sequences
     share = config.batch_size * config.grad_accum // learner.world.size
     first = ((step - 1) * learner.world.size + learner.world.rank) * share
-    while True:
+    loss = None
+    while loss is None:
         cuts = range(first, first + share, learner.micro_batch)
         parts = [batches.rows(i, min(learner.micro_batch, first + share - i)) for i in cuts]
         counts = [int((y != -100).sum()) for _, y in parts]
@@ -194,13 +206,12 @@ def take_step(
         try:
             # every target counts the same, in whichever micro-batch it is
             losses = [
-                learner.backward(x, y, count / targets, last=i + learner.micro_batch >= first + share)
+                learner.backward(x, y, count / targets, last=i == cuts[-1])
                 for i, (x, y), count in zip(cuts, parts, counts, strict=True)
             ]
-            break
+            (loss,) = learner.world.sum(torch.stack(losses).sum().item())
         except RuntimeError as error:
             learner.make_room(error)
-    (loss,) = learner.world.sum(torch.stack(losses).sum().item())
     norm = learner.gradient_norm()
     # float16's scaled gradients may overflow: the scale falls, the weights stay
     overflow = learner.scaler.is_enabled() and not math.isfinite(norm)
@@ -210,52 +221,41 @@ def take_step(
             f"{norm}: stopped before the update; the last checkpoint is kept. Try a lower --lr"
         )
     learner.step(lr, apply=not overflow)
-    return {
-        "step": step,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": None if overflow else norm,
-        "tokens_per_second": tokens / (time.perf_counter() - started),
-    }
+    speed = tokens / (time.perf_counter() - started)
+    figures = {"step": step, "loss": loss, "lr": lr, "grad_norm": None if overflow else norm}
+    return figures | {"tokens_per_second": speed} | learner.meter(speed)
 
 
-def save(
-    config: TrainConfig,
-    folder: RunFolder,
-    learner: Learner,
-    tokenizer: Tokenizer,
-    state: dict[str, Any],
-    is_best: bool,
-) -> None:
-    """Commit a checkpoint: all processes bring their shares, the first one writes."""
-    model, tensors = learner.exported(), learner.tensors()
-    state["micro_batch"] = learner.micro_batch
-    if learner.world.is_first:
-        folder.sync_metrics()
-        store.commit(folder.path, model, tokenizer, tensors, state, is_best, config.keep)
+def save(run: Run, state: dict[str, Any], is_best: bool) -> None:
+    """Commit a checkpoint: every process brings its share, the first one writes."""
+    model, tensors = run.learner.exported(), run.learner.tensors()
+    state["micro_batch"] = run.learner.micro_batch
+    if run.learner.world.is_first:
+        run.folder.sync_metrics()
+        made = (model, run.tokenizer, tensors, state)
+        store.commit(run.folder.path, *made, is_best=is_best, keep=run.config.keep)
 
 
-def first_prompt(config: TrainConfig, tokenizer: Tokenizer, corpus: Corpus) -> list[int]:
-    """What the samples go on from: the first words that the model is not trained on."""
-    if config.task == "classify":
-        return []
-    if config.prompt:
-        return tokenizer.encode(config.prompt)
-    if isinstance(corpus.validation, Examples):
-        inputs, targets = corpus.validation.example(0, config.block_size)
-        return inputs[: int((targets != -100).argmax()) + 1].tolist()
-    words = tokenizer.decode(corpus.validation[:64].tolist()).split()[1:7]
-    return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
+def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:
+    """How the model is now: its figures on the validation data, and its prompt continued.
+
+    The sample has a random generator of its own. A classifier writes nothing.
+    """
+    model = run.learner.exported()
+    loss, *scores = map(figures.get, ("val_loss", "val_accuracy", "val_macro_f1"))
+    if isinstance(model, GPTClassifier) or not run.learner.world.is_first:
+        return Snapshot(loss, "", (), *scores)
+    ids = torch.tensor([run.prompt], device=model.wte.weight.device)
+    options = SENSIBLE_SAMPLING | {"max_new_tokens": SAMPLE_TOKENS, "seed": run.config.seed}
+    written = generate(model, ids, **options).sequences[0].tolist()
+    return Snapshot(loss, run.tokenizer.decode(written), written[len(run.prompt) :])
 
 
-def sample(config: TrainConfig, learner: Learner, tokenizer: Tokenizer, prompt: list[int]) -> str:
-    """The prompt continued, by a random generator of its own; a classifier writes nothing."""
-    model = learner.exported()
-    if not prompt or isinstance(model, GPTClassifier) or not learner.world.is_first:
-        return ""
-    ids = torch.tensor([prompt], device=model.wte.weight.device)
-    options = SENSIBLE_SAMPLING | {"max_new_tokens": SAMPLE_TOKENS, "seed": config.seed}
-    return tokenizer.decode(generate(model, ids, **options).sequences[0].tolist())
+def print_plan(run: Run) -> None:
+    """Say what the run would be; two steps, of which nothing is kept, show its speed."""
+    take_step(run.config, run.learner, run.batches, 1)
+    figures = take_step(run.config, run.learner, run.batches, 2)
+    terminal.write(plan.describe(run.config, run.learner, run.batches.sequences, figures))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def begun(tmp_path, **options):
     config = settings(tmp_path, **options)
     folder = RunFolder(tmp_path / "out")
     folder.lock()
-    folder.start(config, corpus_sha256="abc", before={"val_loss": 1.0})
+    folder.hold_to(config, data="abc")
+    folder.start(config, before={"val_loss": 1.0})
     folder.close()
     return folder
 
@@ -51,7 +52,7 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     save(folder.checkpoints, 1)
     (tmp_path / "out/notes.txt").write_text("mine")
     folder = RunFolder(tmp_path / "out")
-    folder.start(settings(tmp_path, overwrite=True), corpus_sha256="def")
+    folder.start(settings(tmp_path, overwrite=True), before={"val_loss": 1.0})
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         ".lock",
         "notes.txt",
@@ -74,9 +75,9 @@ def test_resuming_takes_what_the_run_was_told(tmp_path):
         folder.check(settings(tmp_path, resume=True, lr=0.25))
     with pytest.raises(ValueError, match="no run to --resume"):
         RunFolder(tmp_path / "other").check(settings(tmp_path, resume=True))
-    folder.check_corpus(config, "abc")
-    with pytest.raises(ValueError, match="another text"):
-        folder.check_corpus(config, "def")
+    folder.hold_to(config, data="abc")
+    with pytest.raises(ValueError, match="another data"):
+        folder.hold_to(config, data="def")
     whole = json.loads((tmp_path / "out/run.json").read_text())
     unknown = whole | {"config": whole["config"] | {"warmth": 3}}
     for damaged in ("{", "[]", "null", "{}", '{"config": []}', json.dumps(unknown), "[" * 100_000):

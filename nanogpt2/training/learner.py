@@ -165,6 +165,13 @@ class Learner:
         plain.load_state_dict(state, assign=True)
         return plain.eval()
 
+    def meter(self, tokens_per_second: float) -> dict[str, float]:
+        """How well the devices are used: mfu, a share of their matrix products' rate; memory, in
+        bytes.
+        """
+        flops = model_flops(self.model.config, 1, self.config.block_size) * tokens_per_second
+        return {"mfu": flops / (self.rate * self.world.size), "memory": memory_in_use(self.world)}
+
     # ---- what a checkpoint holds beside the exported model
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@ import math
 from dataclasses import replace
 
 from nanogpt2.config import GPTConfig, TrainConfig
+from nanogpt2.training.estimate import memory_estimate
 from nanogpt2.training.distributed import World
+from nanogpt2.training.learner import Learner
 
 # on a GPU a step takes more sequences where the data has enough for so many steps
 STEP_TOKENS = 2**15
@@ -72,3 +74,26 @@ def _rate(config: TrainConfig, width: int) -> float:
     if config.init == "scratch":
         return min(3e-3, 6e-4 * 768 / width)
     return (5e-4 if config.lora_rank else 1e-4) * 768 / width
+
+
+def describe(config: TrainConfig, learner: Learner, sequences: int) -> str:
+    """Say what is about to run; sequences: those of an epoch."""
+    every = sum(p.numel() for p in learner.model.parameters())
+    trained = sum(p.numel() for p in learner.parameters.values())
+    some = "all" if trained == every else f"{trained:,}"
+    micro = f" in micro-batches of {config.batch_size}" if config.grad_accum > 1 else ""
+    in_a_step = config.batch_size * config.grad_accum
+    memory = memory_estimate(
+        learner.model.config,
+        config.batch_size,
+        config.block_size,
+        trainable=trained,
+        dtype=config.dtype,
+        device=learner.world.kind,
+        grad_accum=config.grad_accum,
+    )
+    return (
+        f"{every:,} parameters, {some} of them trained, about {memory / 1e9:.1f} GB of memory\n"
+        f"{config.steps:,} steps of {in_a_step} x {config.block_size} tokens{micro}: "
+        f"{config.steps * in_a_step / sequences:.2g} epochs of {sequences:,} sequences"
+    )
