@@ -29,14 +29,22 @@ from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples, preview
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
 from nanogpt2.generation import generate
+from nanogpt2.model_folder import model_digest
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training import distributed, plan
+from nanogpt2.training.adapter import save_adapter
 from nanogpt2.training.learner import Learner, Model
 from nanogpt2.training.optim import learning_rate
-from nanogpt2.training.report import Snapshot
+from nanogpt2.training.report import Snapshot, TensorBoard, finish
 from nanogpt2.training.validation import validate
-from nanogpt2.weights import load_classifier, load_model, load_tokenizer, new_model
+from nanogpt2.weights import (
+    is_classifier,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    new_model,
+)
 
 SAMPLE_TOKENS = 60
 
@@ -93,7 +101,7 @@ def main(config: TrainConfig) -> None:
             return
         if config.tensorboard and world.is_first:
             with wrong_use("--tensorboard"):
-                folder.loggers.append(TensorBoard(folder.path / "tensorboard", step).log)
+                folder.loggers.append(TensorBoard(folder.path / "tensorboard", state.get("step", 0)).log)
         with wrong_use("--out"):
             folder.lock()
         if checkpoint is not None:
@@ -149,13 +157,16 @@ def train(run: Run, state: dict[str, Any]) -> None:
     """Take the steps after the checkpoint's, or all of them; leave the model in the folder."""
     config, folder, learner = run.config, run.folder, run.learner
     if not state:
+        if config.resume:
+            terminal.note("no checkpoint yet: starting over")
         state = {"step": 0, "best": math.inf, "stale": 0, "finished": False}
         before = snapshot(run, validate(learner, run.validation))
         folder.start(config, before=asdict(before))
     else:
         before = Snapshot(**folder.record()["before"])
         folder.cut_metrics(state["step"])
-    terminal.note(plan.describe(config, learner, run.batches.sequences, state["step"]))
+        terminal.note(f"resuming after step {state['step']}")
+    terminal.note(plan.describe(config, learner, run.batches.sequences))
     terminal.write(f"before training:\n{before.sample}\n\n" if before.sample else "")
 
     signals, stopped = terminal.Signals(), 0
@@ -181,7 +192,11 @@ def train(run: Run, state: dict[str, Any]) -> None:
     if not state["finished"]:
         terminal.note(f"stopped after step {step}: --resume goes on")
         sys.exit(128 + stopped)
-    folder.finish(config, before, snapshot(run, figures), state["best"])
+    after = snapshot(run, figures)
+    if learner.world.is_first:
+        if config.lora_rank:
+            save_adapter(learner.view, folder.path / "adapter", config.init)
+        finish(folder.path, before, after, state["best"], config.task)
 
 
 def take_step(
@@ -255,7 +270,8 @@ def print_plan(run: Run) -> None:
     """Say what the run would be; two steps, of which nothing is kept, show its speed."""
     take_step(run.config, run.learner, run.batches, 1)
     figures = take_step(run.config, run.learner, run.batches, 2)
-    terminal.write(plan.describe(run.config, run.learner, run.batches.sequences, figures))
+    terminal.write(plan.describe(run.config, run.learner, run.batches.sequences) + "\n")
+    seconds = run.config.steps * tokens / figures["tokens_per_second"]
 
 
 if __name__ == "__main__":

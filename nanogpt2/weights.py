@@ -301,3 +301,11 @@ def _memory_of(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def load_classifier(*a, **k):
+    raise NotImplementedError
+
+
+def is_classifier(name):
+    return False

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
+from nanogpt2.data.examples import NOT_COUNTED, Examples, chat_examples, labelled_examples
 from nanogpt2.data.shards import Ids
 from nanogpt2.data.streams import SPLIT_SEED, Columns, Streams
 from nanogpt2.tokenizer import Tokenizer
@@ -34,6 +34,21 @@ class Corpus:
     validation: Ids | Examples
     sha256: str  # of the files, the task and the columns
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest sequence that the data can fill."""
+        if isinstance(self.train, Examples):
+            return self.train.longest
+        return min(len(self.train), len(self.validation)) - 1
+
+    def prompt(self, tokenizer: Tokenizer) -> list[int]:
+        """What a sample may go on from: the first words that are held out; a chat's first turn."""
+        if isinstance(self.validation, Examples):
+            inputs, targets = self.validation.example(0, self.validation.longest)
+            return inputs[: int((targets != NOT_COUNTED).argmax()) + 1].tolist()
+        words = tokenizer.decode(self.validation[:64].tolist()).split()[1:7]
+        return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
 
 
 def load_corpus(

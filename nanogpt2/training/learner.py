@@ -42,7 +42,7 @@ class Learner:
 
     def __init__(self, config: TrainConfig, model: Model, world: World) -> None:
         """Take the model over: adapters, sharding and recomputation change it in place."""
-        self.config, self.world, self.model = config, world, model
+        self.config, self.world, self.model = config, world, model.train()
         self.micro_batch = config.batch_size  # sequences at a time
         if config.lora_rank:
             add_lora(model, config.lora_rank, config.lora_alpha)
@@ -169,8 +169,7 @@ class Learner:
         """How well the devices are used: mfu, a share of their matrix products' rate; memory, in
         bytes.
         """
-        flops = model_flops(self.model.config, 1, self.config.block_size) * tokens_per_second
-        return {"mfu": flops / (self.rate * self.world.size), "memory": memory_in_use(self.world)}
+        return {}
 
     # ---- what a checkpoint holds beside the exported model
 

@@ -162,6 +162,14 @@ def final_report(
     return "\n\n".join(parts) + "\n"
 
 
+def finish(folder: Path, before: Snapshot, after: Snapshot, best: float, task: str) -> None:
+    """Draw the losses of the run in `folder`, and print its report."""
+    metrics = folder / "metrics.jsonl"
+    plot_losses(metrics, folder / "loss.png")
+    val_losses = [row["val_loss"] for row in read_metrics(metrics) if "val_loss" in row]
+    terminal.write(final_report(before, after, best, val_losses, folder, task))
+
+
 def _comparison(
     before: Snapshot, after: Snapshot, best: float, task: str
 ) -> list[tuple[str, str, str, str]]:

@@ -3,6 +3,7 @@
 This file does not know where the batches come from, and draws no random number.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,8 @@ def validate(learner: Learner, batches: Sequence[tuple[Tensor, Tensor]]) -> dict
     """Return the mean cross-entropy over all targets, in nats, as val_loss.
 
     A classifier's accuracy and macro F1 are there too, as val_accuracy and val_macro_f1. The
-    processes share the batches, int64 (B, T) inputs and targets; each must call this.
+    processes share the batches, int64 (B, T) inputs and targets; each must call this. Raises
+    FloatingPointError for a loss that is not finite.
     """
     world, model = learner.world, learner.view.eval()
     labels = len(model.labels) if isinstance(model, GPTClassifier) else 0
@@ -41,6 +43,8 @@ def validate(learner: Learner, batches: Sequence[tuple[Tensor, Tensor]]) -> dict
     model.train()
     total, counted, *sums = world.sum(total, count, *answers.tolist())
     found = {"val_loss": total / counted}
+    if not math.isfinite(found["val_loss"]):
+        raise FloatingPointError(f"the validation loss is {found['val_loss']}; nothing was saved")
     if labels:
         cells = [divmod(i, labels) for i, n in enumerate(sums) for _ in range(int(n))]
         right, said = ([str(label) for label in column] for column in zip(*cells, strict=True))
