@@ -18,6 +18,7 @@ from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
 from nanogpt2.cli.text import Completion
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
+from nanogpt2.generation.stopping import StopStrings
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -46,13 +47,9 @@ def texts_of(model, prompt, show=None, **options):
 
 def feed(tokenizer, prompt, ids, stops):
     """What a person sees, piece by piece, and the whole."""
-    completion = Completion(tokenizer, prompt, [tokenizer.end_of_text], stops)
-    pieces = []
-    for i in ids:
-        pieces.append(completion.add(i))
-        if completion.finish_reason == "stop":
-            break
-    pieces.append(completion.finish())
+    completion = Completion(tokenizer, tokenizer.encode(prompt), [tokenizer.end_of_text], stops)
+    # what comes after the end is left out
+    pieces = [*map(completion.add, ids), completion.finish()]
     assert "".join(pieces) == completion.text
     return pieces, completion
 
@@ -87,6 +84,60 @@ def test_a_stop_string_may_begin_in_the_prompt():
     assert completion.text == "" and completion.finish_reason == "stop"
     _, completion = feed(BYTES, "x ###", b" y", ["###"])
     assert completion.text == " y" and completion.finish_reason == "length"
+    # what may belong to it is not shown either
+    assert feed(BYTES, "x #", b"## y", ["###"])[0] == [""] * 5
+    assert feed(BYTES, "x #", b"#y", ["###"])[1].text == "#y"
+
+
+def test_nothing_comes_after_the_end():
+    _, completion = feed(BYTES, "", b"one END two END", ["END"])
+    assert completion.text == "one " and completion.token_ids == [*b"one END"]
+    _, completion = feed(BYTES, "", [*b"one", BYTES.end_of_text, *b"two"], [])
+    assert completion.text == "one" and completion.token_ids == [*b"one", BYTES.end_of_text]
+
+
+PIECES = [b"\xef", b"\xbf", b"\xbd", b"\xe4", b"\xbd", b"\xa0", b"a", b"b"]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=4),
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
+    st.lists(st.text("ab你\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+@settings(deadline=None)
+def test_a_text_is_cut_where_the_search_ends_it(before, new, stops):
+    """Broken characters, whose U+FFFD is shown and not written, included."""
+    prompt, ids = [*b"".join(before)], [*b"".join(new)]
+    strings, completion = StopStrings(stops, BYTES), Completion(BYTES, prompt, [], stops)
+    shown = ""
+    for n, token in enumerate(ids, start=1):
+        shown += completion.add(token)
+        if strings.ended(torch.tensor([prompt + ids[:n]])).item():
+            assert completion.finish_reason == "stop"
+            break
+        assert completion.finish_reason == "length"
+    shown += completion.finish()
+    seen = bytes(ids[:n])
+    if completion.finish_reason == "stop":
+        whole = bytes(prompt) + seen
+        starts = [len(whole) - len(s.encode()) for s in stops if whole.endswith(s.encode())]
+        seen = seen[: max(0, min(starts) - len(prompt))]
+    assert shown == completion.text == seen.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("tokenizer", [gpt2_tokenizer(), BYTES], ids=lambda t: t.name)
+def test_half_a_character_is_never_shown(tokenizer):
+    for text in ("naïve 日本語", "🙂👩‍👩‍👧 end", "é" * 9, "", "\x00\n\t"):
+        pieces, completion = feed(tokenizer, "", tokenizer.encode(text), [])
+        assert completion.text == text
+        for i in range(len(pieces)):
+            assert text.startswith("".join(pieces[:i]))
+
+
+@given(st.lists(st.integers(0, 255)))
+@settings(deadline=None)
+def test_any_bytes_are_shown_as_the_whole_decoded(ids):
+    assert feed(BYTES, "", ids, [])[1].text == BYTES.decode(ids)
 
 
 @given(

@@ -111,18 +111,19 @@ def decode_texts(
     return _rows(model, tokenizer, prompts, request, show)
 
 
-def _completion(tokenizer: Tokenizer, prompt: str, request: Request) -> Completion:
-    stops = request.config.stop_strings or ()
-    stops = [stops] if isinstance(stops, str) else stops
-    return Completion(tokenizer, prompt, request.eos.tolist(), stops)
+def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[list[Completion]]:
+    """`count` empty texts for each prompt."""
+    ends, stops = request.eos.tolist(), request.config.stop_strings or ()
+    return [
+        [Completion(tokenizer, ids, ends, stops) for _ in range(count)]
+        for ids in request.ids.tolist()
+    ]
 
 
 def _rows(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
 ) -> list[list[Text]]:
-    texts = [
-        [_completion(tokenizer, prompt, request) for _ in range(request.rows)] for prompt in prompts
-    ]
+    texts = _completions(tokenizer, request, request.rows)
     flat = [text for row in texts for text in row]
     for step in steps(model, request):
         tokens = zip(flat, step.tokens.tolist(), step.running.tolist(), strict=True)
@@ -137,7 +138,7 @@ def _rows(
 def _beams(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
 ) -> list[list[Text]]:
-    shown, agreed = _completion(tokenizer, prompts[0], request), 0
+    shown, agreed = _completions(tokenizer, request, 1)[0][0], 0
     for beams in search(model, request):
         if show.tree is not None:
             show.tree.record(beams)
@@ -149,7 +150,7 @@ def _beams(
             agreed = max(agreed, certain)
             show.tail(tokenizer.decode(ids[agreed:]))
     group = best(request, beams)
-    texts = [[_completion(tokenizer, prompt, request) for _ in group.ids[0]] for prompt in prompts]
+    texts = _completions(tokenizer, request, group.ids.size(1))
     for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):
         for text, tokens, beam in zip(row, ids, rows, strict=True):
             new = tokens[request.prompt_length :][beam >= 0]
