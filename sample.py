@@ -69,7 +69,7 @@ def main(config: SampleConfig) -> None:
             show_texts(config, model, tokenizer, prompts[0])
     except ValueError as error:
         fail(f"--{error}")
-    except OSError as error:
+    except (OSError, MemoryError, FloatingPointError) as error:
         # what could not be written is not tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         fail(str(error), code=1)

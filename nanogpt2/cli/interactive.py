@@ -131,7 +131,7 @@ class Conversation:
             if name not in self.commands:
                 raise ValueError(f"no command :{name}; :help lists them")
             self.commands[name](argument.strip())
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
             terminal.note(f"error: {error}")
 
 
