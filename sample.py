@@ -122,7 +122,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
             continue
         why = []
         if config.explain or config.color:
-            why = [*explain(model, request, completion.token_ids, tokenizer)]
+            why = [*explain(model, request, completion.token_ids, tokenizer, found.avoided)]
         if config.color:
             shades = (colour(token, config.color, model.config.vocab_size) for token in why)
             terminal.write(openings[index] + prompt + "".join(shades) + "\n")
