@@ -251,7 +251,9 @@ class SampleConfig:
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts
-    prompts: str | None = flag(None, "a file of prompts, a line each or JSONL; - is standard input")
+    prompts: str | None = flag(
+        None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
+    )
     batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
     unique: bool = flag(False, "with --prompts: no text twice for a prompt")
     skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
@@ -276,6 +278,11 @@ class SampleConfig:
             raise ValueError("tree must come with --num_beams above 1")
         if self.unique and not self.generation.samples:
             raise ValueError("unique must come with sampling: other texts are the same each time")
+        if self.interactive and self.generation.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences must be 1 with --interactive (:retry writes another text), "
+                f"not {self.generation.num_return_sequences}"
+            )
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
@@ -286,9 +293,13 @@ class SampleConfig:
         if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
             one = "prompts" if "prompts" in given else "prompt_file"
             fail(f"--{one} must be left out where another prompt is given")
+        for name in ("prompt_file", "prompts"):
+            if given.get(name) == "":
+                fail(f"--{name} must be a file, not ''")
         for name in ("model", "compare"):
-            with wrong_use(f"--{name}"):
-                check_model(given.get(name) or "gpt2")
+            if given.get(name) is not None:
+                with wrong_use(f"--{name}"):
+                    check_model(given[name])
         names = {f.name for f in fields(GenerationConfig)}
         own = {name: value for name, value in given.items() if name not in names}
         return cls(generation=cls._decoding(given, names), **own)
@@ -304,11 +315,11 @@ class SampleConfig:
             options = {"max_new_tokens": 100} | options
         elif "max_new_tokens" not in given:
             options.pop("max_new_tokens", None)
-        _refuse_ignored(given, options)
+        refuse_ignored(given, options)
         return GenerationConfig(**options)
 
 
-def _refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
+def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for a flag that would change nothing beside the others."""
     if not options.get("do_sample"):
         for name in SAMPLING_FLAGS:

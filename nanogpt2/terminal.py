@@ -3,14 +3,39 @@
 This file does not know what is being made.
 """
 
+import os
 import shutil
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+
+@contextmanager
+def checked_output() -> Iterator[None]:
+    """Make a standard output that is closed or full one line of error and exit code 1.
+
+    A standard input that is closed is an empty one; notes to a closed standard error are lost.
+    """
+    # the lowest number that is free is the stream's own
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
+    try:
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # what could not be written is not tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def note(text: str) -> None:
