@@ -133,6 +133,11 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if isinstance(self.eos_token_id, tuple) and FROM_CHECKPOINT in self.eos_token_id:
+            raise ValueError(
+                f"eos_token_id must be {FROM_CHECKPOINT} alone (the model's) or ids >= 0, not "
+                f"{self.eos_token_id}"
+            )
         texts = self.num_return_sequences
         if self.num_beams > 1 and texts > self.num_beams:
             raise ValueError(
@@ -331,6 +336,10 @@ def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
             raise ValueError(f"{name} must come with num_beams above 1")
     if "first_sample" in given and options.get("noise") != "counter":
         raise ValueError("first_sample must come with noise counter")
+    for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+        bound, value = options.get(most), given.get(least)
+        if bound is not None and value is not None and value > bound:
+            raise ValueError(f"{least} must be <= {most} ({bound}), not {value}")
     for name, winner in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if name in given and winner in given:
             raise ValueError(f"{name} must be left out where --{winner} is given")

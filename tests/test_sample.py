@@ -177,6 +177,17 @@ def test_greedy_is_generates(capsys, folder):
         (["Hello", "--exponential_decay_length_penalty", "[Infinity, 1]"], "--exponential"),
         (["Hello", "--length_penalty", "1e300", "--num_beams", "2"], "--length_penalty"),
         (["Hello", "--bad_words_ids", "[[1]"], "--bad_words_ids"),
+        (["Hello", "--num_beams", "1000000000"], "--num_beams"),
+        (["Hello", "--num_return_sequences", "1000000000"], "--num_return_sequences"),
+        (["Hello", "--max_new_tokens", "1000000000000"], "--max_new_tokens"),
+        (["Hello", "--num_beams", "65281", "--do_sample"], "2^24"),
+        (["Hello", "--pad_token_id", "257"], "--pad_token_id"),
+        (["Hello", "--suppress_tokens", "5", "--forced_eos_token_id", "5"], "--forced_eos"),
+        (["Hello", "--stop_strings", '["\\ud800"]'], "--stop_strings"),
+        (["Hello", "--sequence_bias", '[[["5"], 2]]'], "--sequence_bias"),
+        (["Hello", "--exponential_decay_length_penalty", '"12"'], "--exponential"),
+        (["Hello", "--min_length", "106"], "--min_length"),
+        (["Hello", "--min_new_tokens", "36", "--max_length", "40"], "--min_new_tokens"),
         (["--prompts", "nowhere.txt"], "--prompts"),
         (["--prompts", "broken.jsonl"], "line 2"),
         (["Hello", "--compare", "nowhere"], "--compare"),
@@ -197,6 +208,46 @@ def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 201
     assert named in err
+
+
+@pytest.mark.parametrize("K", ["1", "3"])
+@pytest.mark.parametrize("look", ["--no_json", "--json", "--explain"])
+def test_a_broken_model_is_one_line(capfd, tmp_path, folder, look, K):
+    model = load_model(folder)
+    torch.nn.init.constant_(model.ln_f.weight, float("nan"))
+    save_model(model, tmp_path / "nan", byte_tokenizer())
+    with pytest.raises(SystemExit) as stopped:
+        run(str(tmp_path / "nan"), "Hello", "--num_beams", K, look)
+    assert stopped.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: the model's scores") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(capfd, folder, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(GPT, "logits", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "Hello")
+    assert stopped.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: out of memory: lower --num_beams")
+
+
+def test_other_errors_are_not_taken_for_it(folder, monkeypatch):
+    monkeypatch.setattr(GPT, "logits", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(folder, "Hello")
 
 
 def test_beams_have_scores(capsys, folder):

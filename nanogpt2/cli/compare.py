@@ -49,7 +49,7 @@ def compare(
     """Let both models go on with the prompt, from the same seed; score all texts by both."""
     models = (a, b)
     requests = [request_for(model, tokenizer, [prompt], options) for model in models]
-    sizes = {model.config.block_size: request for model, request in zip(models, requests)}
+    sizes = {model.config.block_size: request for model, request in zip(models, requests, strict=True)}
     for size, request in sizes.items():
         note_dropped(request, size)
     texts = [
@@ -72,15 +72,16 @@ def _score(
     """Both models' log-probability of each new token, and KL(B || A) there."""
     a, b = (Engine(*pair, rows=1) for pair in zip(models, requests, strict=True))
     ids = requests[0].ids  # (1, T)
-    rows = []
+    logps_a, logps_b, kls = [], [], []
     with evaluating(models[0]), evaluating(models[1]):
         for token in new:
             logp_a, logp_b = (engine.next_scores(ids)[0].log_softmax(dim=0) for engine in (a, b))
             kl = (logp_b.exp() * (logp_b - logp_a)).nansum()
-            rows.append((float(logp_a[token]), float(logp_b[token]), float(kl)))
+            logps_a.append(float(logp_a[token]))
+            logps_b.append(float(logp_b[token]))
+            kls.append(float(kl))
             ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
-    columns = zip(*rows, strict=True)
-    return tuple(map(list, columns))
+    return logps_a, logps_b, kls
 
 
 def as_json(prompt: str, names: Sequence[str], texts: Sequence[Scored], seed: int | None) -> Any:

@@ -177,7 +177,7 @@ class Conversation:
             if argument and name not in WITH_ARGUMENT:
                 raise ValueError(f":{name} stands alone, without {argument!r}")
             self.commands[name](argument)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
             terminal.note(f"error: {error}")
 
 

@@ -14,9 +14,9 @@ from nanogpt2.cli.text import Completion
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
-from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.engine import check_memory, context_start
 from nanogpt2.generation.processors import processors_for
-from nanogpt2.generation.request import Request, prepare
+from nanogpt2.generation.request import Request, check_least, prepare
 from nanogpt2.generation.stopping import stop_bytes
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
@@ -44,6 +44,8 @@ def request_for(
     mask = torch.ones_like(ids)
     request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
     # what is wrong with an option is said before anything is shown
+    check_memory(model, request)
+    check_least(request)
     processors_for(request)
     if options.stop_strings is not None:
         stop_bytes(options.stop_strings)
@@ -107,11 +109,21 @@ class Show:
 def decode_texts(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show | None = None
 ) -> list[list[Text]]:
-    """Return the texts of every prompt; show the first text of the first while it is made."""
-    show = show or Show()
-    if request.config.num_beams > 1:
-        return _beams(model, tokenizer, prompts, request, show)
-    return _rows(model, tokenizer, prompts, request, show)
+    """Return the texts of every prompt; show the first text of the first while it is made.
+
+    Raises MemoryError with a line for the person, FloatingPointError for a broken model.
+    """
+    decode = _beams if request.config.num_beams > 1 else _rows
+    try:
+        return decode(model, tokenizer, request, show or Show())
+    except (MemoryError, RuntimeError) as error:
+        # on a CPU torch has no class of its own for this
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise MemoryError(
+            "out of memory: lower --num_beams, --num_return_sequences, --batch_size or the texts' "
+            "length"
+        ) from None
 
 
 def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[list[Completion]]:
@@ -123,9 +135,7 @@ def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[lis
     ]
 
 
-def _rows(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
-) -> list[list[Text]]:
+def _rows(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> list[list[Text]]:
     texts = _completions(tokenizer, request, request.rows)
     flat = [text for row in texts for text in row]
     for step in steps(model, request):
@@ -138,9 +148,7 @@ def _rows(
     return [[Text(text) for text in row] for row in texts]
 
 
-def _beams(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
-) -> list[list[Text]]:
+def _beams(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> list[list[Text]]:
     shown, agreed = _completions(tokenizer, request, 1)[0][0], 0
     for beams in search(model, request):
         if show.tree is not None:

@@ -43,7 +43,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
 
 
 def read_prompts(source: str, skip_bad: bool) -> dict[int, str]:
-    """Read the prompts of a file, or of standard input where it is -, by the numbers of their lines.
+    """Read a file's prompts, or standard input's where it is -, by the numbers of their lines.
 
     Raises ValueError that names the first broken line, unless broken lines are to be skipped: then
     each is noted. Raises OSError for a file that cannot be read.
@@ -147,7 +147,8 @@ def _batches(
     wrong: dict[int, ValueError] = {}
     for numbers in by_length.values():
         try:
-            request_for(model, tokenizer, [prompts[numbers[0]]], options)
+            batch = [prompts[number] for number in numbers[: job.batch_size]]
+            request_for(model, tokenizer, batch, options)
         except ValueError as error:
             wrong |= dict.fromkeys(numbers, error)
     if len(wrong) == len(prompts):
