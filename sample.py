@@ -14,9 +14,9 @@ from nanogpt2.config import SampleConfig, fail, parse, wrong_use
 from nanogpt2.presets import TASKS
 
 if __name__ == "__main__":
-    terminal.exit_on_signals()
     # before torch loads: --help and mistakes answer at once
     with terminal.checked_output():
+        terminal.prepare()
         CONFIG = parse(SampleConfig, sys.argv[1:])
         if CONFIG.list_presets:
             rows = [["preset", "what it does"], *([name, t.about] for name, t in TASKS.items())]

@@ -49,7 +49,9 @@ def compare(
     """Let both models go on with the prompt, from the same seed; score all texts by both."""
     models = (a, b)
     requests = [request_for(model, tokenizer, [prompt], options) for model in models]
-    sizes = {model.config.block_size: request for model, request in zip(models, requests, strict=True)}
+    sizes = {
+        model.config.block_size: request for model, request in zip(models, requests, strict=True)
+    }
     for size, request in sizes.items():
         note_dropped(request, size)
     texts = [
