@@ -71,7 +71,7 @@ def main(config: SampleConfig) -> None:
     except ValueError as error:
         # what is wrong is said before anything is shown
         fail(f"--{error}")
-    except (RuntimeError, MemoryError, FloatingPointError) as error:
+    except (MemoryError, FloatingPointError) as error:
         fail(str(error), code=1)
 
 

@@ -199,9 +199,9 @@ def run_interactive(conversation: Conversation, opening: str) -> None:
         # a byte that is no text spoils its own line only
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    terminal.note(":help lists the commands")
     if opening:
         conversation.open(opening)
+    terminal.note(":help lists the commands")
     while True:
         try:
             conversation.obey(input("> " if sys.stdin.isatty() else ""))

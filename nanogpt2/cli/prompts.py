@@ -108,7 +108,7 @@ def run_prompts(
 ) -> Iterator[dict[str, Any]]:
     """Yield the texts of all prompts in order, showing progress on stderr.
 
-    Raises ValueError for what cannot be, before the first text; RuntimeError for what fails later.
+    Raises ValueError for what cannot be, before the first text; FloatingPointError after that.
     """
     batches = _batches(model, tokenizer, prompts, options, job)
     numbers = deque(sorted(number for batch in batches for number in batch))
@@ -122,7 +122,7 @@ def run_prompts(
             except ValueError as error:
                 if not found:
                     raise
-                raise RuntimeError(str(error)) from error
+                raise FloatingPointError(str(error)) from error
             bar.advance(len(batch))
             while numbers and numbers[0] in done:
                 number = numbers.popleft()

@@ -39,12 +39,12 @@ class StreamNoise:
         """See Noise.
 
         Where too few columns are possible or one is no number, raises ValueError at the first step,
-        which is for the options to blame, and RuntimeError after it.
+        which is for the options to blame, and FloatingPointError after it.
         """
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
-            raise (RuntimeError if step else ValueError)(
+            raise (FloatingPointError if step else ValueError)(
                 "do_sample must have tokens left to draw, which the other options do not leave"
             ) from error
 
