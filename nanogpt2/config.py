@@ -80,7 +80,7 @@ class GenerationConfig:
     min_new_tokens: int | None = flag(None, "no end before this many new tokens", low=0)
     max_time: float | None = flag(None, "seconds after which no new token is begun", above=0)
     stop_strings: str | list[str] | None = flag(
-        None, "texts that end a text", json="a text, or a list of texts"
+        None, "texts that end a text; [ begins a list", json="a text, or a list of texts"
     )
     eos_token_id: TokenIds = flag(
         FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
@@ -312,13 +312,9 @@ class SampleConfig:
         if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
             one = "prompts" if "prompts" in given else "prompt_file"
             fail(f"--{one} must be left out where another prompt is given")
-        for name in ("prompt_file", "prompts"):
-            if given.get(name) == "":
-                fail(f"--{name} must be a file, not ''")
         for name in ("model", "compare"):
-            if given.get(name) is not None:
-                with wrong_use(f"--{name}"):
-                    check_model(given[name])
+            with wrong_use(f"--{name}"):
+                check_model("gpt2" if given.get(name) is None else given[name])
         names = {f.name for f in fields(GenerationConfig)}
         own = {name: value for name, value in given.items() if name not in names}
         return cls(generation=cls._decoding(given, names), **own)
@@ -335,7 +331,13 @@ class SampleConfig:
         elif "max_new_tokens" not in given:
             options.pop("max_new_tokens", None)
         refuse_ignored(given, options)
-        return GenerationConfig(**options)
+        try:
+            return GenerationConfig(**options)
+        except ValueError as error:
+            name = str(error).partition(" ")[0]
+            if name in given or given.get("preset") is None:
+                raise
+            raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
 
 
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
@@ -406,6 +408,8 @@ class TrainConfig:
             raise ValueError(
                 "overwrite must be left out where resume is given: one keeps the run, one drops it"
             )
+        if self.steps is not None and (self.warmup or 0) > self.steps:
+            raise ValueError(f"warmup must be <= steps ({self.steps}), not {self.warmup}")
         if self.init == "scratch" and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
@@ -414,7 +418,7 @@ class TrainConfig:
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
         """Build the configuration from the flags that were given; those that clash are refused."""
-        if "steps" in given and "epochs" in given:
+        if given.get("steps") is not None and "epochs" in given:
             raise ValueError(
                 f"epochs must be left out where steps is given, not {given['epochs']!r}"
             )

@@ -78,13 +78,14 @@ def stop_bytes(strings: str | Sequence[str]) -> list[bytes]:
 
     Raises ValueError for an empty string, for no list of strings, for half a surrogate pair.
     """
-    strings = [strings] if isinstance(strings, str) else strings
-    if not isinstance(strings, list | tuple) or not strings:
-        raise ValueError(f"stop_strings must be a text or a list of texts, not {strings!r}")
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop_strings must not be empty, as one of {strings!r} is")
+    listed = [strings] if isinstance(strings, str) else strings
+    texts = isinstance(listed, list | tuple) and all(isinstance(each, str) for each in listed)
+    if not texts or not all(listed) or not listed:
+        raise ValueError(
+            f"stop_strings must be a text or a list of texts, none of them empty, not {strings!r}"
+        )
     try:
-        return [string.encode("utf-8") for string in strings]
+        return [each.encode("utf-8") for each in listed]
     except UnicodeEncodeError as error:
         raise ValueError(
             f"stop_strings must be text that UTF-8 can write, not {error.object!r}"
