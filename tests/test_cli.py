@@ -294,6 +294,13 @@ def test_counted_noise_gives_the_same_alone_sampled(model):
     assert alone[0]["token_ids"] == found[8]["token_ids"]
 
 
+def test_one_at_a_time_gives_the_same_alone_sampled(model):
+    found = run_all(model, ["a", "c", "bb"], batch_size=1)
+    assert [f["token_ids"] for f in found] == [
+        run_all(model, [prompt])[0]["token_ids"] for prompt in ("a", "c", "bb")
+    ]
+
+
 @pytest.mark.parametrize("noise", ["hf", "counter"])
 def test_unique_texts(model, noise):
     options = {"num_return_sequences": 30, "max_new_tokens": 1, "noise": noise, "top_k": 40}
