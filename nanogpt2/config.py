@@ -17,6 +17,8 @@ __all__ = ["parse", "fail", "value_of", "wrong_use"]
 FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
 TokenIds = int | tuple[int, ...] | None
 MAX_SEED = 2**63 - 1
+MOST_LAYERS = 1000
+MOST_PARAMETERS = 2**40  # whose bytes can still be counted and asked for
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class GPTConfig:
 
     vocab_size: int = flag(50257, "tokens in the vocabulary, V", low=1)
     block_size: int = flag(1024, "longest context, in tokens", low=1)
-    n_layer: int = flag(12, "number of blocks", low=1)
+    n_layer: int = flag(12, "number of blocks", low=1, high=MOST_LAYERS)
     n_head: int = flag(12, "attention heads, H", low=1)
     n_embd: int = flag(768, "width, C; a multiple of n_head", low=1)
     dropout: float = flag(0.0, "on embeddings, attention and residuals", low=0, below=1)
@@ -40,6 +42,18 @@ class GPTConfig:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}"
             )
+        if self.n_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"n_embd {self.n_embd} makes {self.n_parameters:,} parameters; "
+                f"{MOST_PARAMETERS:,} are allowed"
+            )
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the model: two embeddings, the blocks, the last layer norm."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
 
 PRESETS: dict[str, GPTConfig] = {
@@ -256,7 +270,9 @@ class SampleConfig:
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts
-    prompts: str | None = flag(None, "a file of prompts, a line each or JSONL; - is standard input")
+    prompts: str | None = flag(
+        None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
+    )
     batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
     unique: bool = flag(False, "with --prompts: no text twice for a prompt")
     skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
@@ -281,6 +297,11 @@ class SampleConfig:
             raise ValueError("tree must come with --num_beams above 1")
         if self.unique and not self.generation.samples:
             raise ValueError("unique must come with sampling: other texts are the same each time")
+        if self.interactive and self.generation.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences must be 1 with --interactive (:retry writes another text), "
+                f"not {self.generation.num_return_sequences}"
+            )
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
@@ -309,7 +330,7 @@ class SampleConfig:
             options = {"max_new_tokens": 100} | options
         elif "max_new_tokens" not in given:
             options.pop("max_new_tokens", None)
-        _refuse_ignored(given, options)
+        refuse_ignored(given, options)
         try:
             return GenerationConfig(**options)
         except ValueError as error:
@@ -319,7 +340,7 @@ class SampleConfig:
             raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
 
 
-def _refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
+def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for a flag that would change nothing beside the others."""
     if not options.get("do_sample"):
         for name in SAMPLING_FLAGS:
@@ -366,7 +387,7 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "on matrices only", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping", low=0)
     dropout: float = flag(0.0, "share of activations dropped while training", low=0, below=1)
-    n_layer: int = flag(4, "blocks, with --init scratch", low=1)
+    n_layer: int = flag(4, "blocks, with --init scratch", low=1, high=MOST_LAYERS)
     n_head: int = flag(4, "attention heads, with --init scratch", low=1)
     n_embd: int = flag(128, "width, with --init scratch", low=1)
     tokenizer: str = flag("gpt2", "with --init scratch", choices=("gpt2", "bytes"))

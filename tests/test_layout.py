@@ -19,7 +19,9 @@ MAY_IMPORT = {
     "hub": ["terminal"],
     "ops": ["kernels"],
     "model": ["config", "ops", "kv_cache"],
-    "weights": ["config", "hub", "model", "tokenizer"],
+    "tensor_file": [],
+    "model_folder": ["config", "flags", "hub", "tokenizer"],
+    "weights": ["config", "flags", "model", "model_folder", "tensor_file", "tokenizer"],
     "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "generation"],
     # what draws
     "generation.explain": ["terminal"],
@@ -27,6 +29,7 @@ MAY_IMPORT = {
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": ["config", "model", "weights", "terminal", "tokenizer", "training"],
+    "training.checkpoint": ["model_folder"],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
 

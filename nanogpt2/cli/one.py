@@ -18,7 +18,7 @@ from nanogpt2.generation.diverse import avoided
 from nanogpt2.generation.engine import check_memory, context_start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request, check_least, prepare
-from nanogpt2.generation.stopping import Stopping
+from nanogpt2.generation.stopping import stop_bytes
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -39,18 +39,21 @@ class Text:
 def request_for(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig
 ) -> Request:
-    """Make a request for prompts of any lengths. Raises ValueError for what cannot be."""
+    """Make a request for prompts of one length in tokens: padding would count as prompt.
+
+    Raises ValueError for what cannot be.
+    """
     bos = model.config.bos_token_id
     rows = [tokenizer.encode(prompt) or ([] if bos is None else [bos]) for prompt in prompts]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor(rows, dtype=torch.int64)
+    mask = torch.ones_like(ids)
     request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
     # what is wrong with an option is said before anything is shown
     check_memory(model, request)
     check_least(request)
     processors_for(request)
-    Stopping(request)
+    if options.stop_strings is not None:
+        stop_bytes(options.stop_strings)
     return request
 
 

@@ -4,7 +4,8 @@ This file does not know how tokens are chosen.
 """
 
 import codecs
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nanogpt2.generation.stopping import stop_bytes, stop_start
@@ -72,6 +73,27 @@ class Completion:
         text = self._utf8.decode(piece, final)
         self.text += text
         return text
+
+
+def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, slice]]:
+    """Split a text into whole characters and the tokens that share them, as places in token_ids."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    left, piece, first = completion.text, "", 0
+    for i, token in enumerate(completion.token_ids, start=1):
+        is_last = i == len(completion.token_ids)
+        piece += utf8.decode(tokenizer.decode_bytes([token]), final=is_last)
+        unfinished, _ = utf8.getstate()
+        if not unfinished:
+            # what ends a text is cut off
+            if left:
+                yield left[: len(piece)], slice(first, i)
+            left, piece, first = left[len(piece) :], "", i
+
+
+def as_line(value: Any) -> str:
+    """JSON on a line; what is no finite number becomes null, since JSON has no word for it."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain) + "\n"
 
 
 def as_json(
