@@ -112,9 +112,9 @@ class Show:
 
 
 def decode_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show | None = None
+    model: GPT, tokenizer: Tokenizer, request: Request, show: Show | None = None
 ) -> list[list[Text]]:
-    """Return the texts of every prompt; show the first text of the first while it is made.
+    """Return the texts of a request's prompts; show the first text of the first while it is made.
 
     Raises MemoryError with a line for the person, FloatingPointError for a broken model.
     """
