@@ -42,7 +42,7 @@ def model():
 def texts_of(model, prompt, show=None, **options):
     config = GenerationConfig(**{"max_new_tokens": 12, "seed": 1} | options)
     request = request_for(model, BYTES, [prompt], config)
-    return decode_texts(model, BYTES, [prompt], request, show)[0]
+    return decode_texts(model, BYTES, request, show)[0]
 
 
 # ---- text
@@ -621,7 +621,7 @@ def test_the_tree_holds_every_text(model):
     options = GenerationConfig(num_beams=4, num_return_sequences=4, max_new_tokens=6, seed=0)
     request = request_for(model, BYTES, ["ab"], replace(options, eos_token_id=(101, 32)))
     tree = BeamTree(request.prompt_length)
-    texts = decode_texts(model, BYTES, ["ab"], request, Show(tree=tree))[0]
+    texts = decode_texts(model, BYTES, request, Show(tree=tree))[0]
     drawn = tree.draw(BYTES)
     assert drawn.count("ended, score") >= 4 and "pruned at" in drawn
     for text in texts:
@@ -639,7 +639,7 @@ def test_the_tree_is_best_first(model, seed):
     )
     request = request_for(model, BYTES, ["ab"], options)
     tree = BeamTree(request.prompt_length)
-    decode_texts(model, BYTES, ["ab"], request, Show(tree=tree))
+    decode_texts(model, BYTES, request, Show(tree=tree))
     best_of = {}
 
     def walk(place):

@@ -331,6 +331,20 @@ def test_explanations(capsys, folder):
     assert "ended, score" in capsys.readouterr().out
 
 
+def test_groups_are_explained(capsys, folder):
+    argv = ["Hello", "--max_new_tokens", "3", "--eos_token_id=none", "--num_beams", "4"]
+    argv += ["--num_beam_groups", "2", "--diversity_penalty", "9", "--num_return_sequences", "4"]
+    found = run_json(capsys, folder, "--explain", *argv)
+    changed = []
+    for text in found:
+        for why in text["explain"]:
+            assert why["stages"] == ["raw", "diversity_penalty"]
+            raw, penalised = why["chosen"]["probabilities"]
+            changed.append(raw != pytest.approx(penalised, abs=1e-6))
+    # those of the first group are as the model has them
+    assert set(changed) == {True, False}
+
+
 def test_two_models_side_by_side(capsys, folder):
     argv = ["Hello", "--max_new_tokens", "3", "--seed", "1", "--compare", folder]
     run(folder, *argv)

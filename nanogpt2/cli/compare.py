@@ -55,7 +55,7 @@ def compare(
     for size, request in sizes.items():
         note_dropped(request, size)
     texts = [
-        decode_texts(model, tokenizer, [prompt], request)[0]
+        decode_texts(model, tokenizer, request)[0]
         for model, request in zip(models, requests, strict=True)
     ]
     for size, request in sizes.items():
