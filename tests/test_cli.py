@@ -451,6 +451,15 @@ def test_saving_leaves_no_half(model, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("error: ") == 3
 
 
+def test_saving_that_fails_leaves_nothing(model, monkeypatch, tmp_path, capsys):
+    def fail(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    talk(model, monkeypatch, [f":save {tmp_path}/text"], opening="Hello")
+    assert not [*tmp_path.iterdir()] and "error: no space" in capsys.readouterr().err
+
+
 def test_an_opening_without_room_shows_nothing(model, monkeypatch, capsys):
     with pytest.raises(ValueError, match="max_length"):
         talk(model, monkeypatch, [], opening="Hello", max_length=3, max_new_tokens=None)
@@ -562,7 +571,13 @@ def plain(text):
 @pytest.mark.parametrize("tokenizer", [BYTES, gpt2_tokenizer()], ids=lambda t: t.name)
 @pytest.mark.parametrize(
     ("text", "stops"),
-    [("a 🙂日本é👩‍👧 b", []), ("one 🙂🙃. two", [". t"]), ("\ufffd tail", []), ("x", ["x"])],
+    [
+        ("a 🙂日本é👩‍👧 b", []),
+        ("one 🙂🙃. two", [". t"]),
+        ("\ufffd tail", []),
+        ("x", ["x"]),
+        ("a two", ["wo"]),
+    ],
 )
 def test_whole_characters_and_nothing_beyond_the_end(tokenizer, text, stops):
     for ids in (tokenizer.encode(text), tokenizer.encode(text)[:-1]):

@@ -445,7 +445,10 @@ def test_a_full_device_is_one_line(folder, tmp_path):
 )
 def test_closed_and_full_streams(folder, tmp_path, arguments, code, error):
     script = f"{sys.executable} -W error {ROOT / 'sample.py'} --model {folder} {arguments}"
-    ran = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, text=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    ran = subprocess.run(
+        ["bash", "-c", script], capture_output=True, cwd=tmp_path, text=True, env=environment
+    )
     assert ran.returncode == code
     assert ran.stderr.startswith(error) and ran.stderr.count("\n") == bool(error)
 
