@@ -16,8 +16,8 @@ from nanogpt2.presets import TASKS
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
+    terminal.prepare()
     CONFIG = parse(SampleConfig, sys.argv[1:])
-    terminal.exit_on_signals()
     if CONFIG.list_presets:
         print(
             terminal.table([["preset", "what it does"], *((n, t.about) for n, t in TASKS.items())])

@@ -17,8 +17,8 @@ from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
+    terminal.prepare()
     CONFIG = parse(TrainConfig, sys.argv[1:])
-    terminal.exit_on_signals()
     with wrong_use("--out"):
         CONFIG = RunFolder(Path(CONFIG.out)).check(CONFIG)
 
@@ -31,7 +31,7 @@ from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training.optim import learning_rate, make_optimizer
-from nanogpt2.weights import choose_device, load_model, load_tokenizer
+from nanogpt2.weights import choose_device, load_model, load_tokenizer, new_model
 
 SAMPLE_TOKENS = 60
 
@@ -82,7 +82,7 @@ def make_model(config: TrainConfig, checkpoint: Path | None, device: str) -> tup
         bos_token_id=tokenizer.end_of_text,
         eos_token_id=tokenizer.end_of_text,
     )
-    return GPT(shape).to(device), tokenizer
+    return new_model(shape, device), tokenizer
 
 
 def fill_in(config: TrainConfig, model: GPT, tokens: int) -> TrainConfig:

@@ -17,6 +17,8 @@ __all__ = ["parse", "fail", "value_of", "wrong_use"]
 FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
 TokenIds = int | tuple[int, ...] | None
 MAX_SEED = 2**63 - 1
+MOST_LAYERS = 1000
+MOST_PARAMETERS = 2**40  # whose bytes can still be counted and asked for
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class GPTConfig:
 
     vocab_size: int = flag(50257, "tokens in the vocabulary, V", low=1)
     block_size: int = flag(1024, "longest context, in tokens", low=1)
-    n_layer: int = flag(12, "number of blocks", low=1)
+    n_layer: int = flag(12, "number of blocks", low=1, high=MOST_LAYERS)
     n_head: int = flag(12, "attention heads, H", low=1)
     n_embd: int = flag(768, "width, C; a multiple of n_head", low=1)
     dropout: float = flag(0.0, "on embeddings, attention and residuals", low=0, below=1)
@@ -40,6 +42,19 @@ class GPTConfig:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}"
             )
+        if self.n_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"n_embd {self.n_embd}, n_layer {self.n_layer}, vocab_size {self.vocab_size} and "
+                f"block_size {self.block_size} make {self.n_parameters:,} parameters; "
+                f"{MOST_PARAMETERS:,} are allowed"
+            )
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the model: two embeddings, the blocks, the last layer norm."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
 
 PRESETS: dict[str, GPTConfig] = {
@@ -351,7 +366,7 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "on matrices only", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping", low=0)
     dropout: float = flag(0.0, "share of activations dropped while training", low=0, below=1)
-    n_layer: int = flag(4, "blocks, with --init scratch", low=1)
+    n_layer: int = flag(4, "blocks, with --init scratch", low=1, high=MOST_LAYERS)
     n_head: int = flag(4, "attention heads, with --init scratch", low=1)
     n_embd: int = flag(128, "width, with --init scratch", low=1)
     tokenizer: str = flag("gpt2", "with --init scratch", choices=("gpt2", "bytes"))

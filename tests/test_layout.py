@@ -20,7 +20,17 @@ MAY_IMPORT = {
     "ops": ["kernels"],
     "model": ["config", "ops", "kv_cache"],
     "classifier": ["ops", "model"],
-    "weights": ["config", "hub", "model", "tokenizer"],
+    "tensor_file": [],
+    "model_folder": ["config", "flags", "hub", "tokenizer"],
+    "weights": [
+        "config",
+        "flags",
+        "model",
+        "classifier",
+        "model_folder",
+        "tensor_file",
+        "tokenizer",
+    ],
     "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "generation"],
     # what draws
     "generation.explain": ["terminal"],
@@ -28,6 +38,8 @@ MAY_IMPORT = {
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": ["config", "model", "classifier", "weights", "terminal", "tokenizer", "training"],
+    "training.adapter": ["tensor_file"],
+    "training.checkpoint": ["model_folder"],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
 

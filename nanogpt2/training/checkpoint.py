@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt2.model import GPT
+from nanogpt2.model_folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.weights import save_model
 
-MANIFEST = "manifest.json"
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
@@ -97,8 +97,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def is_whole(path: Path) -> bool:
     """True where every file is there with the size and SHA-256 that the manifest states."""
     try:
-        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return all(_digest(path / name) == entry for name, entry in entries.items())
+        entries = read_manifest(path) or {}
+        named = {WEIGHTS, OPTIMIZER, STATE} <= entries.keys()
+        return named and all(_digest(path / name) == entry for name, entry in entries.items())
     except (OSError, ValueError):
         return False
 
@@ -123,19 +124,35 @@ def restore(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def publish(path: Path, out: Path) -> None:
-    """Make a checkpoint's model files those of the folder `out`; each is replaced in one step."""
+    """Make a checkpoint's model files those of the folder `out`; each is replaced in one step.
+
+    `out` has a manifest too, of what is the same at every step: the weights state their own digest,
+    so whoever loads them while they are replaced finds the old ones or the new ones whole.
+    """
+    entries = read_manifest(path) or {}
+    lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, OPTIMIZER)}
+    partial = out / f".{MANIFEST}.tmp"
+    partial.write_text(json.dumps(lasting, indent=1), encoding="utf-8")
+    _sync(partial)
+    partial.replace(out / MANIFEST)
     for file in path.iterdir():
         if file.name in (MANIFEST, STATE, OPTIMIZER):
             continue
         partial = out / f".{file.name}.tmp"
         partial.unlink(missing_ok=True)
-        try:
-            os.link(file, partial)
-        except OSError:
-            # a file system without hard links
-            shutil.copyfile(file, partial)
+        # the weights are large; what a person may edit must not be the checkpoint's own
+        (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
+        _sync(partial)
         partial.replace(out / file.name)
     _sync(out)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Give a file a second name; a copy, on a file system without hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def mark_best(path: Path) -> None:

@@ -26,6 +26,7 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer_config.json",
+    "manifest.json",
 )
 RUN_FILES = ("run.json", "metrics.jsonl", *MODEL_FILES)
 # settings that do not change a run's numbers; a resumed run may differ in them
