@@ -94,6 +94,8 @@ def fill_in(config: TrainConfig, model: GPT, tokens: int) -> TrainConfig:
         raise ValueError(f"must be <= {longest}, the model's, not {block_size}")
     sequences = config.batch_size * config.grad_accum
     steps = config.steps or math.ceil(config.epochs * (tokens // block_size) / sequences)
+    if (config.warmup or 0) > steps:
+        fail(f"--warmup must be <= steps ({steps}), not {config.warmup}")
     # wider models take smaller steps; a new model takes larger ones than a trained one
     lr = min(3e-3, 6e-4 * 768 / width) if config.init == "scratch" else 1e-4 * 768 / width
     eval_every = config.eval_every or max(1, steps // 10)

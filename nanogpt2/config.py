@@ -81,7 +81,7 @@ class GenerationConfig:
     min_new_tokens: int | None = flag(None, "no end before this many new tokens", low=0)
     max_time: float | None = flag(None, "seconds after which no new token is begun", above=0)
     stop_strings: str | list[str] | None = flag(
-        None, "texts that end a text", json="a text, or a list of texts"
+        None, "texts that end a text; [ begins a list", json="a text, or a list of texts"
     )
     eos_token_id: TokenIds = flag(
         FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
@@ -148,6 +148,11 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if isinstance(self.eos_token_id, tuple) and FROM_CHECKPOINT in self.eos_token_id:
+            raise ValueError(
+                f"eos_token_id must be {FROM_CHECKPOINT} alone (the model's) or ids >= 0, not "
+                f"{self.eos_token_id}"
+            )
         texts = self.num_return_sequences
         if self.num_beams > 1 and texts > self.num_beams:
             raise ValueError(
@@ -266,7 +271,9 @@ class SampleConfig:
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts
-    prompts: str | None = flag(None, "a file of prompts, a line each or JSONL; - is standard input")
+    prompts: str | None = flag(
+        None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
+    )
     batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
     unique: bool = flag(False, "with --prompts: no text twice for a prompt")
     skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
@@ -291,6 +298,11 @@ class SampleConfig:
             raise ValueError("tree must come with --num_beams above 1")
         if self.unique and not self.generation.samples:
             raise ValueError("unique must come with sampling: other texts are the same each time")
+        if self.interactive and self.generation.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences must be 1 with --interactive (:retry writes another text), "
+                f"not {self.generation.num_return_sequences}"
+            )
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
@@ -303,7 +315,7 @@ class SampleConfig:
             fail(f"--{one} must be left out where another prompt is given")
         for name in ("model", "compare"):
             with wrong_use(f"--{name}"):
-                check_model(given.get(name) or "gpt2")
+                check_model("gpt2" if given.get(name) is None else given[name])
         names = {f.name for f in fields(GenerationConfig)}
         own = {name: value for name, value in given.items() if name not in names}
         return cls(generation=cls._decoding(given, names), **own)
@@ -319,11 +331,17 @@ class SampleConfig:
             options = {"max_new_tokens": 100} | options
         elif "max_new_tokens" not in given:
             options.pop("max_new_tokens", None)
-        _refuse_ignored(given, options)
-        return GenerationConfig(**options)
+        refuse_ignored(given, options)
+        try:
+            return GenerationConfig(**options)
+        except ValueError as error:
+            name = str(error).partition(" ")[0]
+            if name in given or given.get("preset") is None:
+                raise
+            raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
 
 
-def _refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
+def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for a flag that would change nothing beside the others."""
     if not options.get("do_sample"):
         for name in SAMPLING_FLAGS:
@@ -335,6 +353,10 @@ def _refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
             raise ValueError(f"{name} must come with num_beams above 1")
     if "first_sample" in given and options.get("noise") != "counter":
         raise ValueError("first_sample must come with noise counter")
+    for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+        bound, value = options.get(most), given.get(least)
+        if bound is not None and value is not None and value > bound:
+            raise ValueError(f"{least} must be <= {most} ({bound}), not {value}")
     for name, winner in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if name in given and winner in given:
             raise ValueError(f"{name} must be left out where --{winner} is given")
@@ -387,6 +409,8 @@ class TrainConfig:
             raise ValueError(
                 "overwrite must be left out where resume is given: one keeps the run, one drops it"
             )
+        if self.steps is not None and (self.warmup or 0) > self.steps:
+            raise ValueError(f"warmup must be <= steps ({self.steps}), not {self.warmup}")
         if self.init == "scratch" and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
@@ -395,7 +419,7 @@ class TrainConfig:
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
         """Build the configuration from the flags that were given; those that clash are refused."""
-        if "steps" in given and "epochs" in given:
+        if given.get("steps") is not None and "epochs" in given:
             raise ValueError(
                 f"epochs must be left out where steps is given, not {given['epochs']!r}"
             )

@@ -9,7 +9,8 @@ import shutil
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -50,6 +51,26 @@ class _Unfailing(io.FileIO):
             return super().write(data) or 0
         except OSError:
             return len(data)
+
+
+@contextmanager
+def checked_output() -> Iterator[None]:
+    """Make a standard output that is closed or full one line of error and exit code 1.
+
+    For what is of no use without its output. `prepare` comes inside: it opens what is closed.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # what could not be written is not tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def note(text: str) -> None:

@@ -244,6 +244,7 @@ def test_bfloat16(book):
         (["book.txt", "--resume"], "--out"),
         (["book.txt", "--device", "cuda:9"], "--device"),
         (["book.txt", "--out", "locked/away"], "--out"),
+        (["book.txt", "--epochs", "1", "--warmup", "5000"], "--warmup"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

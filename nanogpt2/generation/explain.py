@@ -92,13 +92,11 @@ def draw(explanation: Explanation) -> str:
     return f"{title}\n{terminal.table(rows)}"
 
 
-def colour(explanation: Explanation, by: str, vocab_size: int) -> str:
-    """The chosen token's text, coloured by its raw probability, the entropy there, or its rank."""
+def shade(explanation: Explanation, by: str, vocab_size: int) -> float:
+    """How green the chosen token is, 0 to 1: by its raw probability, the entropy, or its rank."""
     chosen = explanation.chosen
     if by == "prob":
-        share = chosen.probabilities[0] ** 0.5
-    elif by == "entropy":
-        share = 1 - explanation.entropy / torch.tensor(float(vocab_size)).log().item()
-    else:
-        share = 1 / (1 + torch.tensor(float(chosen.rank)).log2().item())
-    return terminal.paint(chosen.text, share)
+        return chosen.probabilities[0] ** 0.5
+    if by == "entropy":
+        return 1 - explanation.entropy / torch.tensor(float(vocab_size)).log().item()
+    return 1 / (1 + torch.tensor(float(chosen.rank)).log2().item())
