@@ -67,3 +67,6 @@ class GPTClassifier(nn.Module):
         self.train(was_training)
         last = x[torch.arange(len(texts)), lengths - 1]  # (B, C)
         return ops.softmax(self.score(last).float())
+
+
+Model = GPT | GPTClassifier

@@ -167,15 +167,47 @@ def _known_ids(value: Any, vocab_size: int) -> Any:
     return None if not known else known[0] if len(known) == 1 else known
 
 
-def config_files(config: GPTConfig, dtype: str) -> dict[str, str]:
-    """config.json and generation_config.json as transformers writes them for GPT-2."""
+def read_labels(source: Checkpoint, head: tuple[int, ...]) -> tuple[str, ...]:
+    """Read the names of a classifier's labels; LABEL_0 and LABEL_1 where config.json has none.
+
+    `head` is the shape of its head, a row a label. Raises ValueError where the names are not that
+    many different ones, or a text can have several.
+    """
+    path = source.files[0].parent / "config.json"
+    stated = _read_json(path, source.manifest) or {}
+    kind = stated.get("problem_type")
+    if len(head) != 2 or head[0] < 2 or kind not in (None, "single_label_classification"):
+        raise ValueError(
+            f"{str(path)!r} must be of a classifier that gives each text one of its labels"
+        )
+    # transformers does not write what it would assume
+    named = stated.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    numbers = map(str, range(len(named))) if isinstance(named, dict) else ()
+    labels = tuple(named[i] for i in numbers if isinstance(named.get(i), str))
+    if not head[0] == len(labels) == len({*labels}):
+        raise ValueError(
+            f"{str(path)!r}: id2label must name the {head[0]} labels of score.weight, all of them "
+            f"different, not {show(named)}"
+        )
+    return labels
+
+
+def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) -> dict[str, str]:
+    """config.json and generation_config.json as transformers writes them for GPT-2.
+
+    With labels the model is a classifier, and what ends a text pads it: transformers looks for the
+    last token that is no padding.
+    """
     c = config
     eos = list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id
     ids = {"bos_token_id": c.bos_token_id, "eos_token_id": eos}
-    if c.pad_token_id is not None:
-        ids["pad_token_id"] = c.pad_token_id
-    stated = {
-        "architectures": ["GPT2LMHeadModel"],
+    pad = c.pad_token_id
+    if labels and eos is not None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    if pad is not None:
+        ids["pad_token_id"] = pad
+    stated: dict[str, Any] = {
+        "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "vocab_size": c.vocab_size,
@@ -188,6 +220,9 @@ def config_files(config: GPTConfig, dtype: str) -> dict[str, str]:
         "initializer_range": 0.02,
         "dtype": dtype,
     }
+    if labels:
+        stated["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        stated["label2id"] = {label: i for i, label in enumerate(labels)}
     return {
         "config.json": json.dumps(stated | ids, indent=2) + "\n",
         "generation_config.json": json.dumps(ids, indent=2) + "\n",
@@ -236,9 +271,9 @@ def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[An
     return tokens | {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
 
 
-def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[str, str]:
     """What AutoTokenizer needs; for GPT-2's vocabulary OpenAI's own two files."""
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
         "bos_token": END_OF_TEXT,
@@ -247,6 +282,8 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
+    if pads:
+        settings["pad_token"] = END_OF_TEXT
     return {
         "vocab.json": tokenizer.encoder_json(),
         "merges.txt": tokenizer.merges or "#version: 0.2\n",

@@ -1,10 +1,11 @@
-"""Checkpoints <-> GPT: OpenAI's and transformers' safetensors in, transformers' folder out.
+"""Checkpoints <-> models: OpenAI's and transformers' safetensors in, transformers' folder out.
 
 GPT-2's files differ in small ways, all of which are read here:
 
 - names with or without the prefix `transformer.`;
 - `h.N.attn.bias` and `h.N.attn.masked_bias`: the causal mask, which is no parameter; left out;
 - `lm_head.weight`: the tied output head; must equal `wte.weight`;
+- `score.weight`: a classifier's head; such a file is not read as a model that writes;
 - projections stored [in, out] (TensorFlow's order, transformers' Conv1D); torch's Linear is
   [out, in], so they are transposed on the way in and out;
 - F32, F16 or BF16, in one file or sharded with an index, aligned or not.
@@ -19,11 +20,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt2 import tensor_file
+from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.flags import show
 from nanogpt2.model import GPT
@@ -35,6 +38,7 @@ from nanogpt2.model_folder import (
     check_vocabulary,
     config_files,
     find_checkpoint,
+    read_labels,
     tokenizer_files,
 )
 from nanogpt2.tensor_file import StoredTensor, TensorFile
@@ -44,8 +48,11 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 MASKS = (".attn.bias", ".attn.masked_bias")
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 READABLE_DTYPES = ("F32", "F16", "BF16")
 DTYPES = ("float32", "bfloat16", "float16")
+
+M = TypeVar("M", GPT, GPTClassifier)
 
 
 def load_model(
@@ -57,20 +64,23 @@ def load_model(
     bfloat16 and float16; `dropout` is for training it further. Raises ValueError or OSError, in one
     line that names the file or the tensor.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    source = find_checkpoint(name)
-    with _opened(source) as opened:
-        stored = _by_our_names(opened)
-        config = replace(_config(source, stored), dropout=dropout)
-        with _memory_for(config, device, getattr(torch, dtype)):
-            with torch.device("meta"):
-                model = GPT(config)
-            _check_tensors(stored, model, opened[0].path)
-            state = _read_state(source, opened, stored, device, getattr(torch, dtype))
-    _check_tied_head(stored, state)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return _load(GPT, name, device, dtype, dropout)
+
+
+def load_classifier(
+    name: str | Path, device: str = "cpu", dtype: str = "float32", dropout: float = 0.0
+) -> GPTClassifier:
+    """Load a classifier in eval mode: ours, or transformers' GPT2ForSequenceClassification.
+
+    Arguments and errors are those of `load_model`.
+    """
+    return _load(GPTClassifier, name, device, dtype, dropout)
+
+
+def is_classifier(name: str | Path) -> bool:
+    """Tell which of the two a model named as for `load_model` is; with the same errors."""
+    with _opened(find_checkpoint(name)) as opened:
+        return SCORE in _by_our_names(opened)
 
 
 def new_model(config: GPTConfig, device: str = "cpu") -> GPT:
@@ -110,28 +120,31 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def save_model(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a folder that `load_model` and transformers' GPT2LMHeadModel.from_pretrained load.
 
-    With a tokenizer, or GPT-2's 50257 ids, AutoTokenizer.from_pretrained loads it too. Tensors keep
-    their dtype and bits. Each file appears whole or not at all. Raises ValueError for a dtype that
-    is not one of load_model's, OSError for what cannot be written.
+    A classifier's is for `load_classifier` and GPT2ForSequenceClassification. With a tokenizer, or
+    GPT-2's 50257 ids, AutoTokenizer.from_pretrained loads it too. Tensors keep their dtype and
+    bits. Each file appears whole or not at all. Raises ValueError for a dtype that is not one of
+    load_model's, OSError for what cannot be written.
     """
-    dtype = str(model.wte.weight.dtype).removeprefix("torch.")
+    labels = model.labels if isinstance(model, GPTClassifier) else ()
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is None and model.config.vocab_size == gpt2_tokenizer().vocab_size:
         tokenizer = gpt2_tokenizer()
-    texts = config_files(model.config, dtype)
+    texts = config_files(model.config, dtype, labels)
     if tokenizer is not None:
-        texts |= tokenizer_files(tokenizer, model.config.block_size)
+        texts |= tokenizer_files(tokenizer, model.config.block_size, pads=bool(labels))
     for name, text in texts.items():
         with _whole(folder / name) as path:
             path.write_text(text, encoding="utf-8")
+    prefix = "" if labels else PREFIX
     theirs = {
-        PREFIX + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
+        prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in model.state_dict().items()
     }
     with _whole(folder / WEIGHTS) as path:
@@ -150,6 +163,30 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 # ---- what is stored, and whether it is this model
+
+
+def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: float) -> M:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    source = find_checkpoint(name)
+    with _opened(source) as opened:
+        stored = _by_our_names(opened)
+        config = replace(_config(source, stored), dropout=dropout)
+        labels = read_labels(source, stored[SCORE].shape) if SCORE in stored else ()
+        with _memory_for(config, device, getattr(torch, dtype)):
+            with torch.device("meta"):
+                gpt = GPT(config)
+                model = GPTClassifier(gpt, labels) if labels else gpt
+            if not isinstance(model, kind):
+                is_one = "a classifier: it labels texts (--classify) and writes none"
+                is_none = f"no classifier: it has no tensor {SCORE}"
+                raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
+            _check_tensors(stored, model, opened[0].path)
+            state = _read_state(source, opened, stored, device, getattr(torch, dtype))
+    _check_tied_head(stored, state)
+    names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
+    model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
+    return model.eval()
 
 
 @contextmanager
@@ -217,7 +254,9 @@ def _sizes(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, int]:
 def _check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, first: Path) -> None:
     """Raise ValueError for the first tensor that is missing, unexpected or of a wrong kind."""
     expected = {
-        name: tuple(tensor.t().shape if name.endswith(TRANSPOSED) else tensor.shape)
+        name.removeprefix(PREFIX): tuple(
+            tensor.t().shape if name.endswith(TRANSPOSED) else tensor.shape
+        )
         for name, tensor in model.state_dict().items()
     }
     for name in expected:
@@ -301,11 +340,3 @@ def _memory_of(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def load_classifier(*a, **k):
-    raise NotImplementedError
-
-
-def is_classifier(name):
-    return False

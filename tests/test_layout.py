@@ -22,7 +22,15 @@ MAY_IMPORT = {
     "classifier": ["ops", "model"],
     "tensor_file": [],
     "model_folder": ["config", "flags", "hub", "tokenizer"],
-    "weights": ["config", "flags", "model", "model_folder", "tensor_file", "tokenizer"],
+    "weights": [
+        "config",
+        "flags",
+        "model",
+        "classifier",
+        "model_folder",
+        "tensor_file",
+        "tokenizer",
+    ],
     "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "generation"],
     # what draws
     "generation.explain": ["terminal"],
@@ -39,6 +47,7 @@ MAY_IMPORT = {
         "training",
         "weights",
     ],
+    "training.adapter": ["tensor_file"],
     "training.checkpoint": ["model_folder"],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}

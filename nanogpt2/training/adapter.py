@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt2.classifier import GPTClassifier
+from nanogpt2 import tensor_file
+from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import add_lora, lora_layers
 
@@ -50,7 +49,7 @@ WITHOUT_EFFECT = (
 )
 
 
-def save_adapter(model: GPT | GPTClassifier, folder: str | Path, base_name: str) -> None:
+def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
     """Write A and B, and a classifier's head.
 
     `base_name` is the name or path of the model they belong to. Raises ValueError for a model
@@ -75,15 +74,11 @@ def save_adapter(model: GPT | GPTClassifier, folder: str | Path, base_name: str)
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(_tensors(model), folder / TENSORS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # the library's own name for a full disk
-        raise OSError(str(error)) from error
+    tensor_file.write(folder / TENSORS, _tensors(model))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: GPT | GPTClassifier, folder: str | Path) -> None:
+def load_adapter(model: Model, folder: str | Path) -> None:
     """Give a plain model the LoRA of a folder, ready to go on learning.
 
     Raises ValueError, leaving the model as it was, for an adapter of other layers, of another
@@ -91,10 +86,8 @@ def load_adapter(model: GPT | GPTClassifier, folder: str | Path) -> None:
     """
     rank, alpha = _read_config(Path(folder) / CONFIG)
     path = Path(folder) / TENSORS
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is no whole safetensors file: {error}") from None
+    with tensor_file.opened(path) as file:
+        stored = dict(file.tensors([entry.name for entry in file.entries]))
     # the same model without numbers, to hold the file against
     with torch.device("meta"):
         gpt = GPT(model.config)
@@ -109,7 +102,7 @@ def load_adapter(model: GPT | GPTClassifier, folder: str | Path) -> None:
         tensor.copy_(stored[name])
 
 
-def _tensors(model: GPT | GPTClassifier) -> dict[str, Tensor]:
+def _tensors(model: Model) -> dict[str, Tensor]:
     """All that an adapter of this model holds, by its names there."""
     prefix = PREFIX if isinstance(model, GPTClassifier) else f"{PREFIX}transformer."
     found: dict[str, Tensor] = {}

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2.classifier import GPTClassifier
+from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 
-Model = TypeVar("Model", GPT, GPTClassifier)
+M = TypeVar("M", GPT, GPTClassifier)
 
 
 class LoRALinear(nn.Linear):
@@ -67,7 +67,7 @@ class LoRALinear(nn.Linear):
         return plain
 
 
-def add_lora(model: GPT | GPTClassifier, rank: int, alpha: float) -> None:
+def add_lora(model: Model, rank: int, alpha: float) -> None:
     """Give every linear layer of the blocks its A and B, and freeze everything else.
 
     Rank 0 changes nothing. Raises ValueError for a rank above the model's width, for an alpha that
@@ -96,7 +96,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def merged(model: Model) -> Model:
+def merged(model: M) -> M:
     """A copy without LoRA that computes the same: every weight is W + s B A.
 
     `model` and the random generators are left as they are, so its training can go on.
