@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "tokenizer": [],
     "kv_cache": [],
     "terminal": [],
+    "metrics": [],
     "kernels": [],
     "hub": ["terminal"],
     "ops": ["kernels"],
@@ -26,7 +27,18 @@ MAY_IMPORT = {
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
-    "training": ["config", "model", "weights", "terminal", "tokenizer", "training"],
+    "training": ["config", "metrics", "model", "weights", "terminal", "tokenizer", "training"],
+    "evaluation": ["metrics", "model", "tokenizer", "evaluation"],
+    "evaluate": [
+        "config",
+        "flags",
+        "data",
+        "evaluation",
+        "model",
+        "terminal",
+        "tokenizer",
+        "weights",
+    ],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
 
@@ -85,7 +97,7 @@ def test_the_table_names_every_module():
 
 
 def test_siblings_form_no_cycle():
-    for folder in ("cli", "generation", "data", "training"):
+    for folder in ("cli", "generation", "data", "training", "evaluation"):
         files = {p.stem: our_imports(p) for p in (ROOT / "nanogpt2" / folder).glob("*.py")}
         prefix = f"nanogpt2.{folder}."
         graph = {
