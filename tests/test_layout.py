@@ -27,7 +27,16 @@ MAY_IMPORT = {
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
-    "training": ["config", "metrics", "model", "weights", "terminal", "tokenizer", "training"],
+    "training": [
+        "config",
+        "metrics",
+        "model",
+        "ops",
+        "weights",
+        "terminal",
+        "tokenizer",
+        "training",
+    ],
     "evaluation": ["metrics", "model", "tokenizer", "evaluation"],
     "evaluate": [
         "config",

@@ -112,3 +112,13 @@ def test_colours_run_from_red_to_green():
     red, green = zip(*[map(int, found.groups()) for found in backgrounds], strict=True)
     assert red[0] > red[2] and green[0] < green[2]
     assert terminal.paint("x", 7.0) == terminal.paint("x", 1.0)
+
+
+def test_sparkline():
+    assert terminal.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    # each block is the mean of its share: 0 and 2, 7
+    assert terminal.sparkline([0, 2, 7], 2) == "▁█"
+    assert terminal.sparkline([5.0, 5.0], 9) == "▁▁"
+    assert terminal.sparkline([1, float("nan"), float("inf"), 2], 4) == "▁  █"
+    assert terminal.sparkline([], 4) == terminal.sparkline([float("nan")], 4) == ""
+    assert len(terminal.sparkline(range(1000), 60)) == 60
