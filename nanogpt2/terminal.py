@@ -250,3 +250,26 @@ def tree(nodes: Sequence[Node], indent: str = "") -> str:
         if node.children:
             lines.append(tree(node.children, indent + ("   " if last else "│  ")))
     return "\n".join(lines)
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Draw a curve as one line of at most `width` blocks, each the mean of its share of `values`.
+
+    The lowest is the lowest block, the highest the highest; what is no number is left out.
+    """
+    count = min(width, len(values))
+    shares = [
+        values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)
+    ]
+    finite = [[value for value in share if math.isfinite(value)] for share in shares]
+    means = [math.fsum(share) / len(share) if share else None for share in finite]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    # a flat curve is a low one
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if m is None else BLOCKS[round((m - low) * scale)] for m in means)

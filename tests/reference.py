@@ -206,4 +206,15 @@ def run_script(
     )
 
 
+def run_module(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run python -m MODULE as a user does; warnings are errors there too."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", module, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
 __all__ = ["PRESETS", "ROOT", "TINY"]

@@ -213,3 +213,13 @@ def test_output_that_cannot_be_is_said(redirection, expected):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     ran = subprocess.run(["bash", "-c", command], capture_output=True, env=environment)
     assert (ran.returncode, ran.stdout, ran.stderr) == expected
+
+
+def test_sparkline():
+    assert terminal.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    # each block is the mean of its share: 0 and 2, 7
+    assert terminal.sparkline([0, 2, 7], 2) == "▁█"
+    assert terminal.sparkline([5.0, 5.0], 9) == "▁▁"
+    assert terminal.sparkline([1, float("nan"), float("inf"), 2], 4) == "▁  █"
+    assert terminal.sparkline([], 4) == terminal.sparkline([float("nan")], 4) == ""
+    assert len(terminal.sparkline(range(1000), 60)) == 60

@@ -30,6 +30,7 @@ from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import TrainConfig
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World, shard, shared_like, whole
+from nanogpt2.training.estimate import device_rate, memory_used, model_flops
 from nanogpt2.training.lora import add_lora, merged
 from nanogpt2.training.optim import make_optimizers
 
@@ -44,6 +45,7 @@ class Learner:
         """Take the model over: adapters, sharding and recomputation change it in place."""
         self.config, self.world, self.model = config, world, model.train()
         self.micro_batch = config.batch_size  # sequences at a time
+        self.rate = device_rate(world.kind, config.dtype)
         if config.lora_rank:
             add_lora(model, config.lora_rank, config.lora_alpha)
         blocks = (model.transformer if isinstance(model, GPTClassifier) else model).h
@@ -169,7 +171,9 @@ class Learner:
         """How well the devices are used: mfu, a share of their matrix products' rate; memory, in
         bytes.
         """
-        return {}
+        flops = model_flops(self.model.config, 1, self.config.block_size) * tokens_per_second
+        used = memory_used(self.world.kind)
+        return {"mfu": flops / (self.rate.flops * self.world.size), "memory": used}
 
     # ---- what a checkpoint holds beside the exported model
 
