@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import SENSIBLE_SAMPLING, GPTConfig, TrainConfig, fail, parse, wrong_use
+from nanogpt2.config import GPTConfig, TrainConfig, fail, parse, wrong_use
 from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
@@ -24,29 +24,21 @@ if __name__ == "__main__":
 
 import torch
 
-from nanogpt2.classifier import GPTClassifier
+from nanogpt2 import weights
+from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples, preview
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
-from nanogpt2.generation import generate
 from nanogpt2.model_folder import model_digest
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training import distributed, plan
 from nanogpt2.training.adapter import save_adapter
-from nanogpt2.training.learner import Learner, Model
+from nanogpt2.training.learner import Learner
 from nanogpt2.training.optim import learning_rate
-from nanogpt2.training.report import Snapshot, TensorBoard, finish
+from nanogpt2.training.report import TensorBoard, finish
+from nanogpt2.training.snapshot import Snapshot, take_snapshot
 from nanogpt2.training.validation import validate
-from nanogpt2.weights import (
-    is_classifier,
-    load_classifier,
-    load_model,
-    load_tokenizer,
-    new_model,
-)
-
-SAMPLE_TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -65,9 +57,8 @@ class Run:
 def main(config: TrainConfig) -> None:
     """Make everything ready, then train: what cannot work is said before anything is written."""
     folder = RunFolder(Path(config.out))
-    checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
-    if config.resume and checkpoint is None and store.checkpoints(folder.checkpoints):
-        fail(f"--resume: no checkpoint in {str(folder.checkpoints)!r} is whole; none was removed")
+    with wrong_use("--resume"):
+        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
     tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
     if state.get("finished"):
         terminal.note(f"the run in {folder.path} is finished: nothing to resume")
@@ -97,11 +88,9 @@ def main(config: TrainConfig) -> None:
         if isinstance(corpus.train, Examples):
             terminal.note(preview(corpus.train, tokenizer))
         if config.dry_run:
-            print_plan(run)
+            speed = [take_step(config, learner, batches, step) for step in (1, 2)][-1]
+            terminal.write(plan.describe(config, learner, batches.sequences, speed) + "\n")
             return
-        if config.tensorboard and world.is_first:
-            with wrong_use("--tensorboard"):
-                folder.loggers.append(TensorBoard(folder.path / "tensorboard", state.get("step", 0)).log)
         with wrong_use("--out"):
             folder.lock()
         if checkpoint is not None:
@@ -123,21 +112,20 @@ def make_model(
     device = "cpu" if config.fsdp else device
     if config.init == "scratch" and checkpoint is None:
         tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
+        end = tokenizer.end_of_text
         shape = GPTConfig(
             vocab_size=tokenizer.vocab_size,
             block_size=config.block_size or 256,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            dropout=config.dropout,
-            bos_token_id=tokenizer.end_of_text,
-            eos_token_id=tokenizer.end_of_text,
+            **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout")},
+            bos_token_id=end,
+            eos_token_id=end,
         )
-        return new_model(shape, device), tokenizer
+        return weights.new_model(shape, device), tokenizer
     # adapters are trained beside the weights that the run began with
     source = config.init if checkpoint is None or config.lora_rank else checkpoint
-    load = load_classifier if config.task == "classify" and is_classifier(source) else load_model
-    return load(source, device, dropout=config.dropout), load_tokenizer(source)
+    has_head = config.task == "classify" and weights.is_classifier(source)
+    load = weights.load_classifier if has_head else weights.load_model
+    return load(source, device, dropout=config.dropout), weights.load_tokenizer(source)
 
 
 def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
@@ -166,6 +154,8 @@ def train(run: Run, state: dict[str, Any]) -> None:
         before = Snapshot(**folder.record()["before"])
         folder.cut_metrics(state["step"])
         terminal.note(f"resuming after step {state['step']}")
+    if config.tensorboard and learner.world.is_first:
+        folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
     terminal.note(plan.describe(config, learner, run.batches.sequences))
     terminal.write(f"before training:\n{before.sample}\n\n" if before.sample else "")
 
@@ -199,9 +189,7 @@ def train(run: Run, state: dict[str, Any]) -> None:
         finish(folder.path, before, after, state["best"], config.task)
 
 
-def take_step(
-    config: TrainConfig, learner: Learner, batches: Batches, step: int
-) -> dict[str, Any]:
+def take_step(config: TrainConfig, learner: Learner, batches: Batches, step: int) -> dict[str, Any]:
     """Update the model once and return the step's figures.
 
     Raises FloatingPointError, before the update, where the loss or a gradient is not finite, and
@@ -252,26 +240,10 @@ def save(run: Run, state: dict[str, Any], is_best: bool) -> None:
 
 
 def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:
-    """How the model is now: its figures on the validation data, and its prompt continued.
-
-    The sample has a random generator of its own. A classifier writes nothing.
-    """
+    """How the model is now: every process takes part, the first one's writes a sample."""
     model = run.learner.exported()
-    loss, *scores = map(figures.get, ("val_loss", "val_accuracy", "val_macro_f1"))
-    if isinstance(model, GPTClassifier) or not run.learner.world.is_first:
-        return Snapshot(loss, "", (), *scores)
-    ids = torch.tensor([run.prompt], device=model.wte.weight.device)
-    options = SENSIBLE_SAMPLING | {"max_new_tokens": SAMPLE_TOKENS, "seed": run.config.seed}
-    written = generate(model, ids, **options).sequences[0].tolist()
-    return Snapshot(loss, run.tokenizer.decode(written), written[len(run.prompt) :])
-
-
-def print_plan(run: Run) -> None:
-    """Say what the run would be; two steps, of which nothing is kept, show its speed."""
-    take_step(run.config, run.learner, run.batches, 1)
-    figures = take_step(run.config, run.learner, run.batches, 2)
-    terminal.write(plan.describe(run.config, run.learner, run.batches.sequences) + "\n")
-    seconds = run.config.steps * tokens / figures["tokens_per_second"]
+    prompt = run.prompt if run.learner.world.is_first else []
+    return take_snapshot(model, run.tokenizer, prompt, run.config.seed, figures)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ class Progress:
     def __init__(self, total: int, done: int, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not (_speaks and sys.stderr.isatty()))
+        self._bar = tqdm(
+            total=total, initial=done, unit=unit, disable=not (_speaks and sys.stderr.isatty())
+        )
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Count one more as done, with its loss and speed; an evaluation keeps its line."""

@@ -18,7 +18,6 @@ from nanogpt2.training.learner import Learner
 from nanogpt2.weights import load_model
 
 
-
 def trained(seed=0, steps=2):
     """A learner with a past."""
     torch.manual_seed(seed)
@@ -164,5 +163,3 @@ store.commit(out, *made, {{"step": 2}}, is_best=True, keep=1)
     store.commit(tmp_path, *made, {"step": 3}, is_best=True, keep=1)
     assert [p.name for p in store.checkpoints(tmp_path / "checkpoints")] == ["step-3"]
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
-
-

@@ -9,7 +9,6 @@ from nanogpt2.config import TrainConfig
 from nanogpt2.training.run_folder import RunFolder
 
 
-
 def settings(tmp_path, **options):
     options = {"data": "pydocs", "init": "demo", "out": str(tmp_path / "out")} | options
     return TrainConfig(**options, given=tuple(options))

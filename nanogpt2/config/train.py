@@ -6,6 +6,7 @@ opens no file.
 
 import glob
 from dataclasses import MISSING, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "on matrices only", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping", low=0)
     dropout: float = flag(0.0, "share of activations dropped while training", low=0, below=1)
-    ema: float = flag(0.0, "decay of a moving average of the weights, which is kept", low=0, below=1)
+    ema: float = flag(
+        0.0, "decay of a moving average of the weights, which is kept", low=0, below=1
+    )
     lora_rank: int = flag(0, "train low-rank adapters of this rank only; 0: all weights", low=0)
     lora_alpha: float | None = flag(None, "their scale, alpha / rank (default: 2 rank)", above=0)
     # a new model
@@ -77,7 +80,9 @@ class TrainConfig:
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("auto", "of the matrix products", choices=("auto", *DTYPES))
     compile: bool = flag(False, "by torch.compile: minutes to begin, faster steps")
-    activation_checkpointing: bool = flag(False, "compute activations twice instead of keeping them")
+    activation_checkpointing: bool = flag(
+        False, "compute activations twice instead of keeping them"
+    )
     fsdp: bool = flag(False, "with torchrun: share out the weights too, for gpt2-xl")
     # what is seen of it
     eval_every: int | None = flag(None, "steps between evaluations (default: ten in a run)", low=1)
@@ -130,6 +135,8 @@ class TrainConfig:
                     raise ValueError(
                         f"{name} must come with --init scratch, not {given[name]!r} alone"
                     )
+        if given.get("tensorboard") and find_spec("tensorboard") is None:
+            raise ValueError("tensorboard needs its package: pip install 'nanogpt2[tensorboard]'")
         if "lora_alpha" in given and not given.get("lora_rank"):
             raise ValueError("lora_alpha must come with lora_rank")
         if "label_column" in given and given.get("task") != "classify":

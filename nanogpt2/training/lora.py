@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 
-M = TypeVar("M", GPT, GPTClassifier)
+M = TypeVar("M", bound=GPT | GPTClassifier)
 
 
 class LoRALinear(nn.Linear):

@@ -104,7 +104,11 @@ class RunFolder:
         """Return run.json. Raises ValueError where it is damaged."""
         try:
             record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            if isinstance(record["config"], dict) and isinstance(record["digests"], dict) and record["before"]:
+            if (
+                isinstance(record["config"], dict)
+                and isinstance(record["digests"], dict)
+                and record["before"]
+            ):
                 return record
         except (ValueError, TypeError, LookupError, RecursionError):
             pass
