@@ -435,6 +435,9 @@ def test_nothing_is_ignored(model, monkeypatch, capsys):
     assert len(c.history) == 2
     c = talk(model, monkeypatch, [":set do_sample false", ":set top_p 0.5"])
     assert "top_p must come with do_sample" in capsys.readouterr().err
+    options = {"do_sample": False, "penalty_alpha": 0.5, "top_k": 4}
+    c = talk(model, monkeypatch, [":set top_k 6"], **options)
+    assert c.options.top_k == 6 and "error" not in capsys.readouterr().err
 
 
 def test_a_byte_that_is_no_text_spoils_its_line_only(model, monkeypatch, capsys):
