@@ -659,3 +659,21 @@ def test_the_tree_is_best_first(model, seed):
     drawn = tree.draw(BYTES)
     first = re.search(r"score (-?[0-9.]+)", drawn).group(1)
     assert first == f"{max(scores):.3f}"
+
+
+def test_a_tree_deeper_than_the_stack_is_drawn(model):
+    """Each step drops a beam at another token: as many splits as steps."""
+    tree, steps = BeamTree(1), sys.getrecursionlimit() + 9
+    path = []
+    for _ in range(steps):
+        tree._step += 1
+        tree._put([*path, 98], score=-2.0).score = -2.0
+        path.append(97)
+        tree._put(path, score=-1.0).score = -1.0
+    lines = tree.draw(BYTES).splitlines()
+    assert (
+        len(lines) == 2 * steps
+        and lines[0] == "├─ 'a'"
+        and lines[-1].startswith("└─ 'b'  pruned at 1")
+    )
+    assert lines[steps - 1].endswith("'a'  running, sum -1.000")
