@@ -243,14 +243,17 @@ class Node:
     children: "list[Node]"
 
 
-def tree(nodes: Sequence[Node], indent: str = "") -> str:
+def tree(nodes: Sequence[Node]) -> str:
     """Draw nodes under one another, their children behind lines."""
     lines = []
-    for i, node in enumerate(nodes):
-        last = i == len(nodes) - 1
-        lines.append(f"{indent}{'└─ ' if last else '├─ '}{node.label}")
-        if node.children:
-            lines.append(tree(node.children, indent + ("   " if last else "│  ")))
+    # what is still to be drawn, the next one last: a node, its indent, whether no sibling follows
+    waiting = [(node, "", node is nodes[-1]) for node in reversed(nodes)]
+    while waiting:
+        node, indent, is_last = waiting.pop()
+        lines.append(f"{indent}{'└─ ' if is_last else '├─ '}{node.label}")
+        indent += "   " if is_last else "│  "
+        below = node.children
+        waiting += [(child, indent, child is below[-1]) for child in reversed(below)]
     return "\n".join(lines)
 
 

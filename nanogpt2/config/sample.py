@@ -124,9 +124,10 @@ class SampleConfig:
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for a flag that would change nothing beside the others."""
     if not options.get("do_sample"):
+        contrastive = options.get("penalty_alpha") is not None
         for name in SAMPLING_FLAGS:
             # contrastive search has candidates too
-            if name in given and (name, "penalty_alpha" in given) != ("top_k", True):
+            if name in given and (name, contrastive) != ("top_k", True):
                 raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
     for name in ("length_penalty", "early_stopping"):
         if name in given and options.get("num_beams", 1) == 1:
