@@ -251,13 +251,27 @@ SENSIBLE_SAMPLING: dict[str, Any] = {
     "top_k": 50,
     "top_p": 0.95,
 }
+# what means something to a classifier
+CLASSIFY_FLAGS = (
+    "classify",
+    "prompt",
+    "prompt_file",
+    "prompts",
+    "batch_size",
+    "skip_bad",
+    "model",
+    "device",
+    "dtype",
+    "json",
+    "list_presets",
+)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """python sample.py [PROMPT] [flags]: continue a text with a GPT-2.
+    """python sample.py [PROMPT] [flags]: continue a text with a GPT-2, or label it.
 
     With no decoding flag it samples with temperature 0.8, top_k 50 and top_p 0.95. A decoding flag
     switches to transformers' meanings and defaults.
@@ -278,6 +292,7 @@ class SampleConfig:
     unique: bool = flag(False, "with --prompts: no text twice for a prompt")
     skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
     # another look
+    classify: bool = flag(False, "label the text, by a model that was trained to classify")
     interactive: bool = flag(False, "write together with the model; :help lists the commands")
     compare: str | None = flag(None, "another model: the same prompt and chance through both")
     explain: bool = flag(False, "for each token, what each option did to it and its rivals")
@@ -307,6 +322,8 @@ class SampleConfig:
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the flags that were given, filling in what they imply."""
+        if given.get("classify"):
+            _check_classify(given)
         for name in ("unique", "skip_bad", "batch_size"):
             if name in given and "prompts" not in given:
                 fail(f"--{name} must come with --prompts")
@@ -339,6 +356,19 @@ class SampleConfig:
             if name in given or given.get("preset") is None:
                 raise
             raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
+
+
+def _check_classify(given: dict[str, Any]) -> None:
+    """Raise ValueError for a flag that would change nothing, and for what is no classifier."""
+    for name in given:
+        if name not in CLASSIFY_FLAGS:
+            raise ValueError(f"{name} must be left out where --classify is given")
+    if not any(given.get(name) for name in ("prompt", "prompt_file", "prompts")):
+        fail("PROMPT is missing: --classify needs a text, --prompt_file or --prompts")
+    if given.get("model", "gpt2") in MODEL_NAMES:
+        raise ValueError(
+            "model must be the path of a classifier with --classify (train.py makes one)"
+        )
 
 
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:

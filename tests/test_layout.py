@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "generation.explain": ["terminal"],
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
+    "cli.classify": ["classifier", "weights"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": ["config", "model", "classifier", "weights", "terminal", "tokenizer", "training"],
     "training.adapter": ["tensor_file"],
