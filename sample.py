@@ -93,7 +93,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
     count = config.generation.num_return_sequences
     openings = [f"--- {i + 1} of {count} ---\n" if count > 1 else "" for i in range(count)]
     show = Show(screen, openings[0] + prompt, tree=tree)
-    (texts,) = decode_texts(model, tokenizer, [prompt], request, show)
+    (texts,) = decode_texts(model, tokenizer, request, show)
     if screen is not None:
         screen.write("\n")
     note_outgrown(request, model.config.block_size, texts)
@@ -108,7 +108,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
             continue
         why = []
         if config.explain or config.color:
-            why = [*explain(model, request, completion.token_ids, tokenizer)]
+            why = [*explain(model, request, completion.token_ids, tokenizer, found.avoided)]
         if config.color:
             shades = [shade(token, config.color, model.config.vocab_size) for token in why]
             painted = (

@@ -30,6 +30,7 @@ class FromFlags(Protocol):
 
 
 MOST = 2**31 - 1  # no number but a seed is larger
+MAX_SEED = 2**63 - 1
 
 T = TypeVar("T", bound=FromFlags)
 

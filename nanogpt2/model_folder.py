@@ -289,3 +289,13 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[s
         "merges.txt": tokenizer.merges or "#version: 0.2\n",
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
     }
+
+
+def model_digest(name: str | Path) -> str:
+    """SHA-256 of a model's tensors, in hexadecimal: of its file, or of its shards' digests."""
+    digests = []
+    for path in find_checkpoint(name).files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    whole = "".join(digests).encode("ascii")
+    return digests[0] if len(digests) == 1 else hashlib.sha256(whole).hexdigest()

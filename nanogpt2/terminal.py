@@ -4,6 +4,7 @@ This file does not know what is being made.
 """
 
 import io
+import math
 import os
 import shutil
 import signal
@@ -73,8 +74,19 @@ def checked_output() -> Iterator[None]:
         sys.exit(1)
 
 
+_speaks = True
+
+
+def speak(aloud: bool) -> None:
+    """Say things from now on, or nothing but errors: one of several processes speaks for all."""
+    global _speaks
+    _speaks = aloud
+
+
 def note(text: str) -> None:
     """Print a line for the person, on stderr: stdout is for results."""
+    if not _speaks:
+        return
     # above the bar, if there is one; tqdm is loaded when one is first drawn
     tqdm = sys.modules.get("tqdm")
     (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
@@ -85,6 +97,8 @@ def write(text: str) -> None:
 
     Raises OSError where stdout cannot take it; what is printed after that goes nowhere.
     """
+    if not _speaks:
+        return
     encoding = sys.stdout.encoding
     try:
         print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
@@ -100,7 +114,9 @@ class Progress:
     def __init__(self, total: int, done: int, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, initial=done, unit=unit, disable=not (_speaks and sys.stderr.isatty())
+        )
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Count one more as done, with its loss and speed; an evaluation keeps its line."""
@@ -236,3 +252,26 @@ def tree(nodes: Sequence[Node], indent: str = "") -> str:
         if node.children:
             lines.append(tree(node.children, indent + ("   " if last else "│  ")))
     return "\n".join(lines)
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Draw a curve as one line of at most `width` blocks, each the mean of its share of `values`.
+
+    The lowest is the lowest block, the highest the highest; what is no number is left out.
+    """
+    count = min(width, len(values))
+    shares = [
+        values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)
+    ]
+    finite = [[value for value in share if math.isfinite(value)] for share in shares]
+    means = [math.fsum(share) / len(share) if share else None for share in finite]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    # a flat curve is a low one
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if m is None else BLOCKS[round((m - low) * scale)] for m in means)

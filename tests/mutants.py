@@ -132,8 +132,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "decay: off by one",
-            "(factor ** (ids.size(1) - start) - 1)",
-            "(factor ** (ids.size(1) - start - 1) - 1)",
+            "(factor**past - 1 if",
+            "(factor ** (past - 1) - 1 if",
             ("test_parity.py::test_the_end_grows_likelier",),
         ),
         Mutant(

@@ -42,7 +42,7 @@ def model():
 def texts_of(model, prompt, show=None, **options):
     config = GenerationConfig(**{"max_new_tokens": 12, "seed": 1} | options)
     request = request_for(model, BYTES, [prompt], config)
-    return decode_texts(model, BYTES, [prompt], request, show)[0]
+    return decode_texts(model, BYTES, request, show)[0]
 
 
 # ---- text
@@ -451,6 +451,15 @@ def test_saving_leaves_no_half(model, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("error: ") == 3
 
 
+def test_saving_that_fails_leaves_nothing(model, monkeypatch, tmp_path, capsys):
+    def fail(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    talk(model, monkeypatch, [f":save {tmp_path}/text"], opening="Hello")
+    assert not [*tmp_path.iterdir()] and "error: no space" in capsys.readouterr().err
+
+
 def test_an_opening_without_room_shows_nothing(model, monkeypatch, capsys):
     with pytest.raises(ValueError, match="max_length"):
         talk(model, monkeypatch, [], opening="Hello", max_length=3, max_new_tokens=None)
@@ -562,7 +571,13 @@ def plain(text):
 @pytest.mark.parametrize("tokenizer", [BYTES, gpt2_tokenizer()], ids=lambda t: t.name)
 @pytest.mark.parametrize(
     ("text", "stops"),
-    [("a 🙂日本é👩‍👧 b", []), ("one 🙂🙃. two", [". t"]), ("\ufffd tail", []), ("x", ["x"])],
+    [
+        ("a 🙂日本é👩‍👧 b", []),
+        ("one 🙂🙃. two", [". t"]),
+        ("\ufffd tail", []),
+        ("x", ["x"]),
+        ("a two", ["wo"]),
+    ],
 )
 def test_whole_characters_and_nothing_beyond_the_end(tokenizer, text, stops):
     for ids in (tokenizer.encode(text), tokenizer.encode(text)[:-1]):
@@ -606,7 +621,7 @@ def test_the_tree_holds_every_text(model):
     options = GenerationConfig(num_beams=4, num_return_sequences=4, max_new_tokens=6, seed=0)
     request = request_for(model, BYTES, ["ab"], replace(options, eos_token_id=(101, 32)))
     tree = BeamTree(request.prompt_length)
-    texts = decode_texts(model, BYTES, ["ab"], request, Show(tree=tree))[0]
+    texts = decode_texts(model, BYTES, request, Show(tree=tree))[0]
     drawn = tree.draw(BYTES)
     assert drawn.count("ended, score") >= 4 and "pruned at" in drawn
     for text in texts:
@@ -624,7 +639,7 @@ def test_the_tree_is_best_first(model, seed):
     )
     request = request_for(model, BYTES, ["ab"], options)
     tree = BeamTree(request.prompt_length)
-    decode_texts(model, BYTES, ["ab"], request, Show(tree=tree))
+    decode_texts(model, BYTES, request, Show(tree=tree))
     best_of = {}
 
     def walk(place):

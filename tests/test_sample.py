@@ -331,6 +331,20 @@ def test_explanations(capsys, folder):
     assert "ended, score" in capsys.readouterr().out
 
 
+def test_groups_are_explained(capsys, folder):
+    argv = ["Hello", "--max_new_tokens", "3", "--eos_token_id=none", "--num_beams", "4"]
+    argv += ["--num_beam_groups", "2", "--diversity_penalty", "9", "--num_return_sequences", "4"]
+    found = run_json(capsys, folder, "--explain", *argv)
+    changed = []
+    for text in found:
+        for why in text["explain"]:
+            assert why["stages"] == ["raw", "diversity_penalty"]
+            raw, penalised = why["chosen"]["probabilities"]
+            changed.append(raw != pytest.approx(penalised, abs=1e-6))
+    # those of the first group are as the model has them
+    assert set(changed) == {True, False}
+
+
 def test_two_models_side_by_side(capsys, folder):
     argv = ["Hello", "--max_new_tokens", "3", "--seed", "1", "--compare", folder]
     run(folder, *argv)
@@ -431,7 +445,10 @@ def test_a_full_device_is_one_line(folder, tmp_path):
 )
 def test_closed_and_full_streams(folder, tmp_path, arguments, code, error):
     script = f"{sys.executable} -W error {ROOT / 'sample.py'} --model {folder} {arguments}"
-    ran = subprocess.run(["bash", "-c", script], capture_output=True, cwd=tmp_path, text=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    ran = subprocess.run(
+        ["bash", "-c", script], capture_output=True, cwd=tmp_path, text=True, env=environment
+    )
     assert ran.returncode == code
     assert ran.stderr.startswith(error) and ran.stderr.count("\n") == bool(error)
 

@@ -196,3 +196,30 @@ def test_training_outlives_its_streams(tmp_path, redirections, status):
     )
     assert ran.returncode == status and ran.stderr == b""
     assert (tmp_path / "out/checkpoints/step-3/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "expected"),
+    [
+        ("", (3, b"x\n", b"")),
+        (">/dev/full", (1, b"", b"error: [Errno 28] No space left on device\n")),
+        (">&-", (1, b"", b"error: standard output is closed\n")),
+    ],
+)
+def test_output_that_cannot_be_is_said(redirection, expected):
+    """What was printed into a buffer alone, too."""
+    code = "from nanogpt2 import terminal\nwith terminal.checked_output(): print('x'); exit(3)"
+    command = f'{sys.executable} -W error -c "{code}" {redirection}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, env=environment)
+    assert (ran.returncode, ran.stdout, ran.stderr) == expected
+
+
+def test_sparkline():
+    assert terminal.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    # each block is the mean of its share: 0 and 2, 7
+    assert terminal.sparkline([0, 2, 7], 2) == "▁█"
+    assert terminal.sparkline([5.0, 5.0], 9) == "▁▁"
+    assert terminal.sparkline([1, float("nan"), float("inf"), 2], 4) == "▁  █"
+    assert terminal.sparkline([], 4) == terminal.sparkline([float("nan")], 4) == ""
+    assert len(terminal.sparkline(range(1000), 60)) == 60

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over(book):
     argv = [book, *SMALL, "--steps", "20", "--save_every", "5"]
     assert run(*argv, "--out", "whole") == 0
     assert run(*argv) == 0
-    newest = Path("out/checkpoints/step-20/optimizer.safetensors")
+    newest = Path("out/checkpoints/step-20/training.safetensors")
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(capsys, book, monkeyp
     monkeypatch.setattr(GPT, "forward", break_down)
     assert run(*argv) == 1
     err = capsys.readouterr().err
-    assert "error: step 8: " in err and "before the update" in err
+    assert "error: step 8 (sequences 28 to 31): " in err and "before the update" in err
     assert len(metrics()) == 7
     monkeypatch.setattr(GPT, "forward", forward)
     assert run(*argv, "--resume") == 0

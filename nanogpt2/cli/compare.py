@@ -55,13 +55,15 @@ def compare(
     for size, request in sizes.items():
         note_dropped(request, size)
     texts = [
-        decode_texts(model, tokenizer, [prompt], request)[0]
+        decode_texts(model, tokenizer, request)[0]
         for model, request in zip(models, requests, strict=True)
     ]
     for size, request in sizes.items():
         note_outgrown(request, size, texts[0] + texts[1])
     return [
-        Scored(writer, index, text.completion, *_score(models, requests, text.completion.token_ids))
+        Scored(
+            writer, index, text.completion, *_score(a, b, requests[0], text.completion.token_ids)
+        )
         for writer in (0, 1)
         for index, text in enumerate(texts[writer])
     ]
@@ -69,15 +71,15 @@ def compare(
 
 @torch.no_grad()
 def _score(
-    models: Sequence[GPT], requests: Sequence[Request], new: Sequence[int]
+    a: GPT, b: GPT, request: Request, new: Sequence[int]
 ) -> tuple[list[float], list[float], list[float]]:
     """Both models' log-probability of each new token, and KL(B || A) there."""
-    a, b = (Engine(*pair, rows=1) for pair in zip(models, requests, strict=True))
-    ids = requests[0].ids  # (1, T)
+    engines = [Engine(model, request, rows=1) for model in (a, b)]
+    ids = request.ids  # (1, T)
     logps_a, logps_b, kls = [], [], []
-    with evaluating(models[0]), evaluating(models[1]):
+    with evaluating(a), evaluating(b):
         for token in new:
-            logp_a, logp_b = (engine.next_scores(ids)[0].log_softmax(dim=0) for engine in (a, b))
+            logp_a, logp_b = (engine.next_scores(ids)[0].log_softmax(dim=0) for engine in engines)
             kl = (logp_b.exp() * (logp_b - logp_a)).nansum()
             logps_a.append(float(logp_a[token]))
             logps_b.append(float(logp_b[token]))

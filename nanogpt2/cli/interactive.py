@@ -96,7 +96,7 @@ class Conversation:
         written: list[str] = []
         show = Show(screen, shown, heard=written.append)
         try:
-            decode_texts(self.model, self.tokenizer, [prompt], request, show)
+            decode_texts(self.model, self.tokenizer, request, show)
         except KeyboardInterrupt:
             terminal.note(" (stopped)")
         screen.write("\n")

@@ -14,6 +14,7 @@ from nanogpt2.cli.text import Completion
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
+from nanogpt2.generation.diverse import avoided
 from nanogpt2.generation.engine import check_memory, context_start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request, check_least, prepare
@@ -25,10 +26,14 @@ from nanogpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """A continuation, finished; `score` is the beam's."""
+    """A continuation, finished; `score` is the beam's.
+
+    avoided: of diverse beams, the tokens that the groups before it chose, at each step.
+    """
 
     completion: Completion
     score: float | None = None
+    avoided: tuple[list[int], ...] = ()
 
 
 def request_for(
@@ -107,9 +112,9 @@ class Show:
 
 
 def decode_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show | None = None
+    model: GPT, tokenizer: Tokenizer, request: Request, show: Show | None = None
 ) -> list[list[Text]]:
-    """Return the texts of every prompt; show the first text of the first while it is made.
+    """Return the texts of a request's prompts; show the first text of the first while it is made.
 
     Raises MemoryError with a line for the person, FloatingPointError for a broken model.
     """
@@ -170,10 +175,12 @@ def _beams(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> li
             text.finish()
     # what was shown is the beginning of the best text
     show.write(texts[0][0].text[len(shown.text) :])
-    scores = group.scores.tolist()
     return [
-        [Text(*pair) for pair in zip(*both, strict=True)]
-        for both in zip(texts, scores, strict=True)
+        [
+            Text(text, score, avoided(request, beams, beam))
+            for text, score, beam in zip(row, scores.tolist(), rows, strict=True)
+        ]
+        for row, scores, rows in zip(texts, group.scores, group.beams, strict=True)
     ]
 
 

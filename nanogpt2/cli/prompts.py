@@ -182,7 +182,7 @@ def _texts(
     wanted = options.num_return_sequences
     for round_ in range(MOST_ROUNDS if job.unique and options.samples else 1):
         request = request_for(model, tokenizer, prompts, _round(options, round_))
-        found = decode_texts(model, tokenizer, prompts, request)
+        found = decode_texts(model, tokenizer, request)
         if not job.unique:
             return found
         for texts, seen in zip(found, kept, strict=True):

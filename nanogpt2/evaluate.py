@@ -1,0 +1,182 @@
+"""Measure a model: python -m nanogpt2.evaluate --model gpt2 --task lambada lambada_test.jsonl.
+
+The command line -> the file -> the model -> the figures, beside the published ones where the model
+is an official one. What each figure means is said at the top of its task's file in evaluation/.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt2 import terminal
+from nanogpt2.config import DEVICES, DTYPES, check_model, fail, parse, wrong_use
+from nanogpt2.flags import check, flag, show
+
+TASKS = ("perplexity", "lambada", "hellaswag")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """python -m nanogpt2.evaluate FILE [flags]: measure a GPT-2.
+
+    FILE is, by --task: perplexity, a UTF-8 text; lambada, JSONL with `text`; hellaswag, JSONL with
+    `ctx`, `endings` and `label`.
+    """
+
+    file: str = flag(MISSING, "the text or the examples", positional=True)
+    task: str = flag("perplexity", "what to measure", choices=TASKS)
+    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
+    device: str = flag("auto", "where to run", choices=DEVICES)
+    dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    batch_size: int = flag(8, "sequences side by side", low=1)
+    block_size: int | None = flag(None, "tokens that are seen (default: the model's)", low=1)
+    stride: int | None = flag(
+        None, "perplexity: tokens between windows (default: half the block size)", low=1
+    )
+    limit: int | None = flag(None, "only the first examples, or tokens of the text", low=1)
+    json: bool = flag(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.stride is not None and self.task != "perplexity":
+            raise ValueError(f"stride must come with --task perplexity, not {self.task}")
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "EvaluateConfig":
+        """Build the configuration from the flags that were given."""
+        config = cls(**given)
+        with wrong_use("FILE"):
+            if not Path(config.file).is_file():
+                raise ValueError(f"{show(config.file)} is no file")
+        with wrong_use("--model"):
+            check_model(config.model)
+        return config
+
+
+if __name__ == "__main__":
+    # before torch loads: --help and mistakes answer at once
+    CONFIG = parse(EvaluateConfig, sys.argv[1:])
+    terminal.exit_on_signals()
+
+from nanogpt2.data.corpus import read_text
+from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
+from nanogpt2.evaluation.lambada import measure_lambada, read_lambada
+from nanogpt2.evaluation.perplexity import measure_perplexity
+from nanogpt2.evaluation.published import published
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+from nanogpt2.weights import choose_device, load_model, load_tokenizer
+
+Advance = Callable[[int], object]
+# examples, and how a model is measured by them
+Job = tuple[int, Callable[[GPT, int, Advance], Mapping[str, Any]]]
+
+
+def main(config: EvaluateConfig) -> None:
+    """Read the file, load the model, print the figures."""
+    with wrong_use("--device"):
+        device = choose_device(config.device)
+    with wrong_use("--model"):
+        tokenizer = load_tokenizer(config.model)
+    with wrong_use(f"FILE {show(config.file)}:"):
+        count, measure = JOBS[config.task](config, tokenizer)
+    with wrong_use("--model"):
+        model = load_model(config.model, device, config.dtype)
+    longest = model.config.block_size
+    block_size = config.block_size or longest
+    if block_size > longest:
+        fail(f"--block_size must be <= {longest}, the model's, not {block_size}")
+    if (config.stride or 1) > block_size:
+        fail(f"--stride must be <= {block_size}, the block size, not {config.stride}")
+    with wrong_use(f"FILE {show(config.file)}:"), terminal.Progress(count, 0, "example") as bar:
+        figures = measure(model, block_size, bar.advance)
+    terminal.write(shown(config, block_size, figures) + "\n")
+
+
+def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
+    """Strided perplexity of a text."""
+    with wrong_use("FILE"):
+        text = read_text(Path(config.file))
+    ids = tokenizer.encode(text)[: config.limit]
+    if len(ids) < 2:
+        raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
+
+    def measure(model: GPT, block_size: int, advance: Advance) -> Mapping[str, Any]:
+        stride = config.stride or max(1, block_size // 2)
+        found = measure_perplexity(
+            model,
+            tokenizer,
+            ids,
+            block_size=block_size,
+            stride=stride,
+            batch_size=config.batch_size,
+            advance=advance,
+        )
+        return {"stride": stride} | dataclasses.asdict(found)
+
+    return len(ids) - 1, measure
+
+
+def lambada_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
+    """Last words."""
+    passages = read_lambada(Path(config.file), tokenizer, config.limit)
+
+    def measure(model: GPT, block_size: int, advance: Advance) -> Mapping[str, Any]:
+        found = measure_lambada(model, tokenizer, passages, config.batch_size, block_size, advance)
+        return dataclasses.asdict(found)
+
+    return len(passages), measure
+
+
+def hellaswag_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
+    """Endings."""
+    readings = read_hellaswag(Path(config.file), config.limit)
+
+    def measure(model: GPT, block_size: int, advance: Advance) -> Mapping[str, Any]:
+        return measure_hellaswag(model, tokenizer, readings, config.batch_size, block_size, advance)
+
+    return sum(len(q.endings) for qs in readings.values() for q in qs), measure
+
+
+JOBS = {"perplexity": perplexity_job, "lambada": lambada_job, "hellaswag": hellaswag_job}
+
+
+def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -> str:
+    """Write the figures as one JSON object, or as a table with the published ones beside."""
+    others = published(config.task, config.model)
+    if config.json:
+        head = {"task": config.task, "model": config.model, "file": config.file}
+        rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}
+        return json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
+    rows = [["figure", "measured"], ["block_size", str(block_size)]]
+    rows += [[name, _number(value)] for name, value in _flat(figures)]
+    text = terminal.table(rows)
+    if others:
+        text += "\n\n" + terminal.table(
+            [["published", "value", "source"]]
+            + [[p.figure, _number(p.value), p.source] for p in others]
+        )
+    return text
+
+
+def _flat(figures: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """{"plain": {"acc": x}} -> ("plain acc", x)."""
+    found: list[tuple[str, Any]] = []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            found += [(f"{name} {inner}", number) for inner, number in _flat(value)]
+        else:
+            found.append((name, value))
+    return found
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    main(CONFIG)

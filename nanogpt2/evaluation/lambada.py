@@ -1,0 +1,85 @@
+"""LAMBADA: predict the last word of a passage that needs the whole passage to be understood.
+
+The file is OpenAI's variant ("lambada_openai"): one {"text": ...} a line, with GPT-2's natural
+spelling and line breaks kept rather than LAMBADA's tokenised lower case. The context is everything
+before the last space, the target the space and the last word.
+
+    accuracy             every token of the word is the model's likeliest, one after another;
+                         what the evaluation harness calls acc
+    accuracy_filtered    the same, where the first token may be no stop word (one of STOP_WORDS,
+                         a whole token): nearer to the GPT-2 paper, which names such a filter and
+                         never published its list, so the figures are not strictly comparable
+    perplexity           exp of the mean over passages of -log p(word): the harness's, and what the
+                         paper's column is taken for
+    token_perplexity     exp of the same nats over the number of the words' tokens: lower, since
+                         many words are several tokens
+
+Sources: Paperno et al. 2016; Radford et al. 2019, section 3.3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt2.evaluation.continuations import Continuation, score
+from nanogpt2.evaluation.perplexity import unheard
+from nanogpt2.evaluation.records import read_records, text_of
+from nanogpt2.metrics import perplexity
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+
+# words that may well come next and hardly ever end a passage
+STOP_WORDS = (
+    "a an the this that these those my your his her its our their and or but nor so yet as if than "
+    "then of in on at by for from to with without into onto over under about up down out off not "
+    "no very too just all some any each is am are was were be been being do does did has have had "
+    "will would can could shall should may might must i you he she it we they me him us them who "
+    "which what when where how why there here one"
+)
+
+
+@dataclass(frozen=True)
+class Lambada:
+    """How the last words were predicted; see the file's docstring for the definitions."""
+
+    examples: int
+    accuracy: float
+    accuracy_filtered: float
+    perplexity: float
+    token_perplexity: float
+
+
+def read_lambada(path: Path, tokenizer: Tokenizer, limit: int | None = None) -> list[Continuation]:
+    """Read the passages. Raises ValueError for a line that has no last word."""
+    found = []
+    for number, record in read_records(path, limit):
+        text = text_of(record, "text", number).rstrip()
+        context, space, word = text.rpartition(" ")
+        if not context.strip() or not word:
+            raise ValueError(f"line {number} must hold two words or more, not {text[:40]!r}")
+        found.append(Continuation(tokenizer.encode(context), tokenizer.encode(space + word)))
+    if not found:
+        raise ValueError("is empty: there is no passage in it")
+    return found
+
+
+def measure_lambada(
+    model: GPT,
+    tokenizer: Tokenizer,
+    passages: list[Continuation],
+    batch_size: int,
+    block_size: int,
+    advance: Callable[[int], object] = unheard,
+) -> Lambada:
+    """Predict the last words."""
+    stops = [tokenizer.encode(" " + word) for word in STOP_WORDS.split()]
+    banned = [ids[0] for ids in stops if len(ids) == 1]
+    scores = score(model, passages, batch_size, block_size, banned, advance)
+    count, nats = len(scores), -sum(s.log_probability for s in scores)
+    return Lambada(
+        examples=count,
+        accuracy=sum(s.greedy for s in scores) / count,
+        accuracy_filtered=sum(s.greedy_allowed for s in scores) / count,
+        perplexity=perplexity(nats / count),
+        token_perplexity=perplexity(nats / sum(len(p.target) for p in passages)),
+    )

@@ -1,0 +1,115 @@
+"""Strided perplexity: how well a text is predicted by a model that sees only block_size tokens.
+
+The text's tokens are x_0 .. x_{N-1}. Windows of at most block_size inputs start at 0, stride,
+2 stride, ...; each predicts the token after every input, and only the predictions that no earlier
+window made count. So every token but x_0 is scored exactly once, after
+
+    x_{k stride} .. x_{i-1},    k = max(0, ceil((i - block_size) / stride)):
+
+all of its past for i <= block_size, else between block_size - stride + 1 and block_size tokens. A
+stride of block_size is the cheapest (each input read once) and the most pessimistic; a stride of 1
+gives every token the whole context, at block_size times the cost. A stride above block_size would
+leave tokens out and is refused. No <|endoftext|> is put before the text.
+
+    nats_per_token     mean of -log p(x_i | context), i = 1 .. N-1
+    perplexity         exp of it; depends on the tokenizer
+    bits_per_byte      the nats / ln 2 / UTF-8 bytes of x_1 .. x_{N-1}; does not
+    word_perplexity    exp(the nats / words between white space in the whole text), as the
+                       evaluation harness of EleutherAI counts them
+
+This file does not know where the text came from.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt2.metrics import perplexity
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+
+IGNORED = -100
+
+
+def unheard(count: int) -> None:
+    """Take no notice of progress."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How a text was predicted; see the file's docstring for the definitions."""
+
+    tokens: int  # scored
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    word_perplexity: float
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: GPT,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    *,
+    block_size: int,
+    stride: int,
+    batch_size: int = 8,
+    advance: Callable[[int], object] = unheard,
+) -> Perplexity:
+    """Score a text's ids; `advance` hears how many more are done.
+
+    Raises ValueError for fewer than two tokens, and for a stride that leaves some out.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
+    device, total = model.wte.weight.device, 0.0
+    for inputs, targets in windows(ids, block_size, stride, batch_size):
+        count = int((targets != IGNORED).sum())
+        total += model(inputs.to(device), targets.to(device)).item() * count
+        advance(count)
+    count = len(ids) - 1
+    scored_bytes = len(tokenizer.decode_bytes(ids[1:]))
+    words = len(tokenizer.decode(ids).split())
+    return Perplexity(
+        tokens=count,
+        nats_per_token=total / count,
+        perplexity=perplexity(total / count),
+        bits_per_byte=total / math.log(2) / scored_bytes,
+        word_perplexity=perplexity(total / max(1, words)),
+    )
+
+
+def windows(
+    ids: Sequence[int], block_size: int, stride: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (inputs, targets), int64 (B, T) each; a target scored before or past the end is -100.
+
+    Raises ValueError for a stride that leaves tokens out.
+    """
+    if not 1 <= stride <= block_size:
+        raise ValueError(f"stride must be 1 to {block_size}, the block size, not {stride}")
+    rows: list[tuple[list[int], list[int]]] = []
+    scored = 0  # x_0 .. x_scored need no more
+    start = 0
+    while scored < len(ids) - 1:
+        end = min(start + block_size, len(ids) - 1)
+        inputs, targets = list(ids[start:end]), list(ids[start + 1 : end + 1])
+        targets[: scored - start] = [IGNORED] * (scored - start)
+        rows.append((inputs, targets))
+        scored, start = end, start + stride
+        if len(rows) == batch_size or scored == len(ids) - 1:
+            yield pad([r[0] for r in rows], 0), pad([r[1] for r in rows], IGNORED)
+            rows = []
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Fill rows up on the right to the longest: -> int64 (B, T).
+
+    What stands behind a position is not seen from it, so the fill changes no prediction before it.
+    """
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])

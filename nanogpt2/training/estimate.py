@@ -1,0 +1,168 @@
+"""What training will cost: memory before it begins, arithmetic while it runs.
+
+Axes as in model.py: C = n_embd, L = n_layer, H = n_head, V = vocabulary; P parameters, M = B T
+tokens in a micro-batch. The memory formula follows this model's autograd graph, not transformers'
+in general. This file does not know the loop.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanogpt2.config import GPTConfig
+from nanogpt2.ops import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ELSEWHERE
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """P = V C + S C + L (12 C^2 + 13 C) + 2 C for a context of S; the head is tied to V C."""
+    c = config
+    block = 12 * c.n_embd**2 + 13 * c.n_embd
+    return (c.vocab_size + c.block_size + 2) * c.n_embd + c.n_layer * block
+
+
+def memory_estimate(
+    config: GPTConfig,
+    batch_size: int,
+    block_size: int,
+    *,
+    trainable: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    grad_accum: int = 1,
+) -> int:
+    """Peak bytes of a training step with AdamW, above what the process takes before the model.
+
+        weights      4 P                                 fp32, whatever the products' type
+        optimizer    8 T                                 two moments of the T trainable parameters
+        activations  M L (64 C + 4 H)                    fp32: per block and token 16 C floats (two
+                                                         residuals C, two normalised C, q k v 3 C,
+                                                         attention C, 4 C before and after GELU)
+                     M L (36 C + 4 H) + 24 L C^2         bf16: the residuals stay fp32; autocast's
+                                                         copies of the blocks' matrices
+        head         8 V C + 12 R V + 12 M C             the embedding's gradient and the product
+                                                         added to it; R rows of logits, their
+                                                         exponentials and the rows before (8 R V
+                                                         for a single chunk); ln_f's input,
+                                                         output and dx
+        gradients    4 T                                 kept through the forward pass only by
+                                                         grad_accum > 1
+
+    The peak is where the loss is made (activations + head, + gradients with grad_accum > 1) or at
+    the backward pass's end (gradients, and 8 V C: the embedding's from both its uses), whichever is
+    more. A frozen embedding (T < P) has no 8 V C. Dropout adds its masks: 2 M L C on a GPU; on a
+    CPU M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention with
+    dropout. On a CPU an eighth of all but weights and optimizer is added for the holes that malloc
+    leaves.
+
+    Compared with VmHWM on a CPU: MEASURED
+    """
+    c = config
+    params = count_parameters(c)
+    trained = params if trainable is None else trainable
+    tokens, width, vocab = batch_size * block_size, c.n_embd, c.vocab_size
+    low = dtype != "float32"
+    activations = tokens * c.n_layer * ((36 if low else 64) * width + 4 * c.n_head)
+    if low:
+        activations += 24 * c.n_layer * width**2
+    if c.dropout and device == "cpu":
+        activations += tokens * c.n_layer * (16 * width + 12 * c.n_head * block_size)
+    elif c.dropout:
+        activations += tokens * c.n_layer * 2 * width
+    chunk = max(vocab, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE))
+    logits = 12 * chunk if tokens * vocab > chunk else 8 * tokens * vocab
+    embedding = 8 * vocab * width if trained == params else 0
+    head = embedding + logits + 12 * tokens * width
+    gradients = 4 * trained
+    at_loss = activations + head + (gradients if grad_accum > 1 else 0)
+    passing = max(at_loss, gradients + embedding)
+    return 4 * params + 8 * trained + passing + (passing // 8 if device == "cpu" else 0)
+
+
+# ---- arithmetic
+
+# bf16 peak of the tensor cores without sparsity, FLOP/s, from NVIDIA's datasheets; by the beginning
+# of the device's name, the longer ones first
+DATASHEET = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+PROBE_SECONDS = 0.08
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Matrix products that a device does, in FLOP/s, and where that number is from."""
+
+    flops: float
+    source: str
+
+
+def model_flops(config: GPTConfig, tokens: int, block_size: int) -> float:
+    """Forward and backward pass over `tokens` in blocks: tokens (6 N + 12 L C T).
+
+    N is every parameter but the position embeddings, which are added and never multiplied; 12 L C T
+    is attention's two products, the masked half counted too (Chowdhery et al. 2022, appendix B).
+    Frozen weights and recomputation are not taken into account.
+    """
+    c = config
+    multiplied = count_parameters(c) - c.block_size * c.n_embd
+    return float(tokens) * (6 * multiplied + 12 * c.n_layer * c.n_embd * block_size)
+
+
+def device_rate(device: str, dtype: str) -> Rate:
+    """What a share of the peak is a share of: the datasheet's where it is known, else measured."""
+    if device == "cuda" and dtype == "bfloat16":
+        name = torch.cuda.get_device_name()
+        for beginning, flops in DATASHEET.items():
+            if name.startswith(beginning):
+                return Rate(flops, f"{name}'s bf16 peak by its datasheet")
+    return Rate(measure_matmul_rate(device, dtype), "this device's own matrix products")
+
+
+def measure_matmul_rate(device: str, dtype: str) -> float:
+    """FLOP/s of square matrix products, the best of those that fit into about PROBE_SECONDS.
+
+    dtype: as in `--dtype`. Takes no number from the global random generator.
+    """
+    size = 4096 if device == "cuda" else 512
+    # random numbers: a GPU is faster, and no truer, on constant ones
+    own = torch.Generator(device).manual_seed(0)
+    a = torch.rand(size, size, generator=own, device=device).to(getattr(torch, dtype))
+
+    def seconds(products: int) -> float:
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(products):
+            a @ a
+        _synchronize(device)
+        return time.perf_counter() - started
+
+    # the first product loads the library
+    seconds(1)
+    # enough at once that starting and waiting do not count
+    products = max(1, min(50, int(PROBE_SECONDS / 5 / max(seconds(1), 1e-6))))
+    best, until = seconds(products), time.perf_counter() + PROBE_SECONDS / 2
+    while time.perf_counter() < until:
+        best = min(best, seconds(products))
+    return products * 2 * size**3 / best
+
+
+def memory_used(device: str) -> int:
+    """The most bytes that were in use at once: of the GPU's memory, or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage's peak would be inherited from whoever started this process
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        getattr(torch, device).synchronize()

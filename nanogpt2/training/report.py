@@ -1,0 +1,201 @@
+"""What a run shows of itself: loss.png, TensorBoard, and the words at its end.
+
+Everything is made from figures that are there already; this file knows neither the model nor the
+loop. matplotlib and tensorboard are extras, imported where they are used.
+"""
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nanogpt2 import terminal
+from nanogpt2.metrics import distinct_n, perplexity, repetition
+
+SPARKLINE_WIDTH = 60
+# n of the n-grams whose repetition is told: a loop of GPT-2 shows in four tokens
+REPEATED = 4
+
+
+# ---- the curves
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line that was not written to its end is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Exponential moving average over about `span` values; the first ones weigh no more."""
+    decay, total, weight = 1 - 1 / max(1, span), 0.0, 0.0
+    found = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        found.append(total / weight)
+    return found
+
+
+def plot_losses(metrics_path: Path, png_path: Path) -> bool:
+    """Draw the losses and the learning rate of metrics.jsonl; the file appears whole or not at all.
+
+    Without matplotlib nothing is drawn, which is said once in a process. Returns True where a file
+    was written. Raises OSError.
+    """
+    figure_class = _matplotlib_figure()
+    rows = read_metrics(metrics_path)
+    if figure_class is None or not rows:
+        return False
+    steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+    evaluated = [(r["step"], r["val_loss"]) for r in rows if r.get("val_loss") is not None]
+    figure = figure_class(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
+    upper.plot(steps, smooth(losses, len(losses) // 20), color="tab:blue", label="smoothed")
+    if evaluated:
+        upper.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
+        step, best = min(evaluated, key=lambda point: point[1])
+        label = f"best: {best:.4f} at step {step:,}"
+        upper.plot([step], [best], "*", color="tab:red", markersize=14, label=label)
+    upper.set_ylabel("loss (nats)")
+    upper.legend()
+    lower.plot(steps, [r["lr"] for r in rows], color="tab:green")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    partial = png_path.with_name(f".{png_path.name}.{os.getpid()}.tmp")
+    try:
+        # no version of the drawing program: the same run gives the same bytes
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+        partial.replace(png_path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+@cache
+def _matplotlib_figure() -> Any:
+    """matplotlib's Figure class, which draws without a screen; None, and a note, without it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        terminal.note("no loss.png without matplotlib: pip install 'nanogpt2[plot]' draws it")
+        return None
+    return Figure
+
+
+class TensorBoard:
+    """Writes a run's figures where `tensorboard --logdir` finds them."""
+
+    def __init__(self, folder: Path, after_step: int = 0) -> None:
+        """after_step: of a resumed run; what was written for later steps is dropped.
+
+        Raises ValueError where the package tensorboard is missing.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "needs the package tensorboard: pip install 'nanogpt2[tensorboard]'"
+            ) from None
+        purge = after_step + 1 if after_step else None
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Write the numbers of one step, which `figures` names under "step"."""
+        for name, value in figures.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, figures["step"])
+
+    def close(self) -> None:
+        """Have everything written."""
+        self._writer.close()
+
+
+# ---- the end
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The model at one time: what it wrote, and how it did on the validation data."""
+
+    val_loss: float
+    sample: str = ""  # the prompt and what followed
+    ids: Sequence[int] = ()  # what followed, as tokens
+    accuracy: float | None = None  # classify
+    macro_f1: float | None = None
+
+
+def final_report(
+    before: Snapshot,
+    after: Snapshot,
+    best: float,
+    val_losses: Sequence[float],
+    folder: str | Path,
+    task: str = "lm",
+) -> str:
+    """Tell what training changed, and how to try the model in `folder`.
+
+    Both samples are from one prompt and one seed. `best` is the lowest validation loss;
+    `val_losses`, in order, are drawn as a line.
+    """
+    parts = []
+    if before.sample or after.sample:
+        parts += [f"before training:\n{before.sample}", f"after training:\n{after.sample}"]
+    parts.append(terminal.table(_comparison(before, after, best, task)))
+    drawn = terminal.sparkline([before.val_loss, *val_losses], SPARKLINE_WIDTH)
+    if len(val_losses) > 1 and drawn:
+        parts.append(f"validation loss  {drawn}")
+    flag = " --classify" if task == "classify" else ""
+    text = " 'some text'" if task == "classify" else ""
+    parts.append(f"now try: python sample.py{text} --model {shlex.quote(str(folder))}{flag}")
+    return "\n\n".join(parts) + "\n"
+
+
+def finish(folder: Path, before: Snapshot, after: Snapshot, best: float, task: str) -> None:
+    """Draw the losses of the run in `folder`, and print its report."""
+    metrics = folder / "metrics.jsonl"
+    plot_losses(metrics, folder / "loss.png")
+    val_losses = [row["val_loss"] for row in read_metrics(metrics) if "val_loss" in row]
+    terminal.write(final_report(before, after, best, val_losses, folder, task))
+
+
+def _comparison(
+    before: Snapshot, after: Snapshot, best: float, task: str
+) -> list[tuple[str, str, str, str]]:
+    """The rows of the table; a figure that is in neither snapshot has none."""
+
+    def row(name: str, old: float | None, new: float | None, last: str = "") -> None:
+        if old is not None or new is not None:
+            rows.append((name, _number(old), _number(new), last))
+
+    rows = [("", "before", "after", "best")]
+    row("validation loss", before.val_loss, after.val_loss, _number(best))
+    if task == "classify":
+        row("accuracy", before.accuracy, after.accuracy)
+        row("macro F1", before.macro_f1, after.macro_f1)
+    else:
+        old, new = perplexity(before.val_loss), perplexity(after.val_loss)
+        row("perplexity", old, new, _number(perplexity(best)))
+    if before.ids or after.ids:
+        for n in (1, 2):
+            row(f"distinct-{n} of the sample", distinct_n(before.ids, n), distinct_n(after.ids, n))
+        repeated = repetition(before.ids, REPEATED), repetition(after.ids, REPEATED)
+        row(f"repeated {REPEATED}-grams", *repeated)
+    return rows
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:.3g}"

@@ -1,0 +1,421 @@
+"""The evaluation against transformers' model and straightforward computations, and its refusals."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import ROOT, run_module, twins
+
+from nanogpt2 import evaluate
+from nanogpt2.config import GPTConfig, parse
+from nanogpt2.evaluation import lambada
+from nanogpt2.evaluation.continuations import Continuation, Score, score
+from nanogpt2.evaluation.hellaswag import clean, read_hellaswag
+from nanogpt2.evaluation.lambada import STOP_WORDS
+from nanogpt2.evaluation.perplexity import measure_perplexity, windows
+from nanogpt2.evaluation.published import FIGURES, published
+from nanogpt2.tokenizer import byte_tokenizer
+
+BLOCK = 16
+BYTES = GPTConfig(257, BLOCK, 2, 3, 24, bos_token_id=256, eos_token_id=256)
+TOKENIZER = byte_tokenizer()
+TEXT = "It was the b\u00e9st of times;\nit was  the worst of times, it was the age of wisdom."
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return *twins(folder, BYTES), str(folder)
+
+
+def their_log_probability(theirs, context, token):
+    with torch.no_grad():
+        logits = theirs(torch.tensor([context])).logits[0, -1]
+    return logits.double().log_softmax(0)[token].item()
+
+
+def their_nats(theirs, ids, block_size, stride):
+    """Token by token, from the docstring's definition of the context."""
+    total = 0.0
+    for i in range(1, len(ids)):
+        k = max(0, math.ceil((i - block_size) / stride))
+        total -= their_log_probability(theirs, ids[k * stride : i], ids[i])
+    return total
+
+
+def their_score(theirs, context, target):
+    """A continuation's log-probability and whether each token is the likeliest, one by one."""
+    ids = (context + target)[:-1][-BLOCK:]
+    total, greedy = 0.0, True
+    for j, token in enumerate(target):
+        with torch.no_grad():
+            row = torch.tensor([ids[: len(ids) - len(target) + 1 + j]])
+            scores = theirs(row).logits[0, -1].double().log_softmax(0)
+        total += scores[token].item()
+        greedy &= scores.argmax().item() == token
+    return total, greedy
+
+
+def run(capsys, *argv):
+    evaluate.main(parse(evaluate.EvaluateConfig, argv))
+    return capsys.readouterr().out
+
+
+def run_json(capsys, *argv):
+    return json.loads(run(capsys, *argv, "--json"))
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(parse(evaluate.EvaluateConfig, argv))
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and len(shown.err) < 202
+    return shown.err
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+# ---- perplexity
+
+
+@pytest.mark.parametrize("stride", [1, 5, BLOCK - 1, BLOCK])
+@pytest.mark.parametrize("length", [2, 3, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 1, 61])
+def test_perplexity_is_transformers(models, length, stride):
+    ours, theirs, _ = models
+    ids = TOKENIZER.encode(TEXT)[:length]
+    expected = their_nats(theirs, ids, BLOCK, stride)
+    found = measure_perplexity(ours, TOKENIZER, ids, block_size=BLOCK, stride=stride, batch_size=3)
+    assert found.tokens == length - 1
+    assert found.nats_per_token == pytest.approx(expected / (length - 1), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(expected / (length - 1)), rel=1e-4)
+    # a byte a token, and the first one is not scored
+    assert found.bits_per_byte == pytest.approx(found.nats_per_token / math.log(2))
+
+
+def test_a_smaller_block_sees_less(models):
+    ours, theirs, _ = models
+    ids = TOKENIZER.encode(TEXT)[:29]
+    found = measure_perplexity(ours, TOKENIZER, ids, block_size=7, stride=3)
+    assert found.nats_per_token == pytest.approx(their_nats(theirs, ids, 7, 3) / 28, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", range(2, 14))
+@pytest.mark.parametrize("batch_size", [1, 2, 50])
+def test_every_token_but_the_first_is_scored_once(length, stride, batch_size):
+    ids = list(range(100, 100 + length))
+    scored = []
+    for inputs, targets in windows(ids, 4, stride, batch_size):
+        assert inputs.shape == targets.shape and len(inputs) <= batch_size
+        for row_in, row_out in zip(inputs.tolist(), targets.tolist(), strict=True):
+            for before, after in zip(row_in, row_out, strict=True):
+                if after != -100:
+                    assert after == before + 1
+                    scored.append(after)
+    assert scored == ids[1:]
+
+
+def test_perplexity_counts_bytes_and_words(capsys, models, tmp_path):
+    _, theirs, folder = models
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    found = run_json(capsys, str(path), "--model", folder, "--stride", "5")
+    ids = TOKENIZER.encode(TEXT)
+    nats = their_nats(theirs, ids, BLOCK, 5)
+    assert found["tokens"] == len(ids) - 1 == len(TEXT.encode()) - 1
+    assert found["word_perplexity"] == pytest.approx(math.exp(nats / len(TEXT.split())), rel=1e-4)
+    assert (found["task"], found["model"], found["block_size"]) == ("perplexity", folder, BLOCK)
+    assert found["stride"] == 5 and "published" not in found
+    # half a block is the default, and the first tokens alone are a text too
+    short = run_json(capsys, str(path), "--model", folder, "--limit", "20", "--batch_size", "1")
+    assert (short["stride"], short["tokens"]) == (BLOCK // 2, 19)
+    expected = their_nats(theirs, ids[:20], BLOCK, BLOCK // 2) / 19
+    assert short["nats_per_token"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bits_per_byte_of_tokens_of_several_bytes(tmp_path):
+    from nanogpt2.model import GPT
+    from nanogpt2.tokenizer import gpt2_tokenizer
+
+    model, tokenizer = GPT(GPTConfig(50257, 8, 1, 2, 4)).eval(), gpt2_tokenizer()
+    ids = tokenizer.encode("Hello wonderful world")
+    assert len(ids) == 3
+    found = measure_perplexity(model, tokenizer, ids, block_size=8, stride=8)
+    nats = found.nats_per_token * 2
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / len(" wonderful world"))
+    assert found.word_perplexity == pytest.approx(math.exp(nats / 3))
+
+
+# ---- continuations
+
+
+def test_continuations_alone_and_together(models):
+    ours, theirs, _ = models
+    generator = torch.Generator().manual_seed(1)
+    batch = []
+    for context, target in [(1, 1), (3, 2), (BLOCK, 1), (2 * BLOCK, 5), (1, BLOCK), (7, 3)]:
+        ids = torch.randint(257, (context + target,), generator=generator).tolist()
+        batch.append(Continuation(ids[:context], ids[context:]))
+    together = score(ours, batch, 4, BLOCK)
+    for c, found in zip(batch, together, strict=True):
+        total, greedy = their_score(theirs, c.context, c.target)
+        assert found.log_probability == pytest.approx(total, rel=1e-5)
+        assert found.greedy == greedy
+        [alone] = score(ours, [c], 1, BLOCK)
+        assert alone.log_probability == pytest.approx(found.log_probability, rel=1e-5)
+
+
+def test_greedy_means_every_token(models):
+    ours, theirs, _ = models
+    context = TOKENIZER.encode("it was")
+    best = []
+    for _ in range(3):
+        with torch.no_grad():
+            best.append(theirs(torch.tensor([context + best])).logits[0, -1].argmax().item())
+    wrong = (best[1] + 1) % 256
+    pairs = [Continuation(context, target) for target in (best, [best[0], wrong], best[:1])]
+    assert [s.greedy for s in score(ours, pairs, 2, BLOCK)] == [True, False, True]
+    # without the likeliest first token the second likeliest is the model's word
+    with torch.no_grad():
+        second = theirs(torch.tensor([context])).logits[0, -1].topk(2).indices[1].item()
+    [found] = score(ours, [Continuation(context, [second])], 1, BLOCK, banned_first=best[:1])
+    assert not found.greedy and found.greedy_allowed
+
+
+def test_continuations_that_cannot_be():
+    for pair, message in [
+        (Continuation([1], []), "continuation 0 has no token to predict"),
+        (Continuation([], [1]), "or none before it"),
+        (Continuation([1], [1] * 5), "continuation 0 has 5 tokens to predict; the block size is 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            score(None, [pair], 1, 4)
+
+
+# ---- LAMBADA
+
+
+def test_lambada(capsys, models, tmp_path):
+    _, theirs, folder = models
+    texts = ["a b", "it was the best of ti", "one\ntwo  xy", "so it goes \n"]
+    path = write_lines(tmp_path / "l.jsonl", *({"text": text} for text in texts))
+    with Path(path).open("a") as file:
+        file.write("\n")
+    found = run_json(capsys, path, "--model", folder, "--task", "lambada", "--batch_size", "3")
+    pairs = [("a", " b"), ("it was the best of", " ti"), ("one\ntwo ", " xy"), ("so it", " goes")]
+    scores = [their_score(theirs, list(a.encode()), list(b.encode())) for a, b in pairs]
+    nats, tokens = -sum(total for total, _ in scores), sum(len(b) for _, b in pairs)
+    assert found["examples"] == 4
+    assert found["accuracy"] == sum(greedy for _, greedy in scores) / 4
+    assert found["perplexity"] == pytest.approx(math.exp(nats / 4), rel=1e-4)
+    assert found["token_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    limited = run_json(capsys, path, "--model", folder, "--task", "lambada", "--limit", "1")
+    assert limited["examples"] == 1
+    assert limited["perplexity"] == pytest.approx(math.exp(-scores[0][0]), rel=1e-4)
+
+
+def test_lambada_counts_whole_words_and_bans_stop_words(monkeypatch):
+    from nanogpt2.tokenizer import gpt2_tokenizer
+
+    told = []
+
+    def fake(model, passages, batch_size, block_size, banned, advance):
+        told.extend(banned)
+        return [Score(-3.0, True, True), Score(-1.0, False, True), Score(-2.0, False, False)]
+
+    monkeypatch.setattr(lambada, "score", fake)
+    passages = [Continuation([1], [2]), Continuation([1], [2, 3]), Continuation([1], [2])]
+    found = lambada.measure_lambada(None, gpt2_tokenizer(), passages, 8, 16)
+    assert (found.accuracy, found.accuracy_filtered) == (1 / 3, 2 / 3)
+    assert found.perplexity == pytest.approx(math.exp(6 / 3))
+    assert found.token_perplexity == pytest.approx(math.exp(6 / 4))
+    assert {gpt2_tokenizer().encode(word)[0] for word in (" the", " me")} < set(told)
+
+
+def test_stop_words_are_tokens_of_gpt2():
+    from nanogpt2.tokenizer import gpt2_tokenizer
+
+    words = STOP_WORDS.split()
+    assert len(words) == len(set(words))
+    assert all(len(gpt2_tokenizer().encode(" " + word)) == 1 for word in words)
+
+
+# ---- HellaSwag
+
+QUESTION = {
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "endings": ["is ok.", "rips it", "holds a", "starts"],
+    "label": 3,
+}
+
+
+def test_readings_of_a_question(tmp_path):
+    marked = QUESTION | {"ctx_b": "", "label": "1", "ctx_a": "How to [substeps] go [title] Up  on."}
+    path = tmp_path / "h.jsonl"
+    write_lines(path, QUESTION, marked)
+    readings = read_hellaswag(path)
+    assert [q.context for q in readings["plain"]] == [QUESTION["ctx"]] * 2
+    assert [q.context for q in readings["harness"]] == [
+        "Roof shingle removal: A man is sitting on a roof. He",
+        "Roof shingle removal: How to go. Up on.",
+    ]
+    assert [q.label for q in readings["plain"]] == [3, 1]
+    # the parts make the context where it is not there; without the activity there is one reading
+    parts = {name: QUESTION[name] for name in ("ctx_a", "ctx_b", "endings", "label")}
+    with pytest.raises(ValueError, match="line 1 has no 'ctx'"):
+        write_lines(path, {"endings": ["a", "b"], "label": 0})
+        read_hellaswag(path)
+    write_lines(path, QUESTION, {name: QUESTION[name] for name in ("ctx", "endings", "label")})
+    assert list(read_hellaswag(path)) == ["plain"]
+    write_lines(path, parts)
+    assert read_hellaswag(path)["plain"][0].context == QUESTION["ctx"]
+    assert clean(" a [header] b [title] c ") == "a b. c"
+
+
+def their_choice(theirs, context, endings, lengths):
+    best = []
+    for ending, length in zip(endings, lengths, strict=True):
+        total, _ = their_score(theirs, TOKENIZER.encode(context), TOKENIZER.encode(" " + ending))
+        best.append(total / length)
+    return best.index(max(best))
+
+
+def test_hellaswag(capsys, models, tmp_path):
+    _, theirs, folder = models
+    questions = []
+    for label in range(4):
+        for context in ("a man he", "the dog w\u00e9"):
+            a, b = context.rsplit(" ", 1)
+            endings = [
+                ("runs", "is \u00e9", "sleeps a lot", "x")[(i + label) % 4] for i in range(4)
+            ]
+            questions.append(
+                QUESTION | {"ctx": context, "ctx_a": a, "ctx_b": b, "endings": endings, "label": 2}
+            )
+    path = write_lines(tmp_path / "h.jsonl", *questions)
+    found = run_json(capsys, path, "--model", folder, "--task", "hellaswag", "--batch_size", "5")
+    expected = dict.fromkeys(("acc", "tokens", "harness acc", "chars", "bytes"), 0.0)
+    for q in questions:
+        endings = q["endings"]
+        harness = f"{q['activity_label']}: {q['ctx_a']} {q['ctx_b'].capitalize()}"
+        ones, sizes = [1] * 4, [len(e.encode()) for e in endings]
+        for name, context, lengths in [
+            ("acc", q["ctx"], ones),
+            ("tokens", q["ctx"], [1 + size for size in sizes]),
+            ("harness acc", harness, ones),
+            ("chars", harness, [len(e) for e in endings]),
+            ("bytes", harness, sizes),
+        ]:
+            expected[name] += (their_choice(theirs, context, endings, lengths) == 2) / 8
+    assert found["plain"] == {"acc": expected["acc"], "acc_norm": expected["tokens"]}
+    assert found["harness"] == {
+        "acc": expected["harness acc"],
+        "acc_norm": expected["chars"],
+        "acc_bytes": expected["bytes"],
+    }
+    assert found["examples"] == 8
+    shown = run(capsys, path, "--model", folder, "--task", "hellaswag", "--limit", "3")
+    assert "harness acc_norm" in shown and "published" not in shown
+
+
+# ---- published figures
+
+
+def test_published_figures_are_named_as_ours(capsys, models, monkeypatch, tmp_path):
+    ours = models[0]
+    path = write_lines(tmp_path / "h.jsonl", QUESTION)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: ours)
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: TOKENIZER)
+    shown = run(capsys, path, "--model", "gpt2", "--task", "hellaswag")
+    rows = [line.split("  ")[0] for line in shown.splitlines()]
+    for figure in published("hellaswag", "gpt2"):
+        assert rows.count(figure.figure) == 2
+    assert "0.3114" in shown and "llm.c" in shown
+    found = run_json(capsys, path, "--model", "gpt2", "--task", "hellaswag")
+    assert len(found["published"]) == 4
+    known = {"word_perplexity", "perplexity", "accuracy", "accuracy_filtered"}
+    assert {f.figure for f in FIGURES if f.task != "hellaswag"} <= known
+
+
+# ---- wrong use
+
+
+def test_wrong_files_are_one_line(capsys, models, tmp_path, monkeypatch):
+    folder, path = models[2], Path("bad.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for task, content, message in [
+        ("perplexity", b"", "must hold 2 tokens or more, not 0"),
+        ("perplexity", b"a", "must hold 2 tokens or more, not 1"),
+        ("perplexity", b"ab\xff", "is not UTF-8: byte 0xff at offset 2"),
+        ("lambada", b"", "is empty"),
+        ("lambada", b'{"text": "a b"}\n{"text": ', 'line 2 is no JSON object: \'{"text":'),
+        ("lambada", b"\xff\xfe", "line 1 is no JSON object"),
+        ("lambada", b"\n[1]\n", "line 2 is no JSON object: '[1]'"),
+        ("lambada", b'{"txt": "a b", "id": 1}', "line 1 has no 'text'; its fields: txt, id"),
+        ("lambada", b'{"text": 7}', "line 1: 'text' must be text, not 7"),
+        ("lambada", b'{"text": "word "}', "line 1 must hold two words or more, not 'word'"),
+        ("lambada", b'{"text": "an abcdefghijklmnopq"}', "has 18 tokens to predict; the block"),
+        ("hellaswag", b"\n", "is empty"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b"], "label": 0}', "'endings' must be two"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", 1], "label": 0}', "'endings' must be two"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"], "label": 2}', "must be 0 to 1, not 2"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"], "label": ""}', "number, not ''"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"]}', "number, not None"),
+        ("hellaswag", b'{"ctx": " ", "endings": ["b", "c"], "label": 0}', "an empty context"),
+    ]:
+        path.write_bytes(content)
+        error = refused(capsys, str(path), "--model", folder, "--task", task)
+        assert message in error and "bad.jsonl" in error
+
+
+def test_wrong_flags_are_one_line(capsys, models, tmp_path):
+    folder = models[2]
+    path = write_lines(tmp_path / "text", {"text": "a b"})
+    for argv, message in [
+        (["--task", "lambada", "--stride", "4"], "--stride must come with --task perplexity"),
+        (["--block_size", "17"], "--block_size must be <= 16, the model's, not 17"),
+        (["--block_size", "4", "--stride", "5"], "--stride must be <= 4, the block size, not 5"),
+        (["--task", "glue"], "--task must be one of perplexity, lambada, hellaswag"),
+        (["--limit", "0"], "--limit must be a whole number >= 1"),
+        (["--device", "mps"], "--device 'mps' is not on this machine"),
+    ]:
+        assert message in refused(capsys, path, "--model", folder, *argv)
+    assert "'nowhere' is no file" in refused(capsys, "nowhere", "--model", folder)
+    assert "FILE is missing" in refused(capsys, "--model", folder)
+    assert "--model 'nothing' is no file" in refused(capsys, path, "--model", "nothing")
+
+
+def test_as_a_command(models, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    done = run_module("nanogpt2.evaluate", str(path), "--model", models[2], "--json", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == b""
+    assert json.loads(done.stdout)["tokens"] == len(TEXT.encode()) - 1
+    done = run_module("nanogpt2.evaluate", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['evaluate', '--help']\n"
+        "try:\n    runpy.run_module('nanogpt2.evaluate', run_name='__main__')\n"
+        "except SystemExit as stopped:\n    assert stopped.code == 0\n"
+        "assert not {'torch', 'numpy', 'tiktoken'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, capture_output=True
+    )
+    assert b"--stride" in done.stdout
