@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt2.classifier import GPTClassifier
-from nanogpt2.model import GPT
+from nanogpt2 import terminal
+from nanogpt2.classifier import Model
 from nanogpt2.model_folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.weights import save_model
@@ -36,7 +36,7 @@ STATE, TENSORS = "state.json", "training.safetensors"
 
 def commit(
     out: Path,
-    model: GPT | GPTClassifier,
+    model: Model,
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
@@ -58,7 +58,7 @@ def commit(
 
 def save_checkpoint(
     folder: Path,
-    model: GPT | GPTClassifier,
+    model: Model,
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
@@ -90,8 +90,18 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose manifest holds, or None."""
-    return next((path for path in reversed(checkpoints(folder)) if is_whole(path)), None)
+    """Return the newest checkpoint whose manifest holds; None where there is none at all.
+
+    Says which ones it passes over. Raises ValueError where all are damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        if is_whole(path):
+            return path
+        terminal.note(f"{path} is damaged: going on from the one before it")
+    if found:
+        raise ValueError(f"finds no checkpoint in {str(folder)!r} whole; none was removed")
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:

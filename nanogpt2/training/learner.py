@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt2 import terminal
-from nanogpt2.classifier import GPTClassifier
+from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World, shard, shared_like, whole
@@ -34,7 +34,6 @@ from nanogpt2.training.estimate import device_rate, memory_used, model_flops
 from nanogpt2.training.lora import add_lora, merged
 from nanogpt2.training.optim import make_optimizers
 
-Model = GPT | GPTClassifier
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,7 +70,7 @@ class Learner:
     @property
     def view(self) -> Model:
         """The model to evaluate."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(Model, self.average.module)
 
     def precision(self) -> torch.autocast:
         """In bfloat16 or float16 the matrix products are; the weights and sums stay in float32."""

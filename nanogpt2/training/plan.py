@@ -4,11 +4,13 @@ This file does not know the loop, the files or where the data comes from.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from nanogpt2.config import GPTConfig, TrainConfig
-from nanogpt2.training.estimate import memory_estimate
 from nanogpt2.training.distributed import World
+from nanogpt2.training.estimate import memory_estimate
 from nanogpt2.training.learner import Learner
 
 # on a GPU a step takes more sequences where the data has enough for so many steps
@@ -76,13 +78,18 @@ def _rate(config: TrainConfig, width: int) -> float:
     return (5e-4 if config.lora_rank else 1e-4) * 768 / width
 
 
-def describe(config: TrainConfig, learner: Learner, sequences: int) -> str:
-    """Say what is about to run; sequences: those of an epoch."""
+def describe(
+    config: TrainConfig,
+    learner: Learner,
+    sequences: int,
+    figures: Mapping[str, Any] | None = None,
+) -> str:
+    """Say what is about to run, and how long it takes where a step's figures are known.
+
+    sequences: those of an epoch.
+    """
     every = sum(p.numel() for p in learner.model.parameters())
     trained = sum(p.numel() for p in learner.parameters.values())
-    some = "all" if trained == every else f"{trained:,}"
-    micro = f" in micro-batches of {config.batch_size}" if config.grad_accum > 1 else ""
-    in_a_step = config.batch_size * config.grad_accum
     memory = memory_estimate(
         learner.model.config,
         config.batch_size,
@@ -92,8 +99,15 @@ def describe(config: TrainConfig, learner: Learner, sequences: int) -> str:
         device=learner.world.kind,
         grad_accum=config.grad_accum,
     )
-    return (
-        f"{every:,} parameters, {some} of them trained, about {memory / 1e9:.1f} GB of memory\n"
-        f"{config.steps:,} steps of {in_a_step} x {config.block_size} tokens{micro}: "
-        f"{config.steps * in_a_step / sequences:.2g} epochs of {sequences:,} sequences"
-    )
+    in_a_step = config.batch_size * config.grad_accum
+    lines = [
+        f"{every:,} parameters, {'all' if trained == every else f'{trained:,}'} of them trained: "
+        f"about {memory / 1e9:.2g} GB of memory",
+        f"{config.steps:,} steps of {in_a_step} x {config.block_size} tokens: "
+        f"{config.steps * in_a_step / sequences:.2g} epochs of {sequences:,} sequences",
+    ]
+    if figures is not None:
+        speed = figures["tokens_per_second"]
+        minutes = config.steps * in_a_step * config.block_size / speed / 60
+        lines.append(f"about {minutes:,.1f} minutes at {speed:,.0f} tokens/s, and the evaluations'")
+    return "\n".join(lines)

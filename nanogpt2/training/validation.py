@@ -4,7 +4,7 @@ This file does not know where the batches come from, and draws no random number.
 """
 
 import math
-from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,18 @@ from nanogpt2.metrics import accuracy, macro_f1
 from nanogpt2.training.learner import Learner
 
 
+class BatchList(Protocol):
+    """Batches by number, so that processes can share them."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return number i: inputs and targets, both int64 (B, T)."""
+
+
 @torch.no_grad()
-def validate(learner: Learner, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def validate(learner: Learner, batches: BatchList) -> dict[str, float]:
     """Return the mean cross-entropy over all targets, in nats, as val_loss.
 
     A classifier's accuracy and macro F1 are there too, as val_accuracy and val_macro_f1. The
