@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "generation.explain": ["terminal"],
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
+    "cli.classify": ["classifier", "weights"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": [
         "classifier",
