@@ -4,11 +4,10 @@ The command line -> the model and its tokenizer -> the prompt -> text, as it is 
 the lesson (streaming beams, many prompts, the prompt loop) is in nanogpt2/cli/.
 """
 
-import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
+from statistics import mean
 
 from nanogpt2 import terminal
 from nanogpt2.config import SampleConfig, fail, parse, wrong_use
@@ -16,19 +15,19 @@ from nanogpt2.presets import TASKS
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
-    CONFIG = parse(SampleConfig, sys.argv[1:])
-    terminal.exit_on_signals()
-    if CONFIG.list_presets:
-        print(
-            terminal.table([["preset", "what it does"], *((n, t.about) for n, t in TASKS.items())])
-        )
-        sys.exit()
+    with terminal.checked_output():
+        terminal.prepare()
+        CONFIG = parse(SampleConfig, sys.argv[1:])
+        if CONFIG.list_presets:
+            rows = [["preset", "what it does"], *([name, t.about] for name, t in TASKS.items())]
+            terminal.write(terminal.table(rows) + "\n")
+            sys.exit()
 
 from nanogpt2.cli import compare, text
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.one import Show, decode_texts, note_dropped, note_outgrown, request_for
-from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
-from nanogpt2.generation.explain import colour, draw, explain
+from nanogpt2.cli.prompts import Job, read_prompt, read_prompts, run_prompts
+from nanogpt2.generation.explain import draw, explain, shade
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -37,7 +36,10 @@ from nanogpt2.weights import choose_device, load_model, load_tokenizer
 
 def main(config: SampleConfig) -> None:
     """Read the prompt, load the model, print the texts."""
-    prompts = read(config)
+    with wrong_use("PROMPT" if config.prompt_file is None else "--prompt_file"):
+        prompt = read_prompt(config.prompt, config.prompt_file)
+    with wrong_use("--prompts"):
+        lines = read_prompts(config.prompts, config.skip_bad) if config.prompts else {}
     with wrong_use("--device"):
         device = choose_device(config.device)
     with wrong_use("--model"):
@@ -52,46 +54,25 @@ def main(config: SampleConfig) -> None:
     template = TASKS[config.preset].template if config.preset else "{}"
     try:
         if config.interactive:
-            run_interactive(Conversation(model, tokenizer, options, template), prompts[0])
-            return
-        prompts = [template.format(prompt) for prompt in prompts]
-        if config.prompts is not None:
-            job = Job(config.batch_size, config.unique)
-            for found in run_prompts(model, tokenizer, prompts, options, job):
-                print(json.dumps(found), flush=True)
+            run_interactive(Conversation(model, tokenizer, options, template), prompt)
+        elif config.prompts is not None:
+            lines = {number: template.format(line) for number, line in lines.items()}
+            job = Job(config.prompts, config.batch_size, config.unique, config.skip_bad)
+            for found in run_prompts(model, tokenizer, lines, options, job):
+                terminal.write(text.as_line(found))
         elif config.compare is not None:
             with wrong_use("--compare"):
                 other = load_model(config.compare, device, config.dtype)
                 if load_tokenizer(config.compare) is not tokenizer:
                     raise ValueError(f"{config.compare!r} has another vocabulary than --model")
-            show_comparison(config, model, other, tokenizer, prompts[0])
+            show_comparison(config, model, other, tokenizer, template.format(prompt))
         else:
-            show_texts(config, model, tokenizer, prompts[0])
+            show_texts(config, model, tokenizer, template.format(prompt))
     except ValueError as error:
+        # what is wrong is said before anything is shown
         fail(f"--{error}")
-    except OSError as error:
-        # what could not be written is not tried again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (MemoryError, FloatingPointError) as error:
         fail(str(error), code=1)
-
-
-def read(config: SampleConfig) -> list[str]:
-    """Return the prompts: one, unless --prompts is given."""
-    if config.prompts is not None:
-        with wrong_use("--prompts"):
-            return read_prompts(config.prompts, config.skip_bad)
-    if config.prompt_file is None and config.prompt != "-":
-        return [config.prompt]
-    with wrong_use("PROMPT" if config.prompt_file is None else "--prompt_file"):
-        where = config.prompt_file or "standard input"
-        data = Path(where).read_bytes() if config.prompt_file else sys.stdin.buffer.read()
-        try:
-            return [data.decode("utf-8").removeprefix("\ufeff").removesuffix("\n")]
-        except UnicodeDecodeError as error:
-            byte = data[error.start]
-            raise ValueError(
-                f"{where!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
-            ) from None
 
 
 def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
@@ -107,7 +88,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
     count = config.generation.num_return_sequences
     openings = [f"--- {i + 1} of {count} ---\n" if count > 1 else "" for i in range(count)]
     show = Show(screen, openings[0] + prompt, tree=tree)
-    (texts,) = decode_texts(model, tokenizer, [prompt], request, show)
+    (texts,) = decode_texts(model, tokenizer, request, show)
     if screen is not None:
         screen.write("\n")
     note_outgrown(request, model.config.block_size, texts)
@@ -122,15 +103,19 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
             continue
         why = []
         if config.explain or config.color:
-            why = [*explain(model, request, completion.token_ids, tokenizer)]
+            why = [*explain(model, request, completion.token_ids, tokenizer, found.avoided)]
         if config.color:
-            shades = (colour(token, config.color, model.config.vocab_size) for token in why)
-            terminal.write(openings[index] + prompt + "".join(shades) + "\n")
+            shades = [shade(token, config.color, model.config.vocab_size) for token in why]
+            painted = (
+                terminal.paint(piece, mean(shades[tokens]))
+                for piece, tokens in text.pieces(tokenizer, completion)
+            )
+            terminal.write(openings[index] + prompt + "".join(painted) + "\n")
         elif config.explain and not config.json:
             terminal.write(openings[index] + "\n\n".join(map(draw, why)) + "\n")
         else:
             record |= {"explain": [token.as_json() for token in why]} if why else {}
-            print(json.dumps(record))
+            terminal.write(text.as_line(record))
 
 
 def show_comparison(
@@ -140,10 +125,12 @@ def show_comparison(
     names = (f"A: {config.model}", f"B: {config.compare}")
     texts = compare.compare(model, other, tokenizer, prompt, config.generation)
     if config.json:
-        print(json.dumps(compare.as_json(prompt, names, texts, config.generation.seed)))
+        record = compare.as_json(prompt, names, texts, config.generation.seed)
+        terminal.write(text.as_line(record))
     else:
         terminal.write(prompt + "\n" + compare.draw(tokenizer, names, texts) + "\n")
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with terminal.checked_output():
+        main(CONFIG)

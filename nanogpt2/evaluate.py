@@ -59,8 +59,8 @@ class EvaluateConfig:
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
+    terminal.prepare()
     CONFIG = parse(EvaluateConfig, sys.argv[1:])
-    terminal.exit_on_signals()
 
 from nanogpt2.data.corpus import read_text
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag

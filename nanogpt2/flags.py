@@ -14,6 +14,7 @@ import operator
 import sys
 import types
 import typing
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -29,6 +30,7 @@ class FromFlags(Protocol):
 
 
 MOST = 2**31 - 1  # no number but a seed is larger
+MAX_SEED = 2**63 - 1
 
 T = TypeVar("T", bound=FromFlags)
 
@@ -73,6 +75,8 @@ def check(config: Any) -> None:
         value = getattr(config, f.name)
         if not f.metadata or f.metadata["json"]:
             continue
+        if value == "" and f.default != "" and not f.metadata["choices"]:
+            raise ValueError(f"{f.name} must not be empty")
         if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
             raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
         if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
@@ -111,14 +115,15 @@ def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
 def _allowed(f: Field[Any]) -> str:
     """What a field's value may be, in words."""
     if f.metadata["json"]:
-        return f"{f.metadata['json']} in JSON"
+        return f"{f.metadata['json']} in JSON, or none"
     if f.metadata["choices"]:
         return "one of " + ", ".join(f.metadata["choices"])
     kinds = _alternatives(f.type)
     words = next(words for kind, words in _KINDS.items() if kind in kinds)
     limits = [f"{sign} {limit}" for sign, limit in f.metadata["limits"].items()]
+    several = ["or several as 1,2"] if _takes_several(f.type) else []
     none = ["or none"] if types.NoneType in kinds else []
-    return " ".join([words, *([" and ".join(limits)] if limits else []), *none])
+    return " ".join([words, *([" and ".join(limits)] if limits else []), *several, *none])
 
 
 def show(value: Any) -> str:
@@ -134,8 +139,8 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
     """Read `argv` (without the script's name) into a configuration.
 
     Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; one that is
-    true or false is `--name` or `--no_name`; the last of a repeated flag wins. Wrong use prints one
-    line that starts with `error:` and exits with 2; `--help` prints every flag and exits with 0.
+    true or false is `--name` or `--no_name` too; the last of a repeated flag wins. Wrong use prints
+    one line that starts with `error:` and exits with 2; `--help` prints all flags and exits with 0.
     """
     given = _read(cls, argv)
     try:
@@ -167,9 +172,10 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     positional = next(f for f in known.values() if f.metadata["positional"])
     place = positional.name.upper()
     given: dict[str, Any] = {}
-    words = iter(argv)
+    words = deque(argv)
     only_text = False
-    for word in words:
+    while words:
+        word = words.popleft()
         if word == "--" and not only_text:
             only_text = True
         elif word in ("-h", "--help") and not only_text:
@@ -187,28 +193,40 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _read_flag(known: dict[str, Field[Any]], word: str, words: Iterator[str]) -> tuple[str, Any]:
+def _read_flag(known: dict[str, Field[Any]], word: str, words: deque[str]) -> tuple[str, Any]:
     """Return the name and value of the flag `word`, taking its value from `words` if need be."""
     name, equals, text = word[2:].partition("=")
     name = name.replace("-", "_")
-    negated = known.get(name.removeprefix("no_")) if name not in known else None
-    if negated and negated.type is bool and not equals:
-        return negated.name, False
+    # of a flag that is true or false the next word is the value only where it is one of these
+    takes_value = bool(equals) or (bool(words) and words[0].lower() in ("true", "false"))
     if name not in known or known[name].metadata["positional"]:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
-        fail(f"--{_clip(name)} is not a flag; {hint}")
+        return _negated(known, name, takes_value), False
     f = known[name]
-    if f.type is bool and not equals:
+    if f.type is bool and not takes_value:
         return name, True
     if not equals:
-        text = next(words, "--")
+        text = words.popleft() if words else "--"
         if text.startswith("--"):
             fail(f"--{name} needs a value: {_allowed(f)}")
     try:
         return name, _value(f, text)
     except ValueError as error:
         fail(f"--{error}")
+
+
+def _negated(known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
+    """Return the flag that `no_flag` turns off; say what is wrong with a name that is no flag."""
+    turned_off = name.removeprefix("no_")
+    if turned_off != name and turned_off in known and known[turned_off].type is bool:
+        if takes_value:
+            fail(f"--{name} takes no value; --{turned_off} does: true or false")
+        return turned_off
+    if name in known:
+        fail(f"--{name} is not a flag: {name.upper()} stands by itself")
+    flags = [flag for flag, f in known.items() if not f.metadata["positional"]]
+    near = difflib.get_close_matches(name, flags, n=1)
+    hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+    fail(f"--{_clip(name)} is not a flag; {hint}")
 
 
 def value_of(cls: type, name: str, text: str) -> Any:
@@ -227,7 +245,9 @@ def _value(f: Field[Any], text: str) -> Any:
 
 
 def _structure(text: str, kind: Any) -> Any:
-    """JSON; a plain text where the field takes one."""
+    """JSON, or none; a plain text where the field takes one and the text does not begin with [."""
+    if text.lower() == "none":
+        return None
     plain = str in _alternatives(kind) and not text.startswith("[")
     return text if plain else json_module.loads(text)
 
@@ -244,11 +264,12 @@ def _convert(text: str, kind: Any) -> Any:
         return tuple(_convert(part, int) for part in text.split(","))
     if str in kinds:
         return text
-    if int in kinds:
-        if not text.isascii() or not text.removeprefix("-").isdigit():
-            raise ValueError(text)
-        return int(text)
-    return float(text)
+    # Python reads other scripts' digits too, and 1_0
+    if not text.isascii() or "_" in text:
+        raise ValueError(text)
+    if int in kinds and not text.removeprefix("-").isdigit():
+        raise ValueError(text)
+    return int(text) if int in kinds else float(text)
 
 
 def _flags(cls: type) -> dict[str, Field[Any]]:
@@ -266,7 +287,7 @@ def _help(cls: type, known: dict[str, Field[Any]]) -> str:
     lines = [cls.__doc__ or "", "Flags (hyphens are accepted for underscores):"]
     for f in known.values():
         if not f.metadata["positional"]:
-            default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+            default = "" if str(f.default) in ("None", "False", "") else f" (default: {f.default})"
             kind = "" if f.type is bool else f" {_allowed(f)}"
             lines.append(f"  --{f.name}{kind}\n        {f.metadata['help']}{default}")
     return "\n".join(line.replace("\n    ", "\n") for line in lines)

@@ -1,7 +1,8 @@
 """A name -> a file on disk: OpenAI's weights and tiny Shakespeare, downloaded once and checked.
 
 Weights go through huggingface-hub, into its cache and by its settings (HF_HOME, HF_HUB_OFFLINE).
-Each file's SHA-256 is known beforehand and is checked when the file arrives, its size at each use.
+Each file's SHA-256 is known beforehand and is checked when the file arrives and whenever its size
+or its time of change is another.
 This file does not know what the bytes mean.
 """
 
@@ -10,6 +11,7 @@ import os
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from nanogpt2 import terminal
@@ -96,7 +98,8 @@ def fetch_weights(name: str) -> Path:
 def fetch_shakespeare() -> Path:
     """Return the path of tiny Shakespeare, downloading it the first time.
 
-    Raises OSError where it cannot be had, ValueError where its bytes are not the known ones.
+    Raises OSError where it cannot be had, ValueError where its bytes are not the known ones, today
+    or when it was kept.
     """
     path = CACHE.expanduser() / "shakespeare.txt"
     if not path.exists():
@@ -104,7 +107,7 @@ def fetch_shakespeare() -> Path:
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:
                 data = answer.read(SHAKESPEARE_SIZE + 1)
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise OSError(
                 "'shakespeare' is not on this machine and cannot be downloaded "
                 f"({type(error).__name__}); go online once, or give a text file"
@@ -115,6 +118,8 @@ def fetch_shakespeare() -> Path:
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         partial.write_bytes(data)
         partial.replace(path)
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(f"{str(path)!r} is not tiny Shakespeare: delete it and download again")
     return path
 
 

@@ -67,7 +67,11 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """z = x W^T, p = softmax(z); dz = (p - onehot(target)) / count, dx = dz W, dW = dz^T x."""
+    """z = x W^T, p = softmax(z); dz = p - onehot(target), dx = dz W / count, dW = dz^T x / count.
+
+    The division comes last, with the gradient that arrives: float16, whose loss is scaled, could
+    not hold dz / count.
+    """
 
     @staticmethod
     def forward(
@@ -98,19 +102,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # the logits' buffer becomes their gradient
             dz = logits.sub_(lse).exp_()
             dz.scatter_add_(1, target, dz.new_full((), -1.0).expand_as(target))
-            dz = dz.mul_(counted[chunk, None] / count).to(x.dtype)
+            dz = dz.mul_(counted[chunk, None]).to(x.dtype)
             if dx is not None:
                 torch.mm(dz, weight, out=dx[chunk])
             if dw is not None:
                 dw += dz.t() @ x[chunk]
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
         return loss / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
-        dx = None if dx is None else dx * grad.to(dx.dtype)
+        dx, dw, count = ctx.saved_tensors
+        grad = grad / count
+        # in float32: grad may be larger than float16 can hold
+        dx = None if dx is None else (dx.float() * grad).to(dx.dtype)
         dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
         return dx, dw, None, None, None

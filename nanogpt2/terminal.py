@@ -1,30 +1,111 @@
-"""What a person at the terminal meets: progress, notes and signals. The only module that draws.
+"""What a person at the terminal meets: streams, progress, notes, signals. The only module to draw.
 
 This file does not know what is being made.
 """
 
+import io
 import math
+import os
 import shutil
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 
+def prepare() -> None:
+    """Make the standard streams and signals safe: what a script does first.
+
+    SIGINT ends the process with 130 and SIGTERM with 143, a closed pipe silently.
+    """
+    _open_streams()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    _on_signals(lambda number: sys.exit(128 + number))
+
+
+def _open_streams() -> None:
+    """Open what is closed, and have standard error never fail.
+
+    A closed stream's number would go to the next file opened, and what is printed would end up
+    there: it becomes /dev/null. A run is worth more than its notes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # the lowest number that is free is this stream's own
+            number = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    file = _Unfailing(sys.stderr.fileno(), "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(
+        file, sys.stderr.encoding, "backslashreplace", line_buffering=True, write_through=True
+    )
+
+
+class _Unfailing(io.FileIO):
+    """A file that drops what it cannot take."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+@contextmanager
+def checked_output() -> Iterator[None]:
+    """Make a standard output that is closed or full one line of error and exit code 1.
+
+    For what is of no use without its output. `prepare` comes inside: it opens what is closed.
+    """
+    try:
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # what could not be written is not tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+_speaks = True
+
+
+def speak(aloud: bool) -> None:
+    """Say things from now on, or nothing but errors: one of several processes speaks for all."""
+    global _speaks
+    _speaks = aloud
+
+
 def note(text: str) -> None:
     """Print a line for the person, on stderr: stdout is for results."""
+    if not _speaks:
+        return
     # above the bar, if there is one; tqdm is loaded when one is first drawn
     tqdm = sys.modules.get("tqdm")
     (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
 
 
 def write(text: str) -> None:
-    """Print text on stdout at once; what its encoding lacks becomes ?."""
+    """Print text on stdout at once; what its encoding lacks becomes ?.
+
+    Raises OSError where stdout cannot take it; what is printed after that goes nowhere.
+    """
+    if not _speaks:
+        return
     encoding = sys.stdout.encoding
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    except OSError as error:
+        # what is left in the buffer would be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 class Progress:
@@ -33,7 +114,9 @@ class Progress:
     def __init__(self, total: int, done: int, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, initial=done, unit=unit, disable=not (_speaks and sys.stderr.isatty())
+        )
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Count one more as done, with its loss and speed; an evaluation keeps its line."""
@@ -55,10 +138,14 @@ class Progress:
 
 
 class Signals:
-    """Keeps SIGINT and SIGTERM for later: `received` is the first one's number; a second exits."""
+    """Keeps SIGINT and SIGTERM for later: `received` is the first one's number; a second exits.
+
+    A pipe whose reader has gone ends nothing any more.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         _on_signals(self._receive)
 
     def _receive(self, number: int) -> None:
@@ -66,12 +153,6 @@ class Signals:
             sys.exit(128 + number)
         self.received = number
         note("stopping after this step; once more stops at once")
-
-
-def exit_on_signals() -> None:
-    """Let SIGINT end the process with 130 and SIGTERM with 143, and a closed pipe silently."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    _on_signals(lambda number: sys.exit(128 + number))
 
 
 def _on_signals(action: Callable[[int], Any]) -> None:

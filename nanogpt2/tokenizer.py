@@ -9,10 +9,9 @@ This file does not know models, files of models or prompts.
 Sources: Sennrich et al. 2016; openai/gpt-2 src/encoder.py; tiktoken_ext/openai_public.py.
 """
 
-import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -79,29 +78,9 @@ class Tokenizer:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
         return self._encoding.decode_bytes(ids)
 
-    def stream(self) -> "TextStream":
-        """Return a decoder for ids that arrive one by one."""
-        return TextStream(self)
-
     def encoder_json(self) -> str:
         """Return Hugging Face's vocab.json; GPT-2's is OpenAI's encoder.json to the byte."""
         return json.dumps(self.vocabulary)
-
-
-class TextStream:
-    """Turns ids that arrive one by one into text, a whole character at a time."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """Return the text that these ids complete, "" while a character is unfinished."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(list(ids)))
-
-    def finish(self) -> str:
-        """Return what is left; an unfinished character becomes U+FFFD."""
-        return self._utf8.decode(b"", final=True)
 
 
 @cache

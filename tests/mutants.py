@@ -132,8 +132,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "decay: off by one",
-            "(factor ** (ids.size(1) - start) - 1)",
-            "(factor ** (ids.size(1) - start - 1) - 1)",
+            "(factor**past - 1 if",
+            "(factor ** (past - 1) - 1 if",
             ("test_parity.py::test_the_end_grows_likelier",),
         ),
         Mutant(
@@ -532,20 +532,20 @@ MUTANTS: dict[str, list[Mutant]] = {
     "generation/stopping.py": [
         Mutant(
             "stop strings at token ends only",
-            "text.find(string, max(0, len(text) - len(last) - len(string) + 1)) >= 0",
-            "text.endswith(string)",
+            "text.find(each, max(0, len(text) - last - len(each) + 1)) for each",
+            "text.find(each, len(text) - len(each)) for each",
             (STOPPING,),
         ),
         Mutant(
             "stop strings in the prompt count",
-            "max(0, len(text) - len(last) - len(string) + 1)",
+            "max(0, len(text) - last - len(each) + 1)",
             "0",
             (STOPPING,),
         ),
         Mutant(
             "stop strings seen one byte late",
-            "len(text) - len(last) - len(string) + 1)",
-            "len(text) - len(last) - len(string) + 2)",
+            "len(text) - last - len(each) + 1)",
+            "len(text) - last - len(each) + 2)",
             (STOPPING,),
         ),
         Mutant(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 from transformers.utils import logging
 
-from nanogpt2.config import PRESETS, GPTConfig
+from nanogpt2.config import PRESETS, GPTConfig, TrainConfig
 from nanogpt2.generation import GenerationOutput, generate
 from nanogpt2.model import GPT
 from nanogpt2.weights import load_model
@@ -32,6 +32,13 @@ TINY = GPTConfig(
     bos_token_id=60,
     eos_token_id=60,
 )
+
+
+def settings(**options) -> TrainConfig:
+    """What `train.py` hands on, its automatic values filled in: for a TINY model."""
+    filled = {"data": "pydocs", "batch_size": 4, "block_size": 8, "steps": 10, "lr": 1e-2}
+    filled |= {"warmup": 0, "dtype": "float32", "eval_every": 5, "save_every": 5}
+    return TrainConfig(**(filled | {"lora_alpha": 8.0} | options))
 
 
 def hf_model(config: GPTConfig = TINY, seed: int = 0, **options) -> GPT2LMHeadModel:

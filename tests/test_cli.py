@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -15,9 +17,11 @@ from nanogpt2.cli import compare
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.one import Show, decode_texts, request_for
 from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
-from nanogpt2.cli.text import Completion
+from nanogpt2.cli.text import Completion, as_line, pieces
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
+from nanogpt2.generation.explain import explain
+from nanogpt2.generation.stopping import StopStrings
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -38,7 +42,7 @@ def model():
 def texts_of(model, prompt, show=None, **options):
     config = GenerationConfig(**{"max_new_tokens": 12, "seed": 1} | options)
     request = request_for(model, BYTES, [prompt], config)
-    return decode_texts(model, BYTES, [prompt], request, show)[0]
+    return decode_texts(model, BYTES, request, show)[0]
 
 
 # ---- text
@@ -46,13 +50,9 @@ def texts_of(model, prompt, show=None, **options):
 
 def feed(tokenizer, prompt, ids, stops):
     """What a person sees, piece by piece, and the whole."""
-    completion = Completion(tokenizer, prompt, [tokenizer.end_of_text], stops)
-    pieces = []
-    for i in ids:
-        pieces.append(completion.add(i))
-        if completion.finish_reason == "stop":
-            break
-    pieces.append(completion.finish())
+    completion = Completion(tokenizer, tokenizer.encode(prompt), [tokenizer.end_of_text], stops)
+    # what comes after the end is left out
+    pieces = [*map(completion.add, ids), completion.finish()]
     assert "".join(pieces) == completion.text
     return pieces, completion
 
@@ -87,6 +87,60 @@ def test_a_stop_string_may_begin_in_the_prompt():
     assert completion.text == "" and completion.finish_reason == "stop"
     _, completion = feed(BYTES, "x ###", b" y", ["###"])
     assert completion.text == " y" and completion.finish_reason == "length"
+    # what may belong to it is not shown either
+    assert feed(BYTES, "x #", b"## y", ["###"])[0] == [""] * 5
+    assert feed(BYTES, "x #", b"#y", ["###"])[1].text == "#y"
+
+
+def test_nothing_comes_after_the_end():
+    _, completion = feed(BYTES, "", b"one END two END", ["END"])
+    assert completion.text == "one " and completion.token_ids == [*b"one END"]
+    _, completion = feed(BYTES, "", [*b"one", BYTES.end_of_text, *b"two"], [])
+    assert completion.text == "one" and completion.token_ids == [*b"one", BYTES.end_of_text]
+
+
+PIECES = [b"\xef", b"\xbf", b"\xbd", b"\xe4", b"\xbd", b"\xa0", b"a", b"b"]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=4),
+    st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
+    st.lists(st.text("ab你\ufffd", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+@settings(deadline=None)
+def test_a_text_is_cut_where_the_search_ends_it(before, new, stops):
+    """Broken characters, whose U+FFFD is shown and not written, included."""
+    prompt, ids = [*b"".join(before)], [*b"".join(new)]
+    strings, completion = StopStrings(stops, BYTES), Completion(BYTES, prompt, [], stops)
+    shown = ""
+    for n, token in enumerate(ids, start=1):
+        shown += completion.add(token)
+        if strings.ended(torch.tensor([prompt + ids[:n]])).item():
+            assert completion.finish_reason == "stop"
+            break
+        assert completion.finish_reason == "length"
+    shown += completion.finish()
+    seen = bytes(ids[:n])
+    if completion.finish_reason == "stop":
+        whole = bytes(prompt) + seen
+        starts = [len(whole) - len(s.encode()) for s in stops if whole.endswith(s.encode())]
+        seen = seen[: max(0, min(starts) - len(prompt))]
+    assert shown == completion.text == seen.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("tokenizer", [gpt2_tokenizer(), BYTES], ids=lambda t: t.name)
+def test_half_a_character_is_never_shown(tokenizer):
+    for text in ("naïve 日本語", "🙂👩‍👩‍👧 end", "é" * 9, "", "\x00\n\t"):
+        pieces, completion = feed(tokenizer, "", tokenizer.encode(text), [])
+        assert completion.text == text
+        for i in range(len(pieces)):
+            assert text.startswith("".join(pieces[:i]))
+
+
+@given(st.lists(st.integers(0, 255)))
+@settings(deadline=None)
+def test_any_bytes_are_shown_as_the_whole_decoded(ids):
+    assert feed(BYTES, "", ids, [])[1].text == BYTES.decode(ids)
 
 
 @given(
@@ -150,9 +204,11 @@ def test_beams_are_shown_as_soon_as_they_agree(model):
 # ---- many prompts
 
 
-def run_all(model, prompts, unique=False, batch_size=3, **options):
+def run_all(model, prompts, unique=False, batch_size=3, skip_bad=False, **options):
     config = GenerationConfig(**{"max_new_tokens": 6, "seed": 1, "do_sample": True} | options)
-    return list(run_prompts(model, BYTES, prompts, config, Job(batch_size, unique)))
+    lines = dict(enumerate(prompts, start=1))
+    job = Job("prompts.txt", batch_size, unique, skip_bad)
+    return list(run_prompts(model, BYTES, lines, config, job))
 
 
 def test_many_prompts_come_out_in_order(model):
@@ -164,14 +220,71 @@ def test_many_prompts_come_out_in_order(model):
         assert f["text"] == f["prompt"] + f["completion"]
 
 
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"max_length": 25, "max_new_tokens": None, "eos_token_id": 101},
+        {"min_length": 24, "max_new_tokens": 24, "eos_token_id": tuple(range(90, 120))},
+        {"num_beams": 3, "force_words_ids": [[66, 67]], "max_length": 26, "max_new_tokens": None},
+        {"no_repeat_ngram_size": 1, "repetition_penalty": 1.3, "max_new_tokens": 20},
+        {"forced_bos_token_id": 97, "begin_suppress_tokens": [98], "max_new_tokens": 4},
+        {"sequence_bias": [[[0, 97], 50.0]], "exponential_decay_length_penalty": [2, 1.5]},
+        {"penalty_alpha": 0.5, "top_k": 4},
+    ],
+    ids=str,
+)
 def test_a_prompt_gives_the_same_alone(model, options):
-    prompts = ["a", "a much longer prompt", "bb"]
+    prompts = ["a", "a much longer prompt", "bb", "b", "cc", "a", "as long a prompt, ya"]
+    options = {"do_sample": False} | options
     found = run_all(model, prompts, **options)
     for prompt, both in zip(prompts, found, strict=True):
         (alone,) = run_all(model, [prompt], **options)
         assert alone["token_ids"] == both["token_ids"]
         assert alone["score"] == pytest.approx(both["score"], abs=1e-4)
+        # and what generate() says
+        ids = torch.tensor([BYTES.encode(prompt)])
+        expected = generate(model, ids, **{"max_new_tokens": 6} | options).sequences[0]
+        assert both["token_ids"] == expected[ids.size(1) :].tolist()
+
+
+def test_a_prompt_without_room_is_said_before_any_text(model, capsys):
+    prompts = ["a", "much too long", "bb", "too long", "c"]
+    options = {"max_length": 6, "max_new_tokens": None, "do_sample": False}
+    with pytest.raises(ValueError, match=r"^prompts 'prompts.txt' line 2: max_length .*skip_bad"):
+        run_all(model, prompts, **options)
+    found = run_all(model, prompts, skip_bad=True, **options)
+    assert [f["prompt"] for f in found] == ["a", "bb", "c"]
+    err = capsys.readouterr().err
+    assert err.count("skipped") == 2 and "line 2: max_length" in err and "line 4: max_" in err
+    # what no line can do is the option's fault
+    with pytest.raises(ValueError, match=r"^max_length must be > 1"):
+        run_all(model, ["a", "bb"], skip_bad=True, max_length=1, max_new_tokens=None)
+    with pytest.raises(ValueError, match="eos_token_id must"):
+        run_all(model, ["a", "bb"], skip_bad=True, eos_token_id=999)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_fails_after_the_first_texts_is_no_wrong_use(model):
+    # each token once: the second prompt's letters leave nothing that is allowed
+    allowed = [97, 98]
+    options = {"suppress_tokens": [i for i in range(257) if i not in allowed], "max_new_tokens": 1}
+    options |= {"no_repeat_ngram_size": 1, "eos_token_id": None}
+    lines, job = {1: "x", 2: "ab"}, Job("-", 1, unique=False, skip_bad=False)
+    config = GenerationConfig(do_sample=True, seed=1, **options)
+    texts = run_prompts(model, BYTES, lines, config, job)
+    assert next(texts)["prompt"] == "x"
+    with pytest.raises(FloatingPointError, match="tokens left to draw"):
+        next(texts)
+    with pytest.raises(ValueError, match="tokens left to draw"):
+        next(run_prompts(model, BYTES, {1: "ab"}, config, job))
+
+
+def test_prompts_beyond_the_context_are_counted(model, capsys):
+    run_all(model, ["a" * 70, "b", "c" * 80, "d" * 70])
+    err = capsys.readouterr().err
+    assert "3 of the prompts are longer than the context of 64" in err and err.count("\n") == 1
 
 
 def test_counted_noise_gives_the_same_alone_sampled(model):
@@ -179,6 +292,13 @@ def test_counted_noise_gives_the_same_alone_sampled(model):
     found = run_all(model, prompts, noise="counter", num_return_sequences=3)
     alone = run_all(model, ["bb"], noise="counter", first_sample=2)
     assert alone[0]["token_ids"] == found[8]["token_ids"]
+
+
+def test_one_at_a_time_gives_the_same_alone_sampled(model):
+    found = run_all(model, ["a", "c", "bb"], batch_size=1)
+    assert [f["token_ids"] for f in found] == [
+        run_all(model, [prompt])[0]["token_ids"] for prompt in ("a", "c", "bb")
+    ]
 
 
 @pytest.mark.parametrize("noise", ["hf", "counter"])
@@ -193,19 +313,29 @@ def test_unique_texts(model, noise):
     assert run_all(model, ["a", "b"], unique=True, **options) == found
 
 
+def test_too_few_unique_texts_are_said(model, capsys):
+    options = {"num_return_sequences": 4, "max_new_tokens": 1, "top_k": 2}
+    found = run_all(model, ["a", "b"], unique=True, **options)
+    assert len(found) <= 4
+    assert f"--unique left {len(found)} of 8 texts" in capsys.readouterr().err
+    run_all(model, ["a", "b"], **options)
+    assert capsys.readouterr().err == ""
+
+
 def test_prompts_are_read(tmp_path, monkeypatch, capsys):
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone\n\n  two é\r\nthree".encode())
-    assert read_prompts(str(path), skip_bad=False) == ["one", "  two é", "three"]
+    assert read_prompts(str(path), skip_bad=False) == {1: "one", 3: "  two é", 4: "three"}
     lines = '{"prompt": "one", "id": 7}\n"two"\n\n{"text": "x"}\n{"prompt": "three"}\n'
     path = tmp_path / "p.jsonl"
     path.write_text(lines)
     with pytest.raises(ValueError, match="line 4: must be a string"):
         read_prompts(str(path), skip_bad=False)
-    assert read_prompts(str(path), skip_bad=True) == ["one", "two", "three"]
+    expected = {1: "one", 2: "two", 5: "three"}
+    assert read_prompts(str(path), skip_bad=True) == expected
     assert "skipped" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert read_prompts("-", skip_bad=True) == ["one", "two", "three"]
+    assert read_prompts("-", skip_bad=True) == expected
     path.write_bytes(b"ok\nbad \xff\n")
     with pytest.raises(ValueError, match="line 2"):
         read_prompts(str(path.rename(tmp_path / "q.txt")), skip_bad=False)
@@ -214,13 +344,39 @@ def test_prompts_are_read(tmp_path, monkeypatch, capsys):
         read_prompts(str(tmp_path / "empty"), skip_bad=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.txt", '"Hello", she said.\nx', {1: '"Hello", she said.', 2: "x"}),
+        ("p.txt", '{"prompt": "a"}', {1: '{"prompt": "a"}'}),
+        ("p", '{curly}\n"quoted"', {1: "{curly}", 2: '"quoted"'}),
+        ("P.JSONL", '"a"\n{"prompt": "b"}', {1: "a", 2: "b"}),
+        ("p.json", '\n"a"', {2: "a"}),
+        ("-", '\n{"prompt": "a"}\n"b"', {2: "a", 3: "b"}),
+        ("-", '"Hello", she said.\n"x"', {1: '"Hello", she said.', 2: '"x"'}),
+        ("-", "{curly}", {1: "{curly}"}),
+        ("-", "12", {1: "12"}),
+    ],
+    ids=str,
+)
+def test_what_is_jsonl(tmp_path, monkeypatch, name, text, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").touch()
+    if name == "-":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    else:
+        (tmp_path / name).write_text(text)
+    assert read_prompts(name, skip_bad=False) == expected
+
+
 # ---- the loop
 
 
 def talk(model, monkeypatch, lines, template="{}", opening="", **options):
     options = GenerationConfig(**{"max_new_tokens": 5, "do_sample": True, "seed": 3} | options)
     conversation = Conversation(model, BYTES, options, template)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    text = "\n".join(lines).encode("utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     monkeypatch.setattr("signal.signal", lambda *a: None)
     run_interactive(conversation, opening)
     return conversation
@@ -248,6 +404,66 @@ def test_undo_retry_and_branches(model, monkeypatch, capsys):
     talk(model, monkeypatch, [":undo", ":retry", ":branch 9", ":nonsense", ":set", ":save"])
     err = capsys.readouterr().err
     assert err.count("error: ") == 6 and "Traceback" not in err
+
+
+def test_what_fails_takes_nothing_away(model, monkeypatch, capsys):
+    c = talk(model, monkeypatch, ["Hello", ":set max_length 3", ":retry", "more"])
+    assert len(c.history) == 2 and c.text.startswith("Hello")
+    assert capsys.readouterr().err.count("error: max_length must be > ") == 2
+
+
+def test_a_limit_that_is_set_holds(model, monkeypatch):
+    options = {"eos_token_id": None, "max_new_tokens": 5}
+    c = talk(model, monkeypatch, [":set max_length 30", "Hello"], **options)
+    assert len(c.text.encode("utf-8")) >= 25 and c.options.max_new_tokens is None
+    c = talk(model, monkeypatch, [":set max_length 30", ":set max_new_tokens 4"], **options)
+    assert (c.options.max_length, c.options.max_new_tokens) == (None, 4)
+    lines = [":set min_length 3", ":set min_new_tokens 4"]
+    c = talk(model, monkeypatch, lines, **options)
+    assert (c.options.min_length, c.options.min_new_tokens) == (0, 4)
+    c = talk(model, monkeypatch, lines[::-1], **options)
+    assert (c.options.min_length, c.options.min_new_tokens) == (3, None)
+
+
+def test_nothing_is_ignored(model, monkeypatch, capsys):
+    lines = [":quit now", ":undo 2", ":retry x", ":text x", ":help x"]
+    lines += [":set num_return_sequences 3", ":set num_beams 2", ":set length_penalty 2"]
+    c = talk(model, monkeypatch, ["Hello", *lines, ":set num_beams 1", ":set early_stopping true"])
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 7 and "error: :quit stands alone, without 'now'" in err
+    assert "early_stopping must come with num_beams" in err and c.options.length_penalty == 2
+    assert len(c.history) == 2
+    c = talk(model, monkeypatch, [":set do_sample false", ":set top_p 0.5"])
+    assert "top_p must come with do_sample" in capsys.readouterr().err
+
+
+def test_a_byte_that_is_no_text_spoils_its_line_only(model, monkeypatch, capsys):
+    c = talk(model, monkeypatch, ["Hello", "a\udcffb", ":save \udcfe", " é", ":quit", "x"])
+    assert len(c.history) == 3 and " é" in c.text
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 2 and "the byte 0xff is not" in err
+
+
+def test_saving_leaves_no_half(model, monkeypatch, tmp_path, capsys):
+    lines = [f":save {tmp_path}/text", f":save {tmp_path}/no/such", f":save {tmp_path}"]
+    talk(model, monkeypatch, lines, opening="half \ud800")
+    assert not [*tmp_path.iterdir()]
+    assert capsys.readouterr().err.count("error: ") == 3
+
+
+def test_saving_that_fails_leaves_nothing(model, monkeypatch, tmp_path, capsys):
+    def fail(*arguments):
+        raise OSError("no space")
+
+    monkeypatch.setattr("pathlib.Path.rename", fail)
+    talk(model, monkeypatch, [f":save {tmp_path}/text"], opening="Hello")
+    assert not [*tmp_path.iterdir()] and "error: no space" in capsys.readouterr().err
+
+
+def test_an_opening_without_room_shows_nothing(model, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="max_length"):
+        talk(model, monkeypatch, [], opening="Hello", max_length=3, max_new_tokens=None)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_options_can_be_set(model, monkeypatch, capsys):
@@ -291,7 +507,8 @@ def test_ctrl_c_stops_the_text_only(model, monkeypatch, capsys):
 def test_a_model_compared_with_itself_gains_nothing(model):
     options = GenerationConfig(do_sample=True, seed=3, max_new_tokens=20, eos_token_id=None)
     a, b = compare.compare(model, model, BYTES, "Hello", options)
-    assert a == b and a.gain == 0 and max(map(abs, a.kl)) < 1e-5 and len(a.token_ids) == 20
+    assert a.completion.token_ids == b.completion.token_ids and len(a.completion.token_ids) == 20
+    assert a.logp_a == b.logp_a and a.gain == 0 and max(map(abs, a.kl)) < 1e-5
 
 
 def test_two_models_are_compared_by_their_formulas(model):
@@ -300,10 +517,10 @@ def test_two_models_are_compared_by_their_formulas(model):
     options = GenerationConfig(do_sample=True, seed=3, max_new_tokens=9, eos_token_id=None)
     texts = compare.compare(model, other, BYTES, "Hello", options)
     for text in texts:
-        ids = torch.tensor([BYTES.encode("Hello") + text.token_ids])
+        ids = torch.tensor([BYTES.encode("Hello") + text.completion.token_ids])
         with torch.no_grad():
             p, q = (m(ids)[0, 4:-1].double().softmax(-1) for m in (model, other))
-        for i, token in enumerate(text.token_ids):
+        for i, token in enumerate(text.completion.token_ids):
             assert text.logp_a[i] == pytest.approx(p[i, token].log().item(), abs=1e-3)
             assert text.logp_b[i] == pytest.approx(q[i, token].log().item(), abs=1e-3)
             assert text.kl[i] == pytest.approx((q[i] * (q[i] / p[i]).log()).sum().item(), abs=1e-3)
@@ -314,10 +531,87 @@ def test_two_models_are_compared_by_their_formulas(model):
     assert record["texts"][1]["gain"] == pytest.approx(texts[1].gain)
 
 
-def test_comparing_past_the_context(model):
-    options = GenerationConfig(do_sample=True, seed=3, max_new_tokens=90, eos_token_id=None)
-    a, _ = compare.compare(model, model, BYTES, "Hello " * 5, options)
-    assert 0 < len(a.token_ids) < 64 and a.gain == 0
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_comparing_past_the_context(block_size, capsys):
+    """No token is left out: each is scored in the context it was written in."""
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(257, block_size, 1, 1, 8, bos_token_id=256, eos_token_id=256)).eval()
+    options = GenerationConfig(max_new_tokens=40, eos_token_id=None)
+    a, b = compare.compare(model, model, BYTES, "Hello " * 5, options)
+    assert len(a.completion.token_ids) == len(a.logp_a) == len(b.kl) == 40 and a.gain == 0
+    request = request_for(model, BYTES, ["Hello " * 5], options)
+    why = [*explain(model, request, a.completion.token_ids, BYTES)]
+    expected = [w.chosen.probabilities[0] for w in why]
+    assert torch.tensor(a.logp_a).exp().tolist() == pytest.approx(expected, rel=1e-4)
+    err = capsys.readouterr().err
+    assert err.count("are dropped") == err.count("\n") == 1
+
+
+def test_several_texts_are_compared(model, capsys):
+    options = GenerationConfig(do_sample=True, seed=3, max_new_tokens=5, num_return_sequences=3)
+    texts = compare.compare(model, model, BYTES, "Hello", options)
+    assert [(text.writer, text.index) for text in texts] == [
+        (w, i) for w in (0, 1) for i in (0, 1, 2)
+    ]
+    expected = [
+        text.completion.text
+        for text in texts_of(
+            model, "Hello", seed=3, do_sample=True, max_new_tokens=5, num_return_sequences=3
+        )
+    ]
+    assert [text.completion.text for text in texts] == expected * 2
+    drawn = compare.draw(BYTES, ("A", "B"), texts)
+    assert "--- A, 1 of 3 ---" in drawn and "--- B, 3 of 3 ---" in drawn
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, gpt2_tokenizer()], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("a 🙂日本é👩‍👧 b", []),
+        ("one 🙂🙃. two", [". t"]),
+        ("\ufffd tail", []),
+        ("x", ["x"]),
+        ("a two", ["wo"]),
+    ],
+)
+def test_whole_characters_and_nothing_beyond_the_end(tokenizer, text, stops):
+    for ids in (tokenizer.encode(text), tokenizer.encode(text)[:-1]):
+        completion = Completion(tokenizer, [], [tokenizer.end_of_text], stops)
+        for token in [*ids, tokenizer.end_of_text]:
+            completion.add(token)
+        completion.finish()
+        parts = [*pieces(tokenizer, completion)]
+        assert "".join(piece for piece, _ in parts) == completion.text
+        # every token once, and no more than it takes for a character
+        places = [i for _, tokens in parts for i in range(*tokens.indices(10**6))]
+        assert places == [*range(len(places))]
+        for piece, tokens in parts[:-1]:
+            assert tokenizer.decode(completion.token_ids[tokens]) == piece
+    values = [0.0] * len(completion.token_ids)
+    scored = compare.Scored(0, 0, completion, values, values, values)
+    shown = plain(compare.draw(tokenizer, ("A", "B"), [scored, scored]))
+    assert shown.startswith(f"--- A ---\n{completion.text}\n\ntoken ")
+
+
+@given(st.binary(max_size=9), st.sampled_from([[], [0x9F, 0x41], [256]]))
+@settings(deadline=None)
+def test_any_bytes_in_whole_characters(data, ends):
+    completion = Completion(BYTES, [], ends)
+    for token in data:
+        completion.add(token)
+    completion.finish()
+    assert "".join(piece for piece, _ in pieces(BYTES, completion)) == completion.text
+
+
+def test_json_has_no_word_for_what_is_no_number():
+    value = {"a": [float("nan"), float("inf"), -float("inf"), 0.1], "b": "NaN é"}
+    assert json.loads(as_line(value)) == {"a": [None, None, None, 0.1], "b": "NaN é"}
+    assert as_line(value).count("\n") == 1
 
 
 # ---- the beams' tree
@@ -327,7 +621,7 @@ def test_the_tree_holds_every_text(model):
     options = GenerationConfig(num_beams=4, num_return_sequences=4, max_new_tokens=6, seed=0)
     request = request_for(model, BYTES, ["ab"], replace(options, eos_token_id=(101, 32)))
     tree = BeamTree(request.prompt_length)
-    texts = decode_texts(model, BYTES, ["ab"], request, Show(tree=tree))[0]
+    texts = decode_texts(model, BYTES, request, Show(tree=tree))[0]
     drawn = tree.draw(BYTES)
     assert drawn.count("ended, score") >= 4 and "pruned at" in drawn
     for text in texts:
@@ -336,3 +630,29 @@ def test_the_tree_holds_every_text(model):
             place = place.children[token]
         assert place.final == pytest.approx(text.score)
         assert f"{text.score:.3f}" in drawn
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tree_is_best_first(model, seed):
+    options = GenerationConfig(
+        num_beams=5, max_new_tokens=8, seed=seed, do_sample=True, top_k=9, eos_token_id=(101, 32)
+    )
+    request = request_for(model, BYTES, ["ab"], options)
+    tree = BeamTree(request.prompt_length)
+    decode_texts(model, BYTES, request, Show(tree=tree))
+    best_of = {}
+
+    def walk(place):
+        """All final scores at and under a place, children in the order of the drawing."""
+        scores = [] if place.final is None else [place.final]
+        below = [walk(child) for child in tree._best_first(place)]
+        tops = [max(scores, default=-math.inf) for scores in below]
+        assert tops == sorted(tops, reverse=True)
+        best_of[len(best_of)] = len(below)
+        return scores + [score for scores in below for score in scores]
+
+    scores = walk(tree._root)
+    assert len(scores) >= 5 and max(best_of.values()) > 1
+    drawn = tree.draw(BYTES)
+    first = re.search(r"score (-?[0-9.]+)", drawn).group(1)
+    assert first == f"{max(scores):.3f}"

@@ -103,7 +103,74 @@ def test_hyphens_equals_negations_and_the_last_wins():
     assert sample("--seed", str(MAX_SEED)).generation.seed == MAX_SEED
 
 
+def test_a_flag_that_is_true_or_false_takes_either():
+    assert sample("--do_sample", "true").generation.do_sample
+    config = sample("--do_sample", "False", "Hello")
+    assert not config.generation.do_sample and config.prompt == "Hello"
+    # any other word is not the flag's
+    assert sample("--json", "falsehood").prompt == "falsehood"
+    assert sample("false", "--json").prompt == "false"
+    assert sample("--json", "--", "true").prompt == "true"
+
+
+def test_none_is_no_value_for_any_flag():
+    none = sample("--preset", "dialogue", "--stop_strings", "none", "--suppress_tokens=none")
+    assert none.generation.stop_strings is None and none.generation.suppress_tokens is None
+    # what does not begin with [ is a text as it is
+    for text in ("null", "{}", '"', "none of it"):
+        assert sample("--stop_strings", text).generation.stop_strings == text
+    assert sample("--stop_strings", '["none"]').generation.stop_strings == ["none"]
+    assert train("--steps", "none", "--epochs", "2").epochs == 2
+    assert train("--prompt", "").prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--prompt", "x"], "--prompt is not a flag: PROMPT stands by itself"),
+        (["--prompt_fle", "x"], "did you mean --prompt_file?"),
+        (["--eos_token_id", "x"], "a whole number >= -1 or several as 1,2 or none"),
+        (["--eos_token_id=-1,5"], "-1 alone"),
+        (["--preset", "story", "--penalty_alpha", "0.5"], "(--preset story sets it)"),
+        (["--preset", "translate", "--penalty_alpha", "0.5"], "num_beams must be left out"),
+        (["--no_json", "true"], "--json does"),
+        (["--no_json=true"], "--json does"),
+        (["--min_new_tokens", "101"], "max_new_tokens (100), not 101"),
+        (["--min_length", "9", "--max_length", "8"], "max_length (8), not 9"),
+        (["--bad_words_ids", "x"], "a list of lists of token ids in JSON, or none"),
+    ],
+    ids=str,
+)
+def test_errors_say_what_to_do(capsys, argv, said):
+    with pytest.raises(SystemExit):
+        sample(*argv)
+    assert said in capsys.readouterr().err
+
+
+def test_only_what_the_preset_sets_is_said_to_be_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        sample("--preset", "story", "--penalty_alpha", "0.5", "--do_sample")
+    assert "preset" not in capsys.readouterr().err
+    both = ["--preset", "story", "--penalty_alpha", "0.5", "--no_do_sample"]
+    assert sample(*both).generation.penalty_alpha == 0.5
+
+
+def test_help_shows_a_default_where_there_is_one(capsys):
+    for cls in (SampleConfig, TrainConfig):
+        with pytest.raises(SystemExit):
+            parse(cls, ["--help"])
+    out = capsys.readouterr().out
+    assert "(default: )" not in out
+    assert "(default: 0.0)" in out and "(default: 0)" in out and "(default: gpt2)" in out
+
+
 WRONG_SAMPLE = [
+    (["--temperature", "١", "--do_sample"], "--temperature"),
+    (["--temperature", "1_0", "--do_sample"], "--temperature"),
+    (["--model", ""], "--model"),
+    (["--compare", ""], "--compare"),
+    (["--prompts", ""], "--prompts"),
+    (["--prompt_file", ""], "--prompt_file"),
     (["--temperature", "-1", "--do_sample"], "--temperature"),
     (["--temperature=nan", "--do_sample"], "--temperature"),
     (["--temperature=inf", "--do_sample"], "--temperature"),
@@ -170,6 +237,9 @@ WRONG_SAMPLE += [
     (["--output_scores"], "--output_scores"),
 ]
 WRONG_TRAIN = [
+    (["--out", ""], "--out"),
+    (["--init", ""], "--init"),
+    (["--steps", "5", "--warmup", "6"], "--warmup"),
     (["--grad_accum", "1" + "0" * 30], "--grad_accum"),
     (["--epochs", "1e308"], "--epochs"),
     (["--weight_decay", "1e12"], "--weight_decay"),
@@ -256,6 +326,7 @@ def test_the_command_line_answers_without_torch(script, argv):
         {"eos_token_id": (1, "2")},
         {"num_return_sequences": 2},
         {"seed": -1},
+        {"eos_token_id": (-1, 5)},
     ],
 )
 def test_python_is_held_to_the_same_limits(options):

@@ -1,81 +1,71 @@
-"""Texts to ids to batches: what is read, what is held out, in which order."""
+"""From a source to what is trained on: splits, labels, the cache, and what is refused."""
 
-from itertools import pairwise
+import gzip
+import json
 
 import numpy as np
 import pytest
-import torch
 
-from nanogpt2.data.corpus import SHORTEST, VALIDATION_MOST, load_corpus, read_text, read_texts
-from nanogpt2.data.loader import BatchLoader, validation_batches
-from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
+from nanogpt2.data import files
+from nanogpt2.data.corpus import SHORTEST, VALIDATION_MOST, Columns, load_corpus
+from nanogpt2.data.shards import write_shard
+from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
 BYTES = byte_tokenizer()
 
 
-def test_a_file_and_a_folder(tmp_path):
-    (tmp_path / "b.txt").write_text("second")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/c.txt").write_bytes(b"\xef\xbb\xbfthird")
-    (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "blank.txt").write_text(" \n")
-    (tmp_path / "ignored.md").write_text("no")
-    assert read_texts(str(tmp_path)) == ["first", "second", "third"]
-    assert read_texts(str(tmp_path / "b.txt")) == ["second"]
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_pydocs_is_the_language_reference():
-    texts = read_texts("pydocs")
-    assert len(texts) > 50 and any("lambda" in text for text in texts)
+def write(path, *records):
+    lines = (json.dumps(record, ensure_ascii=False) for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"good \xff bad", "byte 0xff at offset 5"),
-        ("UTF-16 is not UTF-8".encode("utf-16"), "byte 0xff at offset 0"),
-        (b"cut \xe2\x82", "byte 0xe2 at offset 4"),
-    ],
-)
-def test_a_text_that_is_not_utf8_names_the_byte(tmp_path, data, message):
-    path = tmp_path / "book.txt"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=message) as raised:
-        read_text(path)
-    assert str(path) in str(raised.value)
+def texts_of(ids):
+    """The texts that ids hold, the last one perhaps cut."""
+    return BYTES.decode(ids.tolist()).split("<|endoftext|>")
+
+
+# ---- texts
 
 
 @pytest.mark.parametrize("text", ["", "  \n\n", "\ufeff"])
-def test_an_empty_corpus(tmp_path, text):
-    (tmp_path / "book.txt").write_text(text)
-    with pytest.raises(ValueError, match="empty"):
-        load_corpus(str(tmp_path / "book.txt"), BYTES)
-    with pytest.raises(ValueError, match="empty"):
-        load_corpus(str(tmp_path), BYTES)
+def test_an_empty_corpus(here, text):
+    (here / "book.txt").write_text(text)
+    for source in ("book.txt", "."):
+        with pytest.raises(ValueError, match="empty"):
+            load_corpus(source, BYTES)
 
 
-def test_a_corpus_too_short(tmp_path):
-    path = tmp_path / "book.txt"
+def test_a_corpus_too_short(here):
+    path = here / "book.txt"
     path.write_text("x" * (SHORTEST - 2))
     with pytest.raises(ValueError, match=f"63 tokens, at least {SHORTEST}"):
-        load_corpus(str(path), BYTES)
+        load_corpus("book.txt", BYTES)
     path.write_text("x" * (SHORTEST - 1))
-    corpus = load_corpus(str(path), BYTES)
+    corpus = load_corpus("book.txt", BYTES)
     assert len(corpus.train) + len(corpus.validation) == SHORTEST
 
 
-def test_one_text_is_validated_on_its_end(tmp_path):
+def test_one_text_is_validated_on_its_end(here):
     text = "".join(chr(97 + i % 26) for i in range(999))
-    (tmp_path / "book.txt").write_text(text)
-    corpus = load_corpus(str(tmp_path / "book.txt"), BYTES)
+    (here / "book.txt").write_text(text)
+    corpus = load_corpus("book.txt", BYTES)
     ids = [*text.encode(), 256]
     assert corpus.train.tolist() == ids[:900] and corpus.validation.tolist() == ids[900:]
 
 
-def test_many_texts_are_validated_on_whole_ones_at_random(tmp_path):
+def test_many_texts_are_validated_on_whole_ones_at_random(here):
     for i in range(40):
-        (tmp_path / f"{i:02}.txt").write_text(chr(65 + i) * 99)
-    corpus = load_corpus(str(tmp_path), BYTES)
+        (here / f"{i:02}.txt").write_text(chr(65 + i) * 99)
+    (here / "blank.txt").write_text(" \n")
+    corpus = load_corpus(".", BYTES)
     assert (corpus.train == 256).sum() + (corpus.validation == 256).sum() == 40
     assert len(corpus.validation) == 400
     held_out = [chr(i) for i in dict.fromkeys(corpus.validation.tolist()) if i != 256]
@@ -83,96 +73,270 @@ def test_many_texts_are_validated_on_whole_ones_at_random(tmp_path):
     assert not set(corpus.train.tolist()) & {ord(c) for c in held_out}
 
 
-def test_validation_is_capped(tmp_path):
-    (tmp_path / "book.txt").write_text("word " * 200_000)
-    assert len(load_corpus(str(tmp_path / "book.txt"), BYTES).validation) == VALIDATION_MOST
+def test_records_are_texts_too(here):
+    write(here / "data/a.jsonl", *({"body": f"{i} sheep"} for i in range(30)))
+    (here / "data/b.csv").write_text("id,body\n1,one sheep\n2,two sheep\n")
+    (here / "data/c.txt").write_text("no sheep")
+    columns = Columns(text="body")
+    corpus = load_corpus("data", BYTES, columns=columns)
+    texts = texts_of(np.concatenate([corpus.train, corpus.validation]))
+    expected = [f"{i} sheep" for i in range(30)] + ["one sheep", "two sheep", "no sheep", ""]
+    assert sorted(texts) == sorted(expected)
+    with pytest.raises(ValueError, match=r"a.jsonl' line 1 has no column 'text'; there are: 'body"):
+        load_corpus("data", BYTES)
+    (here / "data/b.csv").write_text("id,body\n1,one sheep\n2,\n")
+    with pytest.raises(ValueError, match=r"b.csv' line 3: 'body' is empty"):
+        load_corpus("data", BYTES, columns=columns)
 
 
-def test_texts_are_tokenised_once(tmp_path, monkeypatch):
-    path, cache = tmp_path / "book.txt", tmp_path / "cache"
+def test_validation_is_capped(here):
+    (here / "book.txt").write_text("word " * 200_000)
+    assert len(load_corpus("book.txt", BYTES).validation) == VALIDATION_MOST
+
+
+def test_a_validation_of_its_own(here):
+    (here / "book.txt").write_text("to train on " * 20)
+    (here / "other.txt").write_text("to validate on ")
+    corpus = load_corpus("book.txt", BYTES, validation="other.txt", block_size=15)
+    assert texts_of(corpus.train) == ["to train on " * 20, ""]
+    assert texts_of(corpus.validation) == ["to validate on ", ""]
+    assert corpus.sha256 != load_corpus("book.txt", BYTES).sha256
+    with pytest.raises(ValueError, match=r"'other.txt' is too short: 16 tokens .* 16 needs 17"):
+        load_corpus("book.txt", BYTES, validation="other.txt", block_size=16)
+    with pytest.raises(ValueError, match=r"'missing.txt' is no file"):
+        load_corpus("book.txt", BYTES, validation="missing.txt")
+
+
+def test_what_was_read_is_what_was_written_however_it_is_packed(here):
+    text = "naïve 文字, to be or not to be\n" * 30
+    (here / "a.txt").write_text(text)
+    (here / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    a, b = load_corpus("a.txt", BYTES), load_corpus("b.txt.gz", BYTES)
+    assert a.sha256 == b.sha256 and np.array_equal(a.train, b.train)
+
+
+@pytest.mark.parametrize("size", [64, 999, 1 << 20])
+def test_a_long_text_is_tokenised_in_pieces(here, monkeypatch, size):
+    text = "To be, or not to be: that's the question.\n\n  Whether 'tis nobler\t" * 50
+    (here / "book.txt").write_text(text)
+    monkeypatch.setattr(files, "PIECE", size)
+    tokenizer, longest = gpt2_tokenizer(), []
+    real = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda s, t: longest.append(len(t)) or real(s, t))
+    corpus = load_corpus("book.txt", tokenizer)
+    ids = [*real(tokenizer, text), tokenizer.end_of_text]
+    assert [*corpus.train.tolist(), *corpus.validation.tolist()] == ids
+    assert max(longest) < size + 30
+
+
+# ---- the cache
+
+
+def test_texts_are_tokenised_once(here, monkeypatch):
+    path, cache = here / "book.txt", here / "cache"
     path.write_text("to be or not to be, that is the question\n" * 20)
-    first = load_corpus(str(path), gpt2_tokenizer(), cache)
+    first = load_corpus("book.txt", gpt2_tokenizer(), cache=cache)
     assert len(list(cache.iterdir())) == 1
 
     calls = []
     real = type(BYTES).encode
     monkeypatch.setattr(type(BYTES), "encode", lambda *a, **k: calls.append(1) or real(*a, **k))
-    again = load_corpus(str(path), gpt2_tokenizer(), cache)
+    again = load_corpus("book.txt", gpt2_tokenizer(), cache=cache)
     assert not calls and again.sha256 == first.sha256
     assert np.array_equal(again.train, first.train) and again.train.dtype == np.uint16
+    assert isinstance(again.train, np.memmap)
     # another tokenizer, another text: another entry
-    load_corpus(str(path), BYTES, cache)
+    load_corpus("book.txt", BYTES, cache=cache)
     path.write_text("other words\n" * 40)
-    assert load_corpus(str(path), gpt2_tokenizer(), cache).sha256 != first.sha256
-    assert len(calls) == 2 and len(list(cache.iterdir())) == 3
+    assert load_corpus("book.txt", gpt2_tokenizer(), cache=cache).sha256 != first.sha256
+    assert calls and len(list(cache.iterdir())) == 3
+    # merges of its own under the same name
+    merges = "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in ("to", "be", "or", "no"))
+    load_corpus("book.txt", Tokenizer("gpt2", merges), cache=cache)
+    assert len(list(cache.iterdir())) == 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"not numpy", None])
-def test_a_damaged_cache_is_made_again(tmp_path, damage):
-    path, cache = tmp_path / "book.txt", tmp_path / "cache"
-    path.write_text("to be or not to be, that is the question\n" * 20)
-    first = load_corpus(str(path), BYTES, cache)
-    (entry,) = cache.iterdir()
-    entry.write_bytes(entry.read_bytes()[:-7] if damage is None else damage)
-    assert np.array_equal(load_corpus(str(path), BYTES, cache).train, first.train)
-    assert np.load(entry).size == len(first.train) + len(first.validation)
+def test_another_task_or_column_is_another_entry(here):
+    rows = [{"text": f"a text {i}", "body": f"other words {i}", "label": i % 2} for i in range(20)]
+    write(here / "a.jsonl", *rows)
+    found = {
+        load_corpus("a.jsonl", BYTES, task, columns=columns).sha256
+        for task in ("lm", "classify")
+        for columns in (Columns(), Columns(text="body"))
+    }
+    assert len(found) == 4
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("to be or not to be, that is the question\n" * 20)
-    (tmp_path / "file").write_text("")
-    assert len(load_corpus(str(path), BYTES, tmp_path / "file").train) > 700
+@pytest.mark.parametrize("damage", [b"", b"no token file", None, "a bit"])
+@pytest.mark.parametrize("task", ["lm", "classify"])
+def test_a_damaged_cache_is_made_again(here, capsys, damage, task):
+    write(here / "a.jsonl", *({"text": f"a text {i}", "label": i % 2} for i in range(20)))
+    load = lambda: load_corpus("a.jsonl", BYTES, task, cache=here / "cache")  # noqa: E731
+    load()
+    (entry,) = (here / "cache").iterdir()
+    whole = entry.read_bytes()
+    damaged = {None: whole[:-7], "a bit": whole[:-7] + b"\x01" + whole[-6:]}.get(damage, damage)
+    entry.write_bytes(damaged)
+    capsys.readouterr()
+    load()
+    assert entry.read_bytes() == whole
+    assert "damaged: making it again" in capsys.readouterr().err
 
 
-# ---- batches
+def test_a_cache_that_cannot_be_written_costs_only_time(here, capsys):
+    (here / "book.txt").write_text("to be or not to be, that is the question\n" * 20)
+    (here / "file").write_text("")
+    assert len(load_corpus("book.txt", BYTES, cache=here / "file").train) > 700
+    assert capsys.readouterr().err == ""
 
 
-def test_a_batch_is_a_function_of_seed_and_index():
-    ids = np.arange(1000, dtype=np.uint16)
-    in_order = BatchLoader(ids, batch_size=3, block_size=7, seed=5)
-    batches = [in_order.batch(i) for i in range(200)]
-    seeking = BatchLoader(ids, batch_size=3, block_size=7, seed=5)
-    for i in (199, 0, 57, 58, 120, 3):
-        for a, b in zip(seeking.batch(i), batches[i], strict=True):
-            assert torch.equal(a, b)
-    other = BatchLoader(ids, batch_size=3, block_size=7, seed=6)
-    assert not torch.equal(other.batch(0)[0], batches[0][0])
+# ---- token files
 
 
-def test_targets_are_the_next_tokens():
-    loader = BatchLoader(np.arange(500, dtype=np.uint16), batch_size=2, block_size=5, seed=0)
-    x, y = loader.batch(11)
-    assert x.shape == y.shape == (2, 5) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(y, x + 1)
+def test_a_token_file_is_taken_as_it_is(here):
+    write_shard("ids.tokens", [range(200)], np.uint32)
+    corpus = load_corpus("ids.tokens", BYTES, vocab_size=200)
+    assert corpus.train.tolist() == [*range(180)] and corpus.train.dtype == np.uint32
+    assert corpus.validation.tolist() == [*range(180, 200)]
+    with pytest.raises(ValueError, match=r"'ids.tokens' holds token id 199, outside the .* of 199"):
+        load_corpus("ids.tokens", BYTES, vocab_size=199)
+    with pytest.raises(ValueError, match=r"'ids.tokens' holds tokens; chat needs .jsonl, .csv"):
+        load_corpus("ids.tokens", BYTES, "chat")
+    write_shard("ids.tokens", [[5] * 99, [-1]], np.int32)
+    with pytest.raises(ValueError, match="token id -1, outside the vocabulary of 257"):
+        load_corpus("ids.tokens", BYTES)
+    (here / "ids.tokens").write_bytes(b"not ours")
+    with pytest.raises(ValueError, match=r"'ids.tokens' is no token file"):
+        load_corpus("ids.tokens", BYTES)
 
 
-def test_an_epoch_sees_every_window_once_and_the_next_is_shuffled_anew():
-    loader = BatchLoader(np.arange(107, dtype=np.uint16), batch_size=1, block_size=10, seed=0)
-    assert loader.windows == 9
-    epochs = [[loader.batch(e * 9 + i)[0][0, 0].item() for i in range(9)] for e in range(20)]
-    for starts in epochs:
-        ordered = sorted(starts)
-        assert [b - a for a, b in pairwise(ordered)] == [10] * 8
-        assert starts != ordered
-    assert len({min(starts) for starts in epochs}) > 3, "the cuts never move"
-    assert len({tuple(starts) for starts in epochs}) == 20
+def test_a_tokenizer_larger_than_the_model_is_refused(here):
+    (here / "book.txt").write_text("to be or not to be " * 20)
+    with pytest.raises(ValueError, match="257 ids, outside the vocabulary of 256"):
+        load_corpus("book.txt", BYTES, vocab_size=256)
 
 
-def test_the_shortest_text_has_one_window():
-    loader = BatchLoader(np.arange(9, dtype=np.uint16), batch_size=2, block_size=8, seed=0)
-    assert loader.batch(3)[0].tolist() == [list(range(8))] * 2
-    with pytest.raises(ValueError, match="needs 10"):
-        BatchLoader(np.arange(9, dtype=np.uint16), batch_size=2, block_size=9, seed=0)
+# ---- chat
 
 
-@pytest.mark.parametrize("count", [2, 7, 8, 9, 40, 41, 57])
-def test_validation_counts_every_token_once(count):
-    ids = np.arange(100, 100 + count, dtype=np.uint16)
-    found = []
-    for x, y in validation_batches(ids, batch_size=3, block_size=8):
-        assert x.shape == y.shape and x.size(0) <= 3 and x.size(1) == 8
-        counted = y != -100
-        assert torch.equal(y[counted], x[counted] + 1)
-        found += y[counted].tolist()
-    assert found == list(range(101, 100 + count))
+def test_chat(here):
+    pairs = [{"prompt": f"{i}?", "completion": f" {i}!"} for i in range(20)]
+    write(here / "a.jsonl", *pairs)
+    corpus = load_corpus("a.jsonl", BYTES, "chat")
+    assert len(corpus.train) == 18 and len(corpus.validation) == 2 and corpus.labels == ()
+    inputs, targets = corpus.train.example(0, 99)
+    assert inputs.tolist() == [*b"0? 0!"] and targets.tolist() == [-100, *b" 0!", 256]
+    seen = {
+        BYTES.decode(part.example(i, 99)[0].tolist())
+        for part in (corpus.train, corpus.validation)
+        for i in range(len(part))
+    }
+    assert seen == {pair["prompt"] + pair["completion"] for pair in pairs}
+
+    (here / "b.txt").write_text("no conversation")
+    with pytest.raises(ValueError, match=r"'b.txt' is text; chat needs .jsonl, .csv"):
+        load_corpus("b.txt", BYTES, "chat")
+    both = load_corpus("a.jsonl", BYTES, "chat", validation="a.jsonl")
+    assert len(both.train) == len(both.validation) == 20
+
+
+def test_one_record_cannot_be_split(here):
+    write(here / "a.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(ValueError, match=r"'a.jsonl' has too few records .* give --validation"):
+        load_corpus("a.jsonl", BYTES, "chat")
+
+
+def test_examples_held_out_are_capped(here, monkeypatch):
+    monkeypatch.setattr("nanogpt2.data.corpus.VALIDATION_MOST", 100)
+    write(here / "a.jsonl", *({"prompt": "a" * 9, "completion": "b"} for _ in range(500)))
+    corpus = load_corpus("a.jsonl", BYTES, "chat")
+    assert corpus.validation.tokens <= 100 < corpus.validation.tokens + 20
+    assert len(corpus.train) + len(corpus.validation) == 500
+
+
+# ---- classify
+
+
+def mails(count, labels="ham spam"):
+    names = labels.split()
+    return [{"text": f"mail {i}", "label": names[i % len(names)]} for i in range(count)]
+
+
+def test_classify(here):
+    write(here / "a.jsonl", *mails(40))
+    corpus = load_corpus("a.jsonl", BYTES, "classify")
+    assert corpus.labels == corpus.train.labels == ("ham", "spam")
+    assert len(corpus.train) == 36 and len(corpus.validation) == 4
+    inputs, targets = corpus.train.example(0, 99)
+    assert inputs.tolist() == [*b"mail 0"] and targets.tolist() == [-100] * 5 + [0]
+
+
+def test_every_class_stays_known(here):
+    # as many records as labels but one
+    write(here / "a.jsonl", *mails(5, "a b c d"))
+    corpus = load_corpus("a.jsonl", BYTES, "classify")
+    assert len(corpus.validation) == 1 and set(corpus.train.classes) == {0, 1, 2, 3}
+    write(here / "a.jsonl", *mails(4, "a b c d"))
+    with pytest.raises(ValueError, match="give --validation"):
+        load_corpus("a.jsonl", BYTES, "classify")
+
+
+def test_labels_unseen_in_training(here):
+    write(here / "a.jsonl", *mails(10))
+    write(here / "b.jsonl", *mails(9, "spam 7 eggs"))
+    with pytest.raises(ValueError, match=r"'b.jsonl' has labels unseen in training: '7', 'eggs'$"):
+        load_corpus("a.jsonl", BYTES, "classify", validation="b.jsonl")
+    write(here / "b.jsonl", *mails(3, "spam"))
+    corpus = load_corpus("a.jsonl", BYTES, "classify", validation="b.jsonl")
+    assert corpus.validation.classes.tolist() == [1, 1, 1]
+    # a classifier that goes on learning keeps its numbers
+    given = ("eggs", "spam", "ham")
+    corpus = load_corpus("a.jsonl", BYTES, "classify", labels=given)
+    assert corpus.labels == given and set(corpus.train.classes) == {1, 2}
+    with pytest.raises(ValueError, match=r"'a.jsonl' has labels unseen in training: 'ham'"):
+        load_corpus("a.jsonl", BYTES, "classify", labels=("spam", "eggs"))
+
+
+def test_labels_in_columns_and_as_numbers(here):
+    (here / "a.csv").write_text("stars,review\n" + "10,good\n2,bad\n" * 5)
+    corpus = load_corpus("a.csv", BYTES, "classify", columns=Columns("review", "stars"))
+    write(here / "a.jsonl", *({"text": "x", "label": i % 2 * 8 + 2} for i in range(10)))
+    assert corpus.labels == load_corpus("a.jsonl", BYTES, "classify").labels == ("2", "10")
+
+
+def test_the_label_of_a_text_file_is_its_folders_name(here):
+    for i in range(6):
+        for label in ("ham", "spam"):
+            (here / f"mails/{label}").mkdir(parents=True, exist_ok=True)
+            (here / f"mails/{label}/{i}.txt").write_text(f"{label} {i}")
+    corpus = load_corpus("mails", BYTES, "classify")
+    assert corpus.labels == ("ham", "spam") and len(corpus.train) == 11
+    for i in range(11):
+        inputs, targets = corpus.train.example(i, 99)
+        text = BYTES.decode(inputs.tolist())
+        assert text.startswith(corpus.labels[targets[-1]])
+    # the same texts under other labels are other data
+    (here / "mails/spam").rename(here / "mails/eggs")
+    assert load_corpus("mails", BYTES, "classify").labels == ("eggs", "ham")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "is empty: there is no record in it"),
+        (mails(5, "ham"), "has one label alone, 'ham'; two are needed"),
+        ([*mails(5), {"text": "a", "label": " "}], "line 6: 'label' is empty"),
+        ([*mails(5), {"text": "", "label": "ham"}], "line 6: 'text' is empty"),
+        ([*mails(5), {"text": "a"}], "line 6 has no column 'label'; there are: 'text'"),
+        ([*mails(5), {"text": "a", "label": None}], "must be text or a whole number, not 'None'"),
+    ],
+)
+def test_what_cannot_be_classified(here, records, message):
+    write(here / "a.jsonl", *records)
+    with pytest.raises(ValueError, match=f"'a.jsonl' {message}|{message}"):
+        load_corpus("a.jsonl", BYTES, "classify")
+
+
+def test_an_unknown_task():
+    with pytest.raises(ValueError, match="task must be one of lm, chat, classify, not 'sort'"):
+        load_corpus("pydocs", BYTES, "sort")

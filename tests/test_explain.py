@@ -1,14 +1,15 @@
 """Why this token: the same numbers as while the text was decoded."""
 
 import json
+import math
 
 import pytest
 import torch
 from reference import TINY, twins
 
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation import generate
-from nanogpt2.generation.explain import colour, draw, explain
+from nanogpt2.generation import diverse, generate
+from nanogpt2.generation.explain import draw, explain, shade
 from nanogpt2.generation.request import prepare
 from nanogpt2.tokenizer import byte_tokenizer
 
@@ -90,11 +91,53 @@ def test_stochastic_beams_are_penalised_on_logits(model):
     assert total == pytest.approx(found.sequences_scores[0].item(), abs=1e-3) and len(new) == 4
 
 
+@pytest.mark.parametrize("extra", [{}, {"sequence_bias": [[[30], 3.0]], "repetition_penalty": 1.5}])
+def test_groups_that_avoid_each_other(model, extra):
+    """Against the penalties that the search itself took off, text by text and step by step."""
+    taken = []
+
+    class Recorded(diverse.Diversity):
+        def __call__(self, ids, scores):
+            result = super().__call__(ids, scores)
+            taken.append(scores - result)  # (S, V), group after group
+            return result
+
+    options = {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 1.5, "seed": 5}
+    options |= {"max_new_tokens": 7, "eos_token_id": (7, 30), "output_scores": True} | extra
+    request = prepare(model.config, torch.device("cpu"), GenerationConfig(**options), IDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diverse, "Diversity", Recorded)
+        *_, beams = diverse.diverse_search(model, request)
+    penalised, lengths = 0, set()
+    for tokens, rows in zip(beams.finished.ids[0], beams.finished.beams[0], strict=True):
+        new = tokens[IDS.size(1) :][rows >= 0].tolist()
+        avoided = diverse.avoided(request, beams, rows)
+        why = [*explain(model, request, new, byte_tokenizer(), avoided)]
+        lengths.add(len(new))
+        assert [w.chosen.token for w in why] == new
+        for step, (w, row) in enumerate(zip(why, rows.tolist(), strict=False)):
+            stage = w.stages.index("diversity_penalty")
+            assert stage == (2 if extra else 1)
+            penalty = taken[3 * step + row // 2][row % 2]
+            scores = beams.scores[step][row]
+            # probabilities to log-probabilities but for a constant, which the first candidate gives
+            shown = [[c.token, *c.probabilities] for c in (w.chosen, *w.runners_up)]
+            first = shown[0]
+            for token, *p in shown:
+                before = math.log(p[stage - 1] / first[stage])
+                after = math.log(p[stage] / first[1 + stage])
+                expected = float(penalty[first[0]] - penalty[token])
+                assert after - before == pytest.approx(expected, abs=1e-3)
+                assert p[-1] == pytest.approx(float(scores.softmax(0)[token]), abs=1e-5)
+                penalised += expected != 0
+    assert penalised > 10 and len(lengths) > 1
+
+
 def test_colours_follow_what_they_stand_for(model):
     why, _, _ = explained(model, IDS, do_sample=True, top_k=0)
     for by in ("prob", "entropy", "rank"):
-        painted = {colour(w, by, TINY.vocab_size) for w in why}
-        assert all(text.startswith("\x1b[48;2;") for text in painted) and len(painted) > 1
+        shades = {shade(w, by, TINY.vocab_size) for w in why}
+        assert all(0 <= share <= 1 for share in shades) and len(shades) > 1
 
 
 def test_past_the_context(model):

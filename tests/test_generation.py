@@ -1,12 +1,16 @@
 """generate(): transformers' tokens, for the same seed, whatever the options."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import TINY, left_padded, prompts, their_output, twins
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
-from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.engine import Engine, context_start
+from nanogpt2.generation.request import prepare
 from nanogpt2.model import GPT
 
 
@@ -260,3 +264,93 @@ def test_generation_config_names_are_transformers():
 
     known = {*vars(Theirs()), "seed", "noise", "first_sample", "stochastic_beams"}
     assert {f.name for f in fields(GenerationConfig)} <= known
+
+
+WAYS = [
+    {},
+    {"do_sample": True},
+    {"do_sample": True, "noise": "counter", "seed": 1},
+    {"num_beams": 3},
+    {"num_beams": 3, "do_sample": True},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"num_beams": 3, "force_words_ids": [[5]]},
+    {"num_beams": 3, "stochastic_beams": True},
+    {"penalty_alpha": 0.5},
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_model_that_is_no_number_writes_nothing(options, value):
+    """One weight is enough, of a token that is not in the text."""
+    model = GPT(TINY)
+    with torch.no_grad():
+        model.wte.weight[7] = value
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(model, prompts(2, 5) % 7, max_new_tokens=4, **options)
+
+
+def test_one_impossible_token_is_no_broken_model(models):
+    config, ids = GenerationConfig(max_new_tokens=2), prompts(1, 4)
+    request = prepare(models[0].config, torch.device("cpu"), config, ids)
+    scores = torch.zeros(1, TINY.vocab_size)
+    scores[0, 3] = float("-inf")
+    engine = Engine(models[0], request)
+    engine.model = SimpleNamespace(
+        hidden_states=lambda *a: torch.zeros(1, 4, TINY.n_embd), logits=lambda x: scores
+    )
+    assert torch.equal(engine.next_scores(ids), scores)
+
+
+MOST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_beams": MOST}, "num_beams"),
+        ({"num_beams": MOST, "stochastic_beams": True}, "num_beams"),
+        ({"num_return_sequences": MOST, "do_sample": True}, "num_return_sequences"),
+        ({"num_return_sequences": 10**5, "max_new_tokens": MOST, "do_sample": True}, "num_return"),
+    ],
+    ids=str,
+)
+def test_what_no_memory_can_hold_is_said_at_once(models, options, named):
+    with pytest.raises(ValueError, match=rf"^{named}.*GiB.*lower it"):
+        generate(models[0], prompts(2, 5), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "number"), [({"num_beams": 4}, 4), ({"penalty_alpha": 0.5, "top_k": 6}, 6), ({}, 1)]
+)
+def test_what_memory_is_counted(models, monkeypatch, options, number):
+    """By hand: keys and values, scores and two copies, one byte for each position."""
+    cache = 2 * 2 * 24 * 25 * 4 * number * 2
+    if "num_beams" in options:
+        cache = cache * 3 // 2
+    needed = cache + number * 2 * (3 * 4 * 61 + 25)
+    there = {"SC_PHYS_PAGES": needed, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr("nanogpt2.generation.engine.os.sysconf", there.get)
+    generate(models[0], prompts(2, 5), max_new_tokens=20, **options)
+    there["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(ValueError, match="GiB"):
+        generate(models[0], prompts(2, 5), max_new_tokens=20, **options)
+
+
+def test_beams_draw_from_what_multinomial_can(models):
+    """2^24 continuations; a generator of our own has no such limit."""
+    most = 2**24 // TINY.vocab_size
+    options = {"num_beams": most, "do_sample": True, "seed": 1}
+    config = GenerationConfig(**options)
+    prepared = (TINY, torch.device("cpu"))
+    prepare(*prepared, config, prompts(1, 3))
+    for other in ({"noise": "counter"}, {"stochastic_beams": True}, {"do_sample": False}):
+        prepare(*prepared, replace(config, num_beams=most + 1, **other), prompts(1, 3))
+    with pytest.raises(ValueError, match=rf"num_beams must be <= {most} .*2\^24"):
+        prepare(*prepared, replace(config, num_beams=most + 1), prompts(1, 3))
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_pad_outside_the_vocabulary_is_refused(models, options):
+    with pytest.raises(ValueError, match="pad_token_id must be below 61, not 61"):
+        generate(models[0], prompts(2, 5), pad_token_id=61, **options)

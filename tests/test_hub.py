@@ -170,6 +170,9 @@ def test_shakespeare_is_downloaded_once(monkeypatch, server):
     assert path.read_bytes() == data
     monkeypatch.setattr(hub, "SHAKESPEARE_URL", "http://127.0.0.1:9")
     assert hub.fetch_shakespeare() == path
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="delete it and download again"):
+        hub.fetch_shakespeare()
 
 
 def test_shakespeare_that_is_not_or_cannot_be_had(monkeypatch, server):
@@ -178,4 +181,11 @@ def test_shakespeare_that_is_not_or_cannot_be_had(monkeypatch, server):
         hub.fetch_shakespeare()
     monkeypatch.setattr(hub, "SHAKESPEARE_URL", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="give a text file"):
+        hub.fetch_shakespeare()
+
+
+def test_a_server_that_speaks_something_else(monkeypatch, server):
+    monkeypatch.setattr(Hub, "do_GET", lambda self: self.wfile.write(b"220 smtp ready\r\n"))
+    monkeypatch.setattr(hub, "SHAKESPEARE_URL", server)
+    with pytest.raises(OSError, match="BadStatusLine"):
         hub.fetch_shakespeare()

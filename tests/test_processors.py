@@ -254,6 +254,22 @@ def test_exponential_decay(scores, start):
             assert result[row, v].item() == pytest.approx(s)
 
 
+def test_exponential_decay_stays_finite(scores):
+    """999^200 is no float, and 999^50 no float32."""
+    for past in (50, 200):
+        result = ours.raise_end(torch.ones(2, past, dtype=torch.int64), scores, 0, 999.0, EOS)
+        assert not result.isnan().any() and not result.isposinf().any()
+        assert torch.equal(result.isneginf(), scores.isneginf())
+
+
+def test_a_forced_token_beside_a_lone_suppressed_one():
+    for forced, suppressed in ((5, 5), (5, [5]), ((5, 6), [6, 5])):
+        with pytest.raises(ValueError, match="forced_eos_token_id"):
+            names(forced_eos_token_id=forced, suppress_tokens=suppressed)
+    expected = ["forced_eos_token_id", "suppress_tokens"]
+    assert names(forced_eos_token_id=6, suppress_tokens=5) == expected
+
+
 def test_exponential_decay_starts_after_the_prompt():
     request = request_of(exponential_decay_length_penalty=[2, 1.5], eos_token_id=(2, 5))
     ((_, process),) = ours.processors_for(request)
@@ -578,6 +594,14 @@ def test_beams_keep_a_token_beside_the_ends(eos, keep, beams):
         ("sequence_bias", 3),
         ("sequence_bias", [[3, 1.0]]),
         ("sequence_bias", [[[3], "much"]]),
+        ("sequence_bias", [[[3], "1.5"]]),
+        ("sequence_bias", [[[3], True]]),
+        ("sequence_bias", [[[3], -(10**400)]]),
+        ("sequence_bias", [[["3"], 1.0]]),
+        ("sequence_bias", [["3", 1.0]]),
+        ("sequence_bias", ["ab"]),
+        ("sequence_bias", [[[3.0], 1.0]]),
+        ("sequence_bias", [[[True], 1.0]]),
         ("sequence_bias", [[[61], 1.0]]),
         ("sequence_bias", [[[-1], 1.0]]),
         ("sequence_bias", [[[], 1.0]]),
@@ -599,6 +623,10 @@ def test_beams_keep_a_token_beside_the_ends(eos, keep, beams):
         ("forced_eos_token_id", (1, 61)),
         ("exponential_decay_length_penalty", 3),
         ("exponential_decay_length_penalty", [3]),
+        ("exponential_decay_length_penalty", "12"),
+        ("exponential_decay_length_penalty", ["1", 2]),
+        ("exponential_decay_length_penalty", [1, True]),
+        ("exponential_decay_length_penalty", [1.0, 2.0]),
         ("exponential_decay_length_penalty", ["late", 1.1]),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1.0),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,8 +178,28 @@ def test_greedy_is_generates(capsys, folder):
         (["Hello", "--exponential_decay_length_penalty", "[Infinity, 1]"], "--exponential"),
         (["Hello", "--length_penalty", "1e300", "--num_beams", "2"], "--length_penalty"),
         (["Hello", "--bad_words_ids", "[[1]"], "--bad_words_ids"),
+        (["Hello", "--num_beams", "1000000000"], "--num_beams"),
+        (["Hello", "--num_return_sequences", "1000000000"], "--num_return_sequences"),
+        (["Hello", "--max_new_tokens", "1000000000000"], "--max_new_tokens"),
+        (["Hello", "--num_beams", "65281", "--do_sample"], "2^24"),
+        (["Hello", "--pad_token_id", "257"], "--pad_token_id"),
+        (["Hello", "--suppress_tokens", "5", "--forced_eos_token_id", "5"], "--forced_eos"),
+        (["Hello", "--stop_strings", '["\\ud800"]'], "--stop_strings"),
+        (["Hello", "--sequence_bias", '[[["5"], 2]]'], "--sequence_bias"),
+        (["Hello", "--exponential_decay_length_penalty", '"12"'], "--exponential"),
+        (["Hello", "--min_length", "106"], "--min_length"),
+        (["Hello", "--min_new_tokens", "36", "--max_length", "40"], "--min_new_tokens"),
         (["--prompts", "nowhere.txt"], "--prompts"),
         (["--prompts", "broken.jsonl"], "line 2"),
+        (["--prompts", "late.txt", "--max_length", "9"], "--prompts 'late.txt' line 3: max_length"),
+        (["--prompts", "late.txt", "--max_length", "1"], "--max_length must be > "),
+        (["--prompts", ""], "--prompts"),
+        (["--prompt_file", ""], "--prompt_file"),
+        (["Hello", "--compare", ""], "--compare"),
+        (["Hello", "--model", ""], "--model"),
+        (["--prompt", "Hello"], "PROMPT"),
+        (["Hello", "--interactive", "--num_return_sequences", "3"], "--num_return_sequences"),
+        (["Hello", "--interactive", "--max_length", "3"], "--max_length"),
         (["Hello", "--compare", "nowhere"], "--compare"),
         (["Hello", "--compare", "demo"], "--compare"),
     ],
@@ -188,6 +209,7 @@ def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "late.txt").write_text("a\n\nmuch too long\nb\n")
     (tmp_path / "broken.jsonl").write_text('"a"\n{"prompt": 3}\n')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/model.safetensors").write_bytes(b"\x00" * 100)
@@ -197,6 +219,58 @@ def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 201
     assert named in err
+
+
+def test_what_fails_after_the_first_token_is_no_wrong_use(capsys, folder):
+    """Nothing that is allowed twice: the fourth token cannot be."""
+    banned = str([i for i in range(257) if not 97 <= i <= 99])
+    argv = ["Hello", "--do_sample", "--suppress_tokens", banned, "--no_repeat_ngram_size", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, *argv, "--eos_token_id=none")
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert sorted(out) == sorted("Helloabc") and out.startswith("Hello")
+    assert err.startswith("error: do_sample must have tokens left") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("K", ["1", "3"])
+@pytest.mark.parametrize("look", ["--no_json", "--json", "--explain"])
+def test_a_broken_model_is_one_line(capfd, tmp_path, folder, look, K):
+    model = load_model(folder)
+    torch.nn.init.constant_(model.ln_f.weight, float("nan"))
+    save_model(model, tmp_path / "nan", byte_tokenizer())
+    with pytest.raises(SystemExit) as stopped:
+        run(str(tmp_path / "nan"), "Hello", "--num_beams", K, look)
+    assert stopped.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: the model's scores") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(capfd, folder, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(GPT, "logits", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder, "Hello")
+    assert stopped.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: out of memory: lower --num_beams")
+
+
+def test_other_errors_are_not_taken_for_it(folder, monkeypatch):
+    monkeypatch.setattr(GPT, "logits", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(folder, "Hello")
 
 
 def test_beams_have_scores(capsys, folder):
@@ -257,6 +331,20 @@ def test_explanations(capsys, folder):
     assert "ended, score" in capsys.readouterr().out
 
 
+def test_groups_are_explained(capsys, folder):
+    argv = ["Hello", "--max_new_tokens", "3", "--eos_token_id=none", "--num_beams", "4"]
+    argv += ["--num_beam_groups", "2", "--diversity_penalty", "9", "--num_return_sequences", "4"]
+    found = run_json(capsys, folder, "--explain", *argv)
+    changed = []
+    for text in found:
+        for why in text["explain"]:
+            assert why["stages"] == ["raw", "diversity_penalty"]
+            raw, penalised = why["chosen"]["probabilities"]
+            changed.append(raw != pytest.approx(penalised, abs=1e-6))
+    # those of the first group are as the model has them
+    assert set(changed) == {True, False}
+
+
 def test_two_models_side_by_side(capsys, folder):
     argv = ["Hello", "--max_new_tokens", "3", "--seed", "1", "--compare", folder]
     run(folder, *argv)
@@ -264,14 +352,45 @@ def test_two_models_side_by_side(capsys, folder):
     assert f"--- A: {folder} ---" in out and f"--- B: {folder} ---" in out
     (found,) = run_json(capsys, folder, *argv)
     assert [text["gain"] for text in found["texts"]] == [0, 0]
+    (found,) = run_json(capsys, folder, *argv, "--num_return_sequences", "3")
+    assert [text["index"] for text in found["texts"]] == [0, 1, 2] * 2
+    plain = run_json(capsys, folder, *argv[:-2], "--num_return_sequences", "3")
+    for text, expected in zip(found["texts"], plain * 2, strict=True):
+        assert text["token_ids"] == expected["token_ids"]
+        assert len(text["token_ids"]) == len(text["logp_a"]) == len(text["kl"])
+        assert text["text"] == expected["completion"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("look", [["--color", "rank"], ["--compare"]], ids=str)
+def test_coloured_text_is_the_plain_text(capsys, folder, look, seed):
+    look = [*look, folder] if look == ["--compare"] else look
+    argv = ["Hi", "--seed", str(seed), "--max_new_tokens", "20", "--stop_strings", '["q", "M"]']
+    (plain,) = run_json(capsys, folder, *argv)
+    run(folder, *argv, *look)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    if look[0] == "--color":
+        assert shown == plain["text"] + "\n"
+    else:
+        assert shown.startswith(f"Hi\n--- A: {folder} ---\n{plain['completion']}\n\ntoken ")
+
+
+def test_json_is_json(capsys, folder):
+    """A beam that cannot be has a score that is no number."""
+    argv = ["Hello", "--num_beams", "3", "--num_return_sequences", "3", "--max_new_tokens", "1"]
+    argv += ["--suppress_tokens", str([i for i in range(257) if i != 97]), "--renormalize_logits"]
+    run(folder, *argv, "--json")
+    for line in capsys.readouterr().out.splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 def test_the_loop(folder, tmp_path):
-    lines = b"Hello\n:set temperature 0\n again\n:undo\n:text\n:nonsense\n"
+    lines = b"Hello\nab\xff\n:set temperature 0\n again\n:undo\n:text\n:nonsense\n"
     argv = ["--interactive", "--model", folder, "--max_new_tokens", "4", "--seed", "1"]
     ran = run_script("sample.py", "Opening", *argv, cwd=tmp_path, stdin=lines)
     assert ran.returncode == 0 and b"Traceback" not in ran.stderr
     assert ran.stdout.decode().startswith("Opening") and b":nonsense" in ran.stderr
+    assert ran.stderr.count(b"error: ") == 2 and b"byte 0xff" in ran.stderr
 
 
 def test_a_text_that_outgrows_the_context_says_so(capsys, folder):
@@ -298,6 +417,40 @@ def test_a_full_device_is_one_line(folder, tmp_path):
         ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path)
     assert ran.returncode == 1
     assert ran.stderr.startswith(b"error: ") and ran.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        ("Hello --max_new_tokens 2 <&-", 0, ""),
+        ("- --max_new_tokens 2 <&-", 0, ""),
+        ("--interactive <&-", 0, ":help lists the commands\n"),
+        ("Hello --max_new_tokens 2 2>&-", 0, ""),
+        ("Hello >&-", 1, "error: standard output is closed\n"),
+        ("Hello >&- 2>&- <&-", 1, ""),
+        ("--help >&-", 1, "error: standard output is closed\n"),
+        ("--help >/dev/full", 1, "error: [Errno 28] No space left on device"),
+        ("--list_presets >/dev/full", 1, "error: [Errno 28] No space left on device"),
+        (
+            "Hello --max_new_tokens 2 --json >/dev/full",
+            1,
+            "error: [Errno 28] No space left on device",
+        ),
+        (
+            "Hello --max_new_tokens 2 --interactive >/dev/full",
+            1,
+            "error: [Errno 28] No space left on device",
+        ),
+    ],
+)
+def test_closed_and_full_streams(folder, tmp_path, arguments, code, error):
+    script = f"{sys.executable} -W error {ROOT / 'sample.py'} --model {folder} {arguments}"
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    ran = subprocess.run(
+        ["bash", "-c", script], capture_output=True, cwd=tmp_path, text=True, env=environment
+    )
+    assert ran.returncode == code
+    assert ran.stderr.startswith(error) and ran.stderr.count("\n") == bool(error)
 
 
 def started(folder, tmp_path):

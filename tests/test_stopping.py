@@ -264,7 +264,9 @@ def test_texts_that_only_a_string_ends_are_filled_with_minus_one(saved, pad):
     assert filled > 20
 
 
-@pytest.mark.parametrize("strings", ["", [""], ["end", ""], [], [3], 3, {"a": 1}, ["end", None]])
+@pytest.mark.parametrize(
+    "strings", ["", [""], ["end", ""], [], [3], 3, {"a": 1}, ["end", None], "\ud800"]
+)
 def test_no_stop_string_is_an_error(strings):
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="stop_strings"):

@@ -3,8 +3,11 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
+from reference import ROOT
 
 from nanogpt2 import terminal
 
@@ -112,6 +115,104 @@ def test_colours_run_from_red_to_green():
     red, green = zip(*[map(int, found.groups()) for found in backgrounds], strict=True)
     assert red[0] > red[2] and green[0] < green[2]
     assert terminal.paint("x", 7.0) == terminal.paint("x", 1.0)
+
+
+# ---- standard streams
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from nanogpt2 import terminal
+from nanogpt2.flags import fail
+terminal.prepare()
+opened = Path("opened").open("w")
+terminal.note("a note")
+if "loop" in sys.argv:
+    terminal.Signals()
+with opened:
+    print(repr(sys.stdin.read()), file=opened)
+    try:
+        for _ in range(3):
+            terminal.write("text\\n" * 20_000)
+    except OSError as error:
+        fail(str(error), code=1)
+"""
+
+
+def redirected(tmp_path, redirections, *argv):
+    """Run the script by a shell: its status, what it wrote to out and err, the file it opened."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, *argv]
+    quoted = " ".join(f"'{word}'" for word in command)
+    ran = subprocess.run(
+        ["bash", "-c", f"{quoted} {redirections}; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    # a stream's text would go into the file
+    assert (tmp_path / "opened").read_text() in ("''\n", "")
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+TEXT = "text\n" * 60_000
+
+
+@pytest.mark.parametrize(
+    ("redirections", "expected"),
+    [
+        ("</dev/null", (0, TEXT, "a note\n")),
+        ("<&-", (0, TEXT, "a note\n")),
+        ("<&- >&-", (0, "", "a note\n")),
+        ("<&- 2>&-", (0, TEXT, "")),
+        ("<&- >&- 2>&-", (0, "", "")),
+        ("<&- 2>/dev/full", (0, TEXT, "")),
+        (
+            "<&- >/dev/full",
+            (1, "", "a note\nerror: [Errno 28] No space left on device: 'standard output'\n"),
+        ),
+        ("<&- >/dev/full 2>/dev/full", (1, "", "")),
+    ],
+)
+def test_closed_and_full_streams(tmp_path, redirections, expected):
+    assert redirected(tmp_path, redirections) == expected
+
+
+def test_a_reader_that_goes_ends_a_script_silently_but_no_loop(tmp_path):
+    assert redirected(tmp_path, "<&- | head -n 1") == (141, "text\n", "a note\n")
+    line = "error: [Errno 32] Broken pipe: 'standard output'\n"
+    assert redirected(tmp_path, "<&- | head -n 1", "loop") == (1, "text\n", "a note\n" + line)
+
+
+@pytest.mark.parametrize(
+    ("redirections", "status"), [("<&- >&- 2>&-", 0), ("2>/dev/full | head -n 1", 1)]
+)
+def test_training_outlives_its_streams(tmp_path, redirections, status):
+    (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 30)
+    flags = "--init scratch --tokenizer bytes --n_layer 1 --n_head 1 --n_embd 4 --block_size 8"
+    command = f"{sys.executable} -W error {ROOT}/train.py book.txt {flags} --steps 3 {redirections}"
+    ran = subprocess.run(
+        ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"], cwd=tmp_path, capture_output=True
+    )
+    assert ran.returncode == status and ran.stderr == b""
+    assert (tmp_path / "out/checkpoints/step-3/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "expected"),
+    [
+        ("", (3, b"x\n", b"")),
+        (">/dev/full", (1, b"", b"error: [Errno 28] No space left on device\n")),
+        (">&-", (1, b"", b"error: standard output is closed\n")),
+    ],
+)
+def test_output_that_cannot_be_is_said(redirection, expected):
+    """What was printed into a buffer alone, too."""
+    code = "from nanogpt2 import terminal\nwith terminal.checked_output(): print('x'); exit(3)"
+    command = f'{sys.executable} -W error -c "{code}" {redirection}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, env=environment)
+    assert (ran.returncode, ran.stdout, ran.stderr) == expected
 
 
 def test_sparkline():

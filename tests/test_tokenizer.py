@@ -136,22 +136,3 @@ def test_bytes():
 @settings(deadline=None)
 def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@pytest.mark.parametrize("tokenizer", [gpt2_tokenizer(), byte_tokenizer()], ids=lambda t: t.name)
-def test_a_stream_never_shows_half_a_character(tokenizer):
-    for text in nasty_corpus():
-        stream, shown = tokenizer.stream(), ""
-        for i in tokenizer.encode(text):
-            piece = stream.feed([i])
-            shown += piece
-            assert text.startswith(shown)
-        assert shown + stream.finish() == text
-
-
-@given(st.lists(st.integers(0, 256)))
-@settings(deadline=None)
-def test_a_stream_of_any_bytes_is_the_whole_decoded(ids):
-    stream = byte_tokenizer().stream()
-    text = "".join(stream.feed([i]) for i in ids) + stream.finish()
-    assert text == byte_tokenizer().decode(ids)

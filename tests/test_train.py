@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over(book):
     argv = [book, *SMALL, "--steps", "20", "--save_every", "5"]
     assert run(*argv, "--out", "whole") == 0
     assert run(*argv) == 0
-    newest = Path("out/checkpoints/step-20/optimizer.safetensors")
+    newest = Path("out/checkpoints/step-20/training.safetensors")
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
@@ -180,7 +180,7 @@ def test_damaged_checkpoints_are_not_thrown_away(capsys, book):
         state.write_text("")
     before = sorted(Path("out").rglob("*"))
     assert run(*argv, "--resume") == 2
-    assert "is whole" in capsys.readouterr().err
+    assert "whole; none was removed" in capsys.readouterr().err
     assert sorted(Path("out").rglob("*")) == before
 
 
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(capsys, book, monkeyp
     monkeypatch.setattr(GPT, "forward", break_down)
     assert run(*argv) == 1
     err = capsys.readouterr().err
-    assert "error: step 8: " in err and "before the update" in err
+    assert "error: step 8 (sequences 28 to 31): " in err and "before the update" in err
     assert len(metrics()) == 7
     monkeypatch.setattr(GPT, "forward", forward)
     assert run(*argv, "--resume") == 0
@@ -244,6 +244,7 @@ def test_bfloat16(book):
         (["book.txt", "--resume"], "--out"),
         (["book.txt", "--device", "cuda:9"], "--device"),
         (["book.txt", "--out", "locked/away"], "--out"),
+        (["book.txt", "--epochs", "1", "--warmup", "5000"], "--warmup"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -1,8 +1,8 @@
 """One prompt and the same chance through two models, side by side: before and after fine-tuning.
 
-Each model writes its own text from the same seed. Then every token of each text is scored by both
-models: how much likelier B finds it than A, and how far apart their distributions are there, as
-KL(B || A) in nats. This file does not know how tokens are chosen.
+Each model writes its own texts from the same seed. Then both models read every text again, token by
+token as it was written: how much likelier B finds each token than A, and how far apart their
+distributions are there, as KL(B || A) in nats. This file does not know how tokens are chosen.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from nanogpt2 import terminal
-from nanogpt2.cli.one import decode_texts, request_for
+from nanogpt2.cli.one import decode_texts, note_dropped, note_outgrown, request_for
+from nanogpt2.cli.text import Completion, pieces
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.generation.request import Request
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -23,43 +25,67 @@ from nanogpt2.tokenizer import Tokenizer
 class Scored:
     """A text and, for each of its tokens, both models' log-probability and their KL, in nats."""
 
-    text: str
-    token_ids: list[int]
+    writer: int  # 0 is A, 1 is B
+    index: int  # among the writer's texts
+    completion: Completion
     logp_a: list[float]
     logp_b: list[float]
     kl: list[float]
 
     @property
+    def gains(self) -> list[float]:
+        """log p_B - log p_A of each token."""
+        return [b - a for a, b in zip(self.logp_a, self.logp_b, strict=True)]
+
+    @property
     def gain(self) -> float:
         """Mean of log p_B - log p_A over the tokens."""
-        pairs = zip(self.logp_a, self.logp_b, strict=True)
-        return sum(b - a for a, b in pairs) / max(1, len(self.token_ids))
+        return sum(self.gains) / len(self.gains)
 
 
 def compare(
     a: GPT, b: GPT, tokenizer: Tokenizer, prompt: str, options: GenerationConfig
-) -> tuple[Scored, Scored]:
-    """Let both models go on with the prompt, from the same seed; score both texts by both."""
-    texts = []
-    for model in (a, b):
-        request = request_for(model, tokenizer, [prompt], options)
-        completion = decode_texts(model, tokenizer, [prompt], request)[0][0].completion
-        prompt_ids = request.ids[0].tolist()
-        texts.append(_score(a, b, prompt_ids, completion.token_ids, completion.text))
-    return texts[0], texts[1]
+) -> list[Scored]:
+    """Let both models go on with the prompt, from the same seed; score all texts by both."""
+    models = (a, b)
+    requests = [request_for(model, tokenizer, [prompt], options) for model in models]
+    sizes = {
+        model.config.block_size: request for model, request in zip(models, requests, strict=True)
+    }
+    for size, request in sizes.items():
+        note_dropped(request, size)
+    texts = [
+        decode_texts(model, tokenizer, request)[0]
+        for model, request in zip(models, requests, strict=True)
+    ]
+    for size, request in sizes.items():
+        note_outgrown(request, size, texts[0] + texts[1])
+    return [
+        Scored(
+            writer, index, text.completion, *_score(a, b, requests[0], text.completion.token_ids)
+        )
+        for writer in (0, 1)
+        for index, text in enumerate(texts[writer])
+    ]
 
 
 @torch.no_grad()
-def _score(a: GPT, b: GPT, prompt: list[int], new: Sequence[int], text: str) -> Scored:
-    ids = [*prompt, *new]
-    start = context_start(len(ids), len(ids), min(a.config.block_size, b.config.block_size))
-    scored = min(len(new), len(ids) - start - 1)
-    inputs = torch.tensor([ids[start:-1]], device=a.wte.weight.device)
-    logps = [model(inputs)[0, -scored:].float().log_softmax(dim=1) for model in (a, b)]  # (new, V)
-    kl = (logps[1].exp() * (logps[1] - logps[0])).nansum(dim=1)
-    tokens = torch.tensor(ids[len(ids) - scored :], device=inputs.device)[:, None]
-    logp_a, logp_b = (logp.gather(1, tokens).squeeze(1).tolist() for logp in logps)
-    return Scored(text, list(new)[-scored:], logp_a, logp_b, kl.tolist())
+def _score(
+    a: GPT, b: GPT, request: Request, new: Sequence[int]
+) -> tuple[list[float], list[float], list[float]]:
+    """Both models' log-probability of each new token, and KL(B || A) there."""
+    engines = [Engine(model, request, rows=1) for model in (a, b)]
+    ids = request.ids  # (1, T)
+    logps_a, logps_b, kls = [], [], []
+    with evaluating(a), evaluating(b):
+        for token in new:
+            logp_a, logp_b = (engine.next_scores(ids)[0].log_softmax(dim=0) for engine in engines)
+            kl = (logp_b.exp() * (logp_b - logp_a)).nansum()
+            logps_a.append(float(logp_a[token]))
+            logps_b.append(float(logp_b[token]))
+            kls.append(float(kl))
+            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    return logps_a, logps_b, kls
 
 
 def as_json(prompt: str, names: Sequence[str], texts: Sequence[Scored], seed: int | None) -> Any:
@@ -68,28 +94,50 @@ def as_json(prompt: str, names: Sequence[str], texts: Sequence[Scored], seed: in
         "prompt": prompt,
         "seed": seed,
         "texts": [
-            {"model": name, "gain": text.gain} | vars(text)
-            for name, text in zip(names, texts, strict=True)
+            {
+                "model": names[text.writer],
+                "index": text.index,
+                "gain": text.gain,
+                "text": text.completion.text,
+                "token_ids": text.completion.token_ids,
+                "logp_a": text.logp_a,
+                "logp_b": text.logp_b,
+                "kl": text.kl,
+            }
+            for text in texts
         ],
     }
 
 
 def draw(tokenizer: Tokenizer, names: Sequence[str], texts: Sequence[Scored]) -> str:
-    """Both texts, tokens from red (A finds them likelier) to green (B does), and the figures."""
+    """Every text, tokens from red (A finds them likelier) to green (B does), and the figures."""
+    count = len(texts) // len(names)
     blocks = []
-    for name, text in zip(names, texts, strict=True):
-        changes = zip(text.token_ids, text.logp_a, text.logp_b, strict=True)
+    for text in texts:
+        title = names[text.writer] + (f", {text.index + 1} of {count}" if count > 1 else "")
         coloured = "".join(
-            terminal.paint(tokenizer.decode([token]), 0.5 + (b - a) / 8) for token, a, b in changes
+            terminal.paint(piece, 0.5 + sum(text.gains[tokens]) / 8)
+            for piece, tokens in pieces(tokenizer, text.completion)
         )
-        blocks.append(f"--- {name} ---\n{coloured}\n\n{_figures(tokenizer, text)}")
+        blocks.append(f"--- {title} ---\n{coloured}\n\n{_figures(tokenizer, text)}")
     return "\n\n".join(blocks)
 
 
 def _figures(tokenizer: Tokenizer, text: Scored) -> str:
+    """A row for each token, what ended the text included."""
     rows = [["token", "log p A", "log p B", "B - A", "KL(B||A)"]]
-    for token, a, b, kl in zip(text.token_ids, text.logp_a, text.logp_b, text.kl, strict=True):
-        figures = (f"{value:.2f}" for value in (a, b, b - a, kl))
-        rows.append([repr(tokenizer.decode([token])), *figures])
-    mean_kl = sum(text.kl) / max(1, len(text.kl))
+    for token, *figures in zip(
+        text.completion.token_ids, text.logp_a, text.logp_b, text.gains, text.kl, strict=True
+    ):
+        rows.append([_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
+    mean_kl = sum(text.kl) / len(text.kl)
     return f"{terminal.table(rows)}\nmean B - A {text.gain:.3f} nats, mean KL {mean_kl:.3f}"
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; its bytes where it is no whole characters."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return repr(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(data)

@@ -14,10 +14,11 @@ from nanogpt2.cli.text import Completion
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
-from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.diverse import avoided
+from nanogpt2.generation.engine import check_memory, context_start
 from nanogpt2.generation.processors import processors_for
-from nanogpt2.generation.request import Request, prepare
-from nanogpt2.generation.stopping import Stopping
+from nanogpt2.generation.request import Request, check_least, prepare
+from nanogpt2.generation.stopping import stop_bytes
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -25,25 +26,34 @@ from nanogpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """A continuation, finished; `score` is the beam's."""
+    """A continuation, finished; `score` is the beam's.
+
+    avoided: of diverse beams, the tokens that the groups before it chose, at each step.
+    """
 
     completion: Completion
     score: float | None = None
+    avoided: tuple[list[int], ...] = ()
 
 
 def request_for(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig
 ) -> Request:
-    """Make a request for prompts of any lengths. Raises ValueError for what cannot be."""
+    """Make a request for prompts of one length in tokens: padding would count as prompt.
+
+    Raises ValueError for what cannot be.
+    """
     bos = model.config.bos_token_id
     rows = [tokenizer.encode(prompt) or ([] if bos is None else [bos]) for prompt in prompts]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor(rows, dtype=torch.int64)
+    mask = torch.ones_like(ids)
     request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
     # what is wrong with an option is said before anything is shown
+    check_memory(model, request)
+    check_least(request)
     processors_for(request)
-    Stopping(request)
+    if options.stop_strings is not None:
+        stop_bytes(options.stop_strings)
     return request
 
 
@@ -102,27 +112,36 @@ class Show:
 
 
 def decode_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show | None = None
+    model: GPT, tokenizer: Tokenizer, request: Request, show: Show | None = None
 ) -> list[list[Text]]:
-    """Return the texts of every prompt; show the first text of the first while it is made."""
-    show = show or Show()
-    if request.config.num_beams > 1:
-        return _beams(model, tokenizer, prompts, request, show)
-    return _rows(model, tokenizer, prompts, request, show)
+    """Return the texts of a request's prompts; show the first text of the first while it is made.
+
+    Raises MemoryError with a line for the person, FloatingPointError for a broken model.
+    """
+    decode = _beams if request.config.num_beams > 1 else _rows
+    try:
+        return decode(model, tokenizer, request, show or Show())
+    except (MemoryError, RuntimeError) as error:
+        # on a CPU torch has no class of its own for this
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise MemoryError(
+            "out of memory: lower --num_beams, --num_return_sequences, --batch_size or the texts' "
+            "length"
+        ) from None
 
 
-def _completion(tokenizer: Tokenizer, prompt: str, request: Request) -> Completion:
-    stops = request.config.stop_strings or ()
-    stops = [stops] if isinstance(stops, str) else stops
-    return Completion(tokenizer, prompt, request.eos.tolist(), stops)
-
-
-def _rows(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
-) -> list[list[Text]]:
-    texts = [
-        [_completion(tokenizer, prompt, request) for _ in range(request.rows)] for prompt in prompts
+def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[list[Completion]]:
+    """`count` empty texts for each prompt."""
+    ends, stops = request.eos.tolist(), request.config.stop_strings or ()
+    return [
+        [Completion(tokenizer, ids, ends, stops) for _ in range(count)]
+        for ids in request.ids.tolist()
     ]
+
+
+def _rows(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> list[list[Text]]:
+    texts = _completions(tokenizer, request, request.rows)
     flat = [text for row in texts for text in row]
     for step in steps(model, request):
         tokens = zip(flat, step.tokens.tolist(), step.running.tolist(), strict=True)
@@ -134,10 +153,8 @@ def _rows(
     return [[Text(text) for text in row] for row in texts]
 
 
-def _beams(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], request: Request, show: Show
-) -> list[list[Text]]:
-    shown, agreed = _completion(tokenizer, prompts[0], request), 0
+def _beams(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> list[list[Text]]:
+    shown, agreed = _completions(tokenizer, request, 1)[0][0], 0
     for beams in search(model, request):
         if show.tree is not None:
             show.tree.record(beams)
@@ -149,7 +166,7 @@ def _beams(
             agreed = max(agreed, certain)
             show.tail(tokenizer.decode(ids[agreed:]))
     group = best(request, beams)
-    texts = [[_completion(tokenizer, prompt, request) for _ in group.ids[0]] for prompt in prompts]
+    texts = _completions(tokenizer, request, group.ids.size(1))
     for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):
         for text, tokens, beam in zip(row, ids, rows, strict=True):
             new = tokens[request.prompt_length :][beam >= 0]
@@ -158,10 +175,12 @@ def _beams(
             text.finish()
     # what was shown is the beginning of the best text
     show.write(texts[0][0].text[len(shown.text) :])
-    scores = group.scores.tolist()
     return [
-        [Text(*pair) for pair in zip(*both, strict=True)]
-        for both in zip(texts, scores, strict=True)
+        [
+            Text(text, score, avoided(request, beams, beam))
+            for text, score, beam in zip(row, scores.tolist(), rows, strict=True)
+        ]
+        for row, scores, rows in zip(texts, group.scores, group.beams, strict=True)
     ]
 
 

@@ -1,11 +1,13 @@
-"""Many prompts: a file in, one JSON object a text out, in the order of the file.
+"""Prompts are read; many of them are run, one JSON object a text, in the order of the file.
 
-The file is text, a prompt a line, or JSONL: a string or an object with "prompt". Prompts of about
-the same length are decoded together. This file does not know how tokens are chosen.
+The file is text, a prompt a line, or JSONL: a string or an object with "prompt". Only prompts of
+the same length in tokens are decoded together, so that none depends on what else is in the file.
+This file does not know how tokens are chosen.
 """
 
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,34 +20,59 @@ from nanogpt2.config import GenerationConfig
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
+JSON_NAMES = (".jsonl", ".json")
 # rounds in which --unique tries to replace texts that were there already
 MOST_ROUNDS = 10
 
 
-def read_prompts(source: str, skip_bad: bool) -> list[str]:
-    """Read the prompts of a file, or of standard input where it is -.
+def read_prompt(prompt: str, file: str | None) -> str:
+    """Read one prompt: a file's text, or standard input's where the prompt is -, or as it is.
+
+    Raises ValueError for what is not UTF-8, OSError for a file that cannot be read.
+    """
+    if file is None and prompt != "-":
+        return prompt
+    data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        byte, where = data[error.start], file or "standard input"
+        raise ValueError(
+            f"{where!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+        ) from None
+
+
+def read_prompts(source: str, skip_bad: bool) -> dict[int, str]:
+    """Read a file's prompts, or standard input's where it is -, by the numbers of their lines.
 
     Raises ValueError that names the first broken line, unless broken lines are to be skipped: then
     each is noted. Raises OSError for a file that cannot be read.
     """
     data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    prompts = []
-    is_jsonl = source.endswith(".jsonl") or data.lstrip()[:1] in (b"{", b'"')
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
+    is_jsonl = _looks_like_json(lines) if source == "-" else source.lower().endswith(JSON_NAMES)
+    prompts = {}
+    for number, line in enumerate(lines, start=1):
         try:
             text = line.decode("utf-8")
             prompt = _prompt(text) if is_jsonl and text.strip() else text
         except (ValueError, RecursionError) as error:
-            message = f"{source!r} line {number}: {error}"
-            if not skip_bad:
-                raise ValueError(f"{message} (--skip_bad goes on without it)") from None
-            terminal.note(f"skipped {message}")
+            _leave_out(f"{source!r} line {number}: {error}", skip_bad)
             continue
         if prompt.strip():
-            prompts.append(prompt)
+            prompts[number] = prompt
     if not prompts:
         raise ValueError(f"{source!r} holds no prompt")
     return prompts
+
+
+def _looks_like_json(lines: list[bytes]) -> bool:
+    """Tell whether the first line that is not empty is a prompt in JSON."""
+    try:
+        _prompt(next(line for line in lines if line.strip()).decode("utf-8"))
+    except (StopIteration, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _prompt(line: str) -> str:
@@ -56,36 +83,91 @@ def _prompt(line: str) -> str:
     return prompt
 
 
+def _leave_out(message: str, skip_bad: bool) -> None:
+    if not skip_bad:
+        raise ValueError(f"{message} (--skip_bad goes on without it)") from None
+    terminal.note(f"skipped {message}")
+
+
 @dataclass(frozen=True)
 class Job:
-    """How the prompts are run: prompts side by side, and whether equal texts are dropped."""
+    """A file of prompts and how they are run.
 
+    batch_size: prompts side by side; unique: equal texts are dropped; skip_bad: prompts that cannot
+    be run are left out.
+    """
+
+    source: str
     batch_size: int
     unique: bool
+    skip_bad: bool
 
 
 def run_prompts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig, job: Job
+    model: GPT, tokenizer: Tokenizer, prompts: dict[int, str], options: GenerationConfig, job: Job
 ) -> Iterator[dict[str, Any]]:
-    """Yield the texts of all prompts in order, showing progress on stderr."""
-    lengths = [len(tokenizer.encode(prompt)) for prompt in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    """Yield the texts of all prompts in order, showing progress on stderr.
+
+    Raises ValueError for what cannot be, before the first text; FloatingPointError after that.
+    """
+    batches = _batches(model, tokenizer, prompts, options, job)
+    numbers = deque(sorted(number for batch in batches for number in batch))
     done: dict[int, list[Text]] = {}
-    next_up = 0
-    with terminal.Progress(len(prompts), 0, "prompt") as bar:
-        for start in range(0, len(by_length), job.batch_size):
-            numbers = by_length[start : start + job.batch_size]
-            batch = [prompts[i] for i in numbers]
-            for number, texts in zip(
-                numbers, _texts(model, tokenizer, batch, options, job), strict=True
-            ):
-                done[number] = texts
-            bar.advance(len(numbers))
-            while next_up in done:
-                for index, text in enumerate(done.pop(next_up)):
+    asked, found = len(numbers) * options.num_return_sequences, 0
+    with terminal.Progress(len(numbers), 0, "prompt") as bar:
+        for batch in batches:
+            texts = [prompts[number] for number in batch]
+            try:
+                done |= zip(batch, _texts(model, tokenizer, texts, options, job), strict=True)
+            except ValueError as error:
+                if not found:
+                    raise
+                raise FloatingPointError(str(error)) from error
+            bar.advance(len(batch))
+            while numbers and numbers[0] in done:
+                number = numbers.popleft()
+                for index, text in enumerate(done.pop(number)):
                     completion = text.completion
-                    yield as_json(prompts[next_up], index, completion, text.score, options.seed)
-                next_up += 1
+                    yield as_json(prompts[number], index, completion, text.score, options.seed)
+                    found += 1
+    if found < asked:
+        terminal.note(f"note: --unique left {found} of {asked} texts: no other new ones came")
+
+
+def _batches(
+    model: GPT, tokenizer: Tokenizer, prompts: dict[int, str], options: GenerationConfig, job: Job
+) -> list[list[int]]:
+    """The numbers of the lines that are run together: those of one length in tokens.
+
+    Raises ValueError, or leaves lines out, where a length is not possible with these options.
+    """
+    by_length: dict[int, list[int]] = {}
+    for number, prompt in prompts.items():
+        by_length.setdefault(len(tokenizer.encode(prompt)), []).append(number)
+    wrong: dict[int, ValueError] = {}
+    for numbers in by_length.values():
+        try:
+            batch = [prompts[number] for number in numbers[: job.batch_size]]
+            request_for(model, tokenizer, batch, options)
+        except ValueError as error:
+            wrong |= dict.fromkeys(numbers, error)
+    if len(wrong) == len(prompts):
+        # it is not the prompts' fault
+        raise wrong[min(wrong)]
+    for number in sorted(wrong):
+        _leave_out(f"prompts {job.source!r} line {number}: {wrong[number]}", job.skip_bad)
+    long = sum(len(by_length[n]) for n in by_length if n > model.config.block_size)
+    if long:
+        terminal.note(
+            f"note: {long} of the prompts are longer than the context of "
+            f"{model.config.block_size} tokens: their oldest ones are dropped"
+        )
+    return [
+        numbers[start : start + job.batch_size]
+        for _, numbers in sorted(by_length.items())
+        if numbers[0] not in wrong
+        for start in range(0, len(numbers), job.batch_size)
+    ]
 
 
 def _texts(
@@ -96,7 +178,7 @@ def _texts(
     wanted = options.num_return_sequences
     for round_ in range(MOST_ROUNDS if job.unique and options.samples else 1):
         request = request_for(model, tokenizer, prompts, _round(options, round_))
-        found = decode_texts(model, tokenizer, prompts, request)
+        found = decode_texts(model, tokenizer, request)
         if not job.unique:
             return found
         for texts, seen in zip(found, kept, strict=True):

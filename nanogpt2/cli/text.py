@@ -3,9 +3,12 @@
 This file does not know how tokens are chosen.
 """
 
-from collections.abc import Sequence
+import codecs
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nanogpt2.generation.stopping import stop_bytes, stop_start
 from nanogpt2.tokenizer import Tokenizer
 
 
@@ -13,71 +16,84 @@ class Completion:
     """One continuation while it grows: `text` is what is certain so far.
 
     Characters whose bytes are incomplete are held back, and so is what may turn out to be the
-    beginning of a stop string.
+    beginning of a stop string. What comes after the end is left out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: str, ends: Sequence[int], stops: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        ends: Sequence[int],
+        stops: str | Sequence[str] = (),
     ) -> None:
         """ends: the token ids that end a text; stops: the strings that do."""
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason = "length"
-        self._ends, self._stops = frozenset(ends), stops
-        self._stream = tokenizer.stream()
-        self._held = ""
-        self._is_cut = False
-        # a stop string may begin in the prompt
-        self._before = prompt[-max(map(len, stops), default=0) :] if stops else ""
+        self._tokenizer, self._ends = tokenizer, frozenset(ends)
+        self._stops = stop_bytes(stops) if stops else []
+        self._longest = max(map(len, self._stops), default=1)
+        # a stop string may begin in the prompt, or in what is certain; bytes, as all that follows
+        self._before = tokenizer.decode_bytes(prompt_ids[-self._longest :]) if stops else b""
+        self._held = b""
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
         """Take the next token and return the text that is now certain."""
+        if self.finish_reason == "stop":
+            return ""
         self.token_ids.append(token)
         if token in self._ends:
             self.finish_reason = "stop"
             return ""
-        self._held += self._stream.feed([token])
-        if self._cut():
+        new = self._tokenizer.decode_bytes([token])
+        self._held += new
+        start = stop_start(self._before + self._held, len(new), self._stops)
+        if start is not None:
+            self.finish_reason = "stop"
+            self._held = self._held[: max(0, start - len(self._before))]
             return ""
         return self._release(len(self._held) - self._doubtful())
 
     def finish(self) -> str:
         """Return what was held back: no more tokens will come."""
-        if not self._is_cut:
-            self._held += self._stream.finish()
-            self._cut()
-        return self._release(len(self._held))
-
-    def _cut(self) -> bool:
-        """Cut off at the first stop string, if there is one."""
-        seen = self._before + self.text + self._held
-        starts = [seen.find(stop, self._searchable(stop)) for stop in self._stops]
-        starts = [start for start in starts if start >= 0]
-        if not starts:
-            return False
-        certain = len(self._before) + len(self.text)
-        self._held = seen[certain : max(certain, min(starts))]
-        self.finish_reason, self._is_cut = "stop", True
-        return True
-
-    def _searchable(self, stop: str) -> int:
-        """A stop string that lies in the prompt alone ends nothing."""
-        return max(0, len(self._before) - len(stop) + 1)
+        return self._release(len(self._held), final=True)
 
     def _doubtful(self) -> int:
-        """How many of the held characters may begin a stop string."""
-        longest = 0
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+        """How many of the held bytes may belong to a stop string that is not complete yet."""
+        seen = self._before + self._held
+        for n in range(min(self._longest - 1, len(seen)), 0, -1):
+            if any(stop.startswith(seen[-n:]) for stop in self._stops):
+                return min(n, len(self._held))
+        return 0
 
-    def _release(self, size: int) -> str:
+    def _release(self, size: int, final: bool = False) -> str:
         piece, self._held = self._held[:size], self._held[size:]
-        self.text += piece
-        return piece
+        self._before = (self._before + piece)[-self._longest :]
+        text = self._utf8.decode(piece, final)
+        self.text += text
+        return text
+
+
+def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, slice]]:
+    """Split a text into whole characters and the tokens that share them, as places in token_ids."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    left, piece, first = completion.text, "", 0
+    for i, token in enumerate(completion.token_ids, start=1):
+        is_last = i == len(completion.token_ids)
+        piece += utf8.decode(tokenizer.decode_bytes([token]), final=is_last)
+        unfinished, _ = utf8.getstate()
+        if not unfinished:
+            # what ends a text is cut off
+            if left:
+                yield left[: len(piece)], slice(first, i)
+            left, piece, first = left[len(piece) :], "", i
+
+
+def as_line(value: Any) -> str:
+    """JSON on a line; what is no finite number becomes null, since JSON has no word for it."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain) + "\n"
 
 
 def as_json(

@@ -1,121 +1,129 @@
-"""A name, a file or a folder -> its texts -> token ids for training and for validation.
+"""A source and a task -> what is trained on and what is held out.
 
-Texts are joined by <|endoftext|>. The ids are kept in a cache keyed by the SHA-256 of the texts, as
-a .npy file that later runs map into memory. This file does not know the model.
+    lm        texts, each followed by <|endoftext|>; of records, the column `text`
+    chat      records of a conversation: see chat.py
+    classify  records of a text and a label; of text files, the label is their folder's name
+
+This file does not know the model, but for its vocabulary's size.
 """
 
 import hashlib
-import os
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nanogpt2 import hub
-from nanogpt2.config import check_data
+from nanogpt2.data.examples import NOT_COUNTED, Examples, chat_examples, labelled_examples
+from nanogpt2.data.shards import Ids
+from nanogpt2.data.streams import SPLIT_SEED, Columns, Streams
 from nanogpt2.tokenizer import Tokenizer
 
 CACHE = Path("~/.cache/nanogpt2/tokens")
+COLUMNS = Columns()
+TASKS = ("lm", "chat", "classify")
 SHORTEST = 64  # tokens
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 65_536  # tokens; more would only slow the evaluations down
-# the split does not depend on the run's seed, so that runs can be compared
-SPLIT_SEED = 1558
-
-Ids = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids, one-dimensional, and where they came from."""
+    """What is trained on, what is held out, and where they came from."""
 
-    train: Ids
-    validation: Ids
-    sha256: str  # of the texts
+    train: Ids | Examples
+    validation: Ids | Examples
+    sha256: str  # of the files, the task and the columns
+    labels: tuple[str, ...] = ()  # classification: the name of each class's number
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest sequence that the data can fill."""
+        if isinstance(self.train, Examples):
+            return self.train.longest
+        return min(len(self.train), len(self.validation)) - 1
+
+    def prompt(self, tokenizer: Tokenizer) -> list[int]:
+        """What a sample may go on from: the first words that are held out; a chat's first turn."""
+        if isinstance(self.validation, Examples):
+            inputs, targets = self.validation.example(0, self.validation.longest)
+            return inputs[: int((targets != NOT_COUNTED).argmax()) + 1].tolist()
+        words = tokenizer.decode(self.validation[:64].tolist()).split()[1:7]
+        return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
 
 
-def read_texts(source: str) -> list[str]:
-    """Read the texts of a corpus: one for a file, one for each .txt of a folder, in order of name.
+def load_corpus(
+    source: str,
+    tokenizer: Tokenizer,
+    task: str = "lm",
+    *,
+    validation: str | None = None,
+    columns: Columns = COLUMNS,
+    vocab_size: int | None = None,
+    labels: tuple[str, ...] | None = None,
+    block_size: int | None = None,
+    cache: Path = CACHE,
+) -> Corpus:
+    """Tokenise a source, once for each content and tokenizer, and hold some of it out.
 
-    Raises ValueError for a text that is not UTF-8 (with the byte's offset) and for an empty corpus.
+    `validation` is a second source, to be held out instead; of texts it must fill `block_size`.
+    `vocab_size` is the model's, `labels` are those of a classifier that goes on learning. Raises
+    ValueError or OSError for a source that cannot be used.
     """
-    check_data(source)
-    path = Path(source)
-    if source == "pydocs":
-        from pydoc_data.topics import topics
-
-        texts = [topics[name] for name in sorted(topics)]
-    elif source == "shakespeare":
-        texts = [read_text(hub.fetch_shakespeare())]
-    elif path.is_dir():
-        texts = [read_text(file) for file in sorted(path.rglob("*.txt"))]
-    else:
-        texts = [read_text(path)]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ValueError(f"{source!r} is empty: there is no text in it")
-    return texts
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte-order mark.
-
-    Raises ValueError that names the offset of a byte that is not UTF-8.
-    """
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise ValueError(
-            f"{str(path)!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
-        ) from None
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
+    streams = Streams(tokenizer, task, columns, vocab_size or tokenizer.vocab_size, cache)
+    stream, digest = streams.read(source)
+    if validation is not None:
+        second, second_digest = streams.read(validation)
+        digest = hashlib.sha256(digest + second_digest).digest()
+    if task == "lm":
+        if validation is None:
+            return Corpus(*_split_ids(stream, source), digest.hex())
+        if len(second) < (block_size or 1) + 1:
+            raise ValueError(
+                f"{validation!r} is too short: {len(second)} tokens to validate on, block_size "
+                f"{block_size or 1} needs {(block_size or 1) + 1}"
+            )
+        return Corpus(stream, second, digest.hex())
+    train = _examples(stream, source, task, labels)
+    if validation is None:
+        return Corpus(*_split_examples(train, source), digest.hex(), train.labels)
+    held_out = _examples(second, validation, task, train.labels)
+    return Corpus(train, held_out, digest.hex(), train.labels)
 
 
-def load_corpus(source: str, tokenizer: Tokenizer, cache: Path = CACHE) -> Corpus:
-    """Tokenise a corpus, once for each content and tokenizer, and split it.
-
-    Raises ValueError or OSError for a corpus that cannot be used.
-    """
-    texts = read_texts(source)
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", errors="surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    sha256 = digest.hexdigest()
-    ids = _cached_ids(texts, tokenizer, cache.expanduser() / f"{sha256}-{tokenizer.name}.npy")
+def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
     if len(ids) < SHORTEST:
         raise ValueError(
             f"{source!r} is too short: {len(ids)} tokens, at least {SHORTEST} are needed"
         )
     held_out = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_MOST)
-    return Corpus(ids[: len(ids) - held_out], ids[len(ids) - held_out :], sha256)
+    return ids[: len(ids) - held_out], ids[len(ids) - held_out :]
 
 
-def _cached_ids(texts: Sequence[str], tokenizer: Tokenizer, path: Path) -> Ids:
-    with suppress(OSError, ValueError, EOFError):
-        # absent or damaged: made below
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    ids = _encode(texts, tokenizer)
-    with suppress(OSError):
-        # a cache that cannot be written costs time, not the run
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        with partial.open("wb") as file:
-            np.save(file, ids, allow_pickle=False)
-        partial.replace(path)
-    return ids
+def _examples(
+    stream: Ids, source: str, task: str, labels: tuple[str, ...] | None = None
+) -> Examples:
+    if task == "chat":
+        return chat_examples(stream)
+    try:
+        examples = labelled_examples(stream, labels or ())
+    except ValueError as error:
+        raise ValueError(f"{source!r} {error}") from None
+    if len(examples.labels) < 2:
+        raise ValueError(f"{source!r} has one label alone, {examples.labels[0]!r}; two are needed")
+    return examples
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Ids:
-    """Put the texts in an order of their own, each followed by <|endoftext|>; the last validate.
-
-    One text stays whole, so its end validates; of many, whole ones drawn at random do.
-    """
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    pieces = [np.array([*tokenizer.encode(texts[i]), tokenizer.end_of_text], dtype) for i in order]
-    return np.concatenate(pieces)
+def _split_examples(examples: Examples, source: str) -> tuple[Examples, Examples]:
+    """Draw examples to hold out, one at least, but never the last that is left of a label."""
+    drawn = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
+    classes = np.zeros(len(drawn), np.int64) if examples.classes is None else examples.classes
+    kept = np.unique(classes[drawn], return_index=True)[1]
+    free = np.delete(drawn, kept)
+    if not len(free):
+        raise ValueError(f"{source!r} has too few records to hold one out: give --validation")
+    enough = np.searchsorted(np.cumsum(examples.lengths[free]), VALIDATION_MOST)
+    held_out = free[: max(1, min(int(len(drawn) * VALIDATION_SHARE), enough))]
+    rest = np.setdiff1d(drawn, held_out)
+    return examples.choose(rest), examples.choose(np.sort(held_out))

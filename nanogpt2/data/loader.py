@@ -1,74 +1,148 @@
-"""Token ids -> batches: which windows of the text make up batch number `index`.
+"""Token ids or examples -> batches: sequence number n of a run is a function of (seed, n) alone.
 
-A batch is a function of (seed, index) alone. Nothing is remembered from one to the next, so a
-resumed run seeks to its place at once. This file does not know the model.
+Nothing is remembered from one to the next, so a resumed run seeks to its place at once, and any
+range of sequences can be read anywhere: by a step, a micro-batch, a process. All batches are
+(inputs, targets), both int64 (B, T): targets are the tokens that follow, or a label's number;
+those that do not count are -100. This file does not know the model.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt2.data.corpus import Ids
+from nanogpt2.data.examples import NOT_COUNTED, Examples, Ints
+from nanogpt2.data.shards import Ids
+
+Batch = tuple[Tensor, Tensor]
 
 
-class BatchLoader:
-    """Batches of (inputs, targets), both int64 (B, T); targets are inputs one token later.
+class Batches(Protocol):
+    """The sequences of a run, each epoch's shuffled anew."""
 
-    Every epoch cuts the text into windows of T tokens at a new offset and shuffles them.
-    """
+    sequences: int  # in an epoch
+    block_size: int  # T at most
 
-    def __init__(self, ids: Ids, batch_size: int, block_size: int, seed: int) -> None:
-        """Raise ValueError where the text has fewer than block_size + 1 tokens."""
+    def rows(self, first: int, count: int) -> Batch:
+        """Return sequences first .. first + count - 1 of the run, numbered from 0."""
+
+
+def make_batches(data: Ids | Examples, block_size: int, seed: int) -> Batches:
+    """Return the batches of a run. Raises ValueError for ids that fill no sequence."""
+    if isinstance(data, Examples):
+        return ExampleBatches(data, block_size, seed)
+    return WindowBatches(data, block_size, seed)
+
+
+class WindowBatches:
+    """Every epoch cuts the text into windows of T tokens at a new offset and shuffles them."""
+
+    def __init__(self, ids: Ids, block_size: int, seed: int) -> None:
         if len(ids) < block_size + 1:
             raise ValueError(
                 f"is too short: {len(ids)} tokens to train on, block_size {block_size} needs "
                 f"{block_size + 1}"
             )
         self.ids = ids
-        self.batch_size = batch_size
         self.block_size = block_size
-        self.seed = seed
         # windows in an epoch, whatever its offset
-        self.windows = max(1, (len(ids) - block_size) // block_size)
-        self._epoch = -1
-        self._starts: NDArray[np.int64] = np.empty(0, np.int64)
+        self.sequences = max(1, (len(ids) - block_size) // block_size)
+        self._order = _Order(self.sequences, seed, len(ids) - self.sequences * block_size)
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return batch number `index` = 0, 1, 2, ..."""
-        first = index * self.batch_size
-        starts = [self._start(n) for n in range(first, first + self.batch_size)]
-        rows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
-        batch = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+    def rows(self, first: int, count: int) -> Batch:
+        """Return sequences first .. first + count - 1: targets are inputs one token later."""
+        places = [self._order(n) for n in range(first, first + count)]
+        starts = [offset + window * self.block_size for window, offset in places]
+        windows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
+        batch = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
         return batch[:, :-1], batch[:, 1:]
 
-    def _start(self, n: int) -> int:
-        """Where the n-th window of the run begins."""
-        epoch, place = divmod(n, self.windows)
-        if epoch != self._epoch:
+
+class ExampleBatches:
+    """Every epoch has each example once."""
+
+    def __init__(self, examples: Examples, block_size: int, seed: int) -> None:
+        self.examples = examples
+        self.block_size = block_size
+        self.sequences = len(examples)
+        self._order = _Order(self.sequences, seed)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Return sequences first .. first + count - 1, padded to the longest of them."""
+        numbers = [self._order(n)[0] for n in range(first, first + count)]
+        return _padded([self.examples.example(i, self.block_size) for i in numbers])
+
+
+class _Order:
+    """Which of `count` items is the n-th of the run, and the offset drawn for its epoch."""
+
+    def __init__(self, count: int, seed: int, offsets: int = 1) -> None:
+        self.count, self.seed, self.offsets = count, seed, offsets
+        self._held: tuple[int, int, NDArray[np.int64]] | None = None
+
+    def __call__(self, n: int) -> tuple[int, int]:
+        epoch, place = divmod(n, self.count)
+        # read once and replaced whole: another thread may be in another epoch
+        held = self._held
+        if held is None or held[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            offset = rng.integers(0, len(self.ids) - self.windows * self.block_size)
-            self._starts = offset + self.block_size * rng.permutation(self.windows)
-            self._epoch = epoch
-        return int(self._starts[place])
+            offset = int(rng.integers(0, self.offsets))
+            held = self._held = (epoch, offset, rng.permutation(self.count))
+        return int(held[2][place]), held[1]
+
+
+def _padded(rows: list[tuple[Ints, Ints]]) -> Batch:
+    """Stack rows, on the right filled up with id 0 and targets that do not count."""
+    shape = (len(rows), max(len(ids) for ids, _ in rows))
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, NOT_COUNTED)
+    for i, (ids, wanted) in enumerate(rows):
+        inputs[i, : len(ids)], targets[i, : len(wanted)] = ids, wanted
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def validation_batches(
-    ids: Ids, batch_size: int, block_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the whole text once, in order, as (inputs, targets) of at most (B, T).
+    data: Ids | Examples, batch_size: int, block_size: int
+) -> "ValidationBatches":
+    """Return batches of at most (B, T), in order, in which every target stands exactly once."""
+    return ValidationBatches(data, batch_size, block_size)
 
-    Every token but the first is a target exactly once; targets past the end are -100.
-    """
-    count = len(ids) - 1
-    for start in range(0, count, batch_size * block_size):
-        rows = min(batch_size, -(-(count - start) // block_size))
-        stop = min(start + rows * block_size, count)
-        inputs = np.zeros(rows * block_size, np.int64)
-        targets = np.full(rows * block_size, -100, np.int64)
-        inputs[: stop - start] = ids[start:stop]
-        targets[: stop - start] = ids[start + 1 : stop + 1]
-        shape = (rows, block_size)
-        yield torch.from_numpy(inputs).view(shape), torch.from_numpy(targets).view(shape)
+
+@dataclass(frozen=True)
+class ValidationBatches:
+    """A sequence of batches. Of a text, every token but the first is a target."""
+
+    data: Ids | Examples
+    batch_size: int
+    block_size: int
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self._rows() // self.batch_size)
+
+    def __getitem__(self, i: int) -> Batch:
+        """Return batch number i = 0, 1, 2, ..."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"batch {i} of {len(self)}")
+        first = i * self.batch_size
+        rows = range(first, min(first + self.batch_size, self._rows()))
+        return _padded([self._row(n) for n in rows])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches in order."""
+        return (self[i] for i in range(len(self)))
+
+    def _rows(self) -> int:
+        if isinstance(self.data, Examples):
+            return len(self.data)
+        return -(-(len(self.data) - 1) // self.block_size)
+
+    def _row(self, n: int) -> tuple[Ints, Ints]:
+        if isinstance(self.data, Examples):
+            return self.data.example(n, self.block_size)
+        start = n * self.block_size
+        ids = self.data[start : start + self.block_size + 1].astype(np.int64)
+        return ids[:-1], ids[1:]

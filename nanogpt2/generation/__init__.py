@@ -18,6 +18,7 @@ from nanogpt2.generation.beam import Beams, beam_search, best
 from nanogpt2.generation.constrained import constrained_search
 from nanogpt2.generation.contrastive import contrastive_search
 from nanogpt2.generation.diverse import diverse_search
+from nanogpt2.generation.engine import check_memory
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
 from nanogpt2.generation.sampling import Step, decode
 from nanogpt2.generation.stochastic import stochastic_search
@@ -62,7 +63,8 @@ def generate(
 
     The model runs in eval mode and is left as it was. Draws come from torch's global generator, or
     from one of their own where `seed` is given; both give transformers' tokens for the same seed.
-    Raises ValueError for an unusable prompt or value, TypeError for an option that does not exist.
+    Raises ValueError for an unusable prompt or value, TypeError for an option that does not exist,
+    FloatingPointError for a model whose scores are no numbers.
     """
     request = prepare(
         model.config,
@@ -74,6 +76,7 @@ def generate(
         tuple(logits_processor),
         prefix_allowed_tokens_fn,
     )
+    check_memory(model, request)
     run = _run_beams if request.config.num_beams > 1 else _run_rows
     return run(model, request, input_ids.device)
 

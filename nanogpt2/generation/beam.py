@@ -69,6 +69,8 @@ class Beams:
     improvable: Tensor  # bool (B, 1): a running text may still beat a finished one
     done: bool = False
     scores: list[Tensor] = field(default_factory=list)  # each (B * K, V), if asked for
+    # of groups: the tokens that each step chose, int64 (B, K), those of ended searches too
+    chosen: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()

@@ -60,11 +60,12 @@ def diverse_search(model: GPT, request: Request) -> Iterator[Beams]:
     config, B, K = request.config, len(request.ids), request.config.num_beams
     G, S = config.num_beam_groups, K // config.num_beam_groups
     engine, stopping, diversity = Engine(model, request), Stopping(request), Diversity(request)
-    chain = _chain(request, S, diversity)
+    chain = [process for _, process in chain_with(diversity, processors_for(request, rows=S))]
     rows = torch.arange(B * K, device=request.ids.device).view(B, G, S)
     groups = [start(request, S) for _ in range(G)]
     history: list[Tensor] = []
-    beams = _together(groups, history)
+    chosen: list[Tensor] = []
+    beams = _together(groups, history, chosen)
     with evaluating(model):
         while not beams.done:
             ids = beams.running.ids.flatten(0, 1)  # (B * K, T)
@@ -80,15 +81,19 @@ def diverse_search(model: GPT, request: Request) -> Iterator[Beams]:
             if over or stopping.must_stop(ids.size(1) + 1):
                 for group in groups:
                     close(request, group)
-            beams = _together(groups, history)
+            chosen.append(torch.cat([group.running.ids[:, :, -1] for group in groups], dim=1))
+            beams = _together(groups, history, chosen)
             engine.reorder(beams.running.beams[:, :, -1].flatten().long())
             yield beams
 
 
-def _chain(request: Request, S: int, diversity: Diversity) -> list[Processor]:
-    chain = processors_for(request, rows=S)
-    first = [process for name, process in chain if name == "sequence_bias"]
-    return [*first, diversity, *(process for name, process in chain if name != "sequence_bias")]
+def chain_with(
+    diversity: Diversity, chain: list[tuple[str, Processor]]
+) -> list[tuple[str, Processor]]:
+    """The processors with the penalty in its place."""
+    first = [each for each in chain if each[0] == "sequence_bias"]
+    others = [each for each in chain if each[0] != "sequence_bias"]
+    return [*first, ("diversity_penalty", diversity), *others]
 
 
 def _step(
@@ -114,7 +119,7 @@ def _step(
     return processed.view_as(scores)
 
 
-def _together(groups: list[Beams], history: list[Tensor]) -> Beams:
+def _together(groups: list[Beams], history: list[Tensor], chosen: list[Tensor]) -> Beams:
     """The groups of a prompt side by side; the finished texts best first, whoever found them."""
     running, finished = groups[0].running, groups[0].finished
     for group in groups[1:]:
@@ -127,4 +132,15 @@ def _together(groups: list[Beams], history: list[Tensor]) -> Beams:
         improvable=torch.stack([group.improvable for group in groups]).any(dim=0),
         done=all(group.done for group in groups),
         scores=history,
+        chosen=chosen,
     )
+
+
+def avoided(request: Request, beams: Beams, rows: Tensor) -> tuple[list[int], ...]:
+    """What the groups before a text's own chose at each of its steps; () where there are no groups.
+
+    rows: int32 (new,), the row that each of its tokens was added to, -1 past its end.
+    """
+    K, S = request.config.num_beams, request.config.num_beams // request.config.num_beam_groups
+    steps = zip(beams.chosen, rows[rows >= 0].tolist(), strict=False)
+    return tuple(chosen[row // K, : row % K // S * S].tolist() for chosen, row in steps)

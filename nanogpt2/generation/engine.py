@@ -3,6 +3,7 @@
 This file does not know how a token is chosen.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +42,10 @@ class Engine:
         self.hidden = model.wte.weight.new_empty(0)
 
     def next_scores(self, ids: Tensor) -> Tensor:
-        """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V)."""
+        """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V).
+
+        Raises FloatingPointError where the model's best score is no finite number.
+        """
         length = ids.size(1)
         if length - self.base > self.block_size:
             self._slide(length)
@@ -53,6 +57,11 @@ class Engine:
         x = self.model.hidden_states(ids[rows, known:], positions, mask, self.cache)
         self.hidden = x
         scores = self.model.logits(x[:, -1]).float()  # (B, V) or (N, V)
+        if not scores.amax(dim=1).isfinite().all():
+            raise FloatingPointError(
+                "the model's scores are not finite numbers: are its weights damaged, or its dtype "
+                "too narrow?"
+            )
         if one:
             self.cache.repeat_interleave(self.rows)
             self.shared = self.cache.length
@@ -92,6 +101,36 @@ def context_start(length: int, max_length: int, block_size: int) -> int:
     if length <= block_size:
         return 0
     return length - block_size + min(max_length - length, block_size // 2)
+
+
+def check_memory(model: GPT, request: Request) -> None:
+    """Raise ValueError where a request surely needs more memory than its device has.
+
+    Counts what grows with the rows: the cache, half of it once more where beams are reordered, the
+    scores and two copies of them. A system that promises more memory than there is would kill the
+    process without a word.
+    """
+    config, shape = request.config, model.config
+    name, number = "num_return_sequences", request.rows
+    if config.num_beams > 1:
+        name, number = "num_beams", config.num_beams
+    elif config.penalty_alpha is not None:
+        name, number = "top_k", min(config.top_k or shape.vocab_size, shape.vocab_size)
+    rows = len(request.ids) * number
+    length = min(shape.block_size, request.max_length)
+    cache = 2 * shape.n_layer * shape.n_embd * length * model.wte.weight.element_size()
+    copies = 1.5 if config.num_beams > 1 else 1.0
+    needed = rows * (copies * cache + 3 * 4 * shape.vocab_size + request.max_length)
+    device = request.ids.device
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of up to {length} "
+            f"tokens, more than the {there / 2**30:,.0f} GiB there are; lower it or max_new_tokens"
+        )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Why this token: its raw probability, what each processor made of it, and who came close.
 
 Runs a finished text through the model again, token by token, with the processors of its request:
-the same numbers as while it was decoded, by whatever algorithm. This file does not know how a token
-was chosen.
+the same numbers as while it was decoded, by whatever algorithm. What the groups of a diverse search
+chose before the text's own cannot be read off the text, and is given. This file does not know how a
+token was chosen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt2 import terminal
+from nanogpt2.generation.diverse import Diversity, chain_with
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request
@@ -47,11 +49,22 @@ class Explanation:
 
 @torch.no_grad()
 def explain(
-    model: GPT, request: Request, token_ids: Sequence[int], tokenizer: Tokenizer, rivals: int = 4
+    model: GPT,
+    request: Request,
+    token_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    avoided: Sequence[Sequence[int]] = (),
+    rivals: int = 4,
 ) -> Iterator[Explanation]:
-    """Explain the new tokens of a request's first prompt, one by one."""
+    """Explain the new tokens of a request's first prompt, one by one.
+
+    avoided: for each of them, of diverse beams, the tokens that the groups before had just chosen.
+    """
     request = replace(request, ids=request.ids[:1], mask=request.mask[:1], rows=1)
     engine, chain = Engine(model, request), processors_for(request)
+    diversity = Diversity(request)
+    if request.config.num_beam_groups > 1:
+        chain = chain_with(diversity, chain)
     stages = ("raw", *(name for name, _ in chain))
     searches = request.config.num_beams > 1 and not request.config.stochastic_beams
     ids = request.ids  # (1, T)
@@ -63,6 +76,9 @@ def explain(
             order = logp[0].argsort(descending=True)
             # a penalty weighs on log-probabilities in a beam search and on logits elsewhere
             rows = [logp if searches else scores]
+            diversity.begin_step()
+            if avoided:
+                diversity.add(ids.new_tensor([avoided[position]]))
             for _, process in chain:
                 rows.append(process(ids, rows[-1]))
             p = torch.cat(rows).softmax(dim=1)  # (stages, V)
@@ -92,13 +108,11 @@ def draw(explanation: Explanation) -> str:
     return f"{title}\n{terminal.table(rows)}"
 
 
-def colour(explanation: Explanation, by: str, vocab_size: int) -> str:
-    """The chosen token's text, coloured by its raw probability, the entropy there, or its rank."""
+def shade(explanation: Explanation, by: str, vocab_size: int) -> float:
+    """How green the chosen token is, 0 to 1: by its raw probability, the entropy, or its rank."""
     chosen = explanation.chosen
     if by == "prob":
-        share = chosen.probabilities[0] ** 0.5
-    elif by == "entropy":
-        share = 1 - explanation.entropy / torch.tensor(float(vocab_size)).log().item()
-    else:
-        share = 1 / (1 + torch.tensor(float(chosen.rank)).log2().item())
-    return terminal.paint(chosen.text, share)
+        return chosen.probabilities[0] ** 0.5
+    if by == "entropy":
+        return 1 - explanation.entropy / torch.tensor(float(vocab_size)).log().item()
+    return 1 / (1 + torch.tensor(float(chosen.rank)).log2().item())

@@ -36,11 +36,15 @@ class StreamNoise:
         self._device = device
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise. Raises ValueError where too few columns are possible or one is no number."""
+        """See Noise.
+
+        Where too few columns are possible or one is no number, raises ValueError at the first step,
+        which is for the options to blame, and FloatingPointError after it.
+        """
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
-            raise ValueError(
+            raise (FloatingPointError if step else ValueError)(
                 "do_sample must have tokens left to draw, which the other options do not leave"
             ) from error
 

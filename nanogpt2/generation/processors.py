@@ -6,6 +6,7 @@ it was; -inf bans a token. `processors_for` puts them in transformers' order. No
 over rows, tokens or the vocabulary, but for the user's own `prefix_allowed_tokens_fn`.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -217,8 +218,9 @@ def raise_end(ids: Tensor, scores: Tensor, start: int, factor: float, eos: Tenso
     """Past `start` tokens, raise the end's score by |score| (factor^(tokens past start) - 1)."""
     if ids.size(1) <= start:
         return scores
-    ends = scores[:, eos]  # (N, E)
-    gain = ends.abs() * (factor ** (ids.size(1) - start) - 1)
+    ends, past = scores[:, eos], ids.size(1) - start  # (N, E)
+    # beyond e^69 float32 ends soon, and nothing else has a chance
+    gain = ends.abs() * (factor**past - 1 if past * math.log(factor) < 69 else 1e30)
     gain = gain.where(ends.isfinite(), 0.0)
     return scores + torch.zeros_like(scores).index_copy(1, eos, gain)
 
@@ -315,11 +317,15 @@ def _cut_below(scores: Tensor, p: Tensor, least: Tensor | float, keep: int) -> T
 
 def _ids(name: str, value: Any, request: Request) -> Tensor:
     """One id or several -> int64 (n,). Raises ValueError for what is no id of the vocabulary."""
-    ids = [value] if isinstance(value, int) else value
-    V = request.vocab_size
+    ids, V = _listed(value), request.vocab_size
     if not isinstance(ids, list | tuple) or not all(type(i) is int and 0 <= i < V for i in ids):
         raise ValueError(f"{name} must be ids from 0 to {V - 1}, not {value!r}")
     return torch.tensor(list(ids), dtype=torch.int64, device=request.ids.device)
+
+
+def _listed(value: Any) -> Any:
+    """None -> [], an id -> [id], several as they are."""
+    return [] if value is None else [value] if isinstance(value, int) else value
 
 
 def _lists_of_ids(name: str, value: Any, vocab_size: int) -> list[list[int]]:
@@ -338,11 +344,16 @@ def _biases(value: Any) -> dict[tuple[int, ...], float]:
     """{(ids): bias} or [[ids, bias], ...] -> {(ids): bias}."""
     try:
         pairs = value.items() if isinstance(value, dict) else [(ids, bias) for ids, bias in value]
-        biases = {tuple(int(i) for i in ids): float(bias) for ids, bias in pairs}
-    except (TypeError, ValueError, OverflowError):
+        biases = {tuple(ids): bias for ids, bias in pairs}
+    except (TypeError, ValueError):
         biases = {}
     # in float32, and -inf bans
-    if not biases or not all(bias < 3e38 for bias in biases.values()):
+    if not biases or not all(
+        type(bias) in (int, float)
+        and (abs(bias) < 3e38 or bias == -INF)
+        and all(type(i) is int for i in ids)
+        for ids, bias in biases.items()
+    ):
         raise ValueError(f"sequence_bias must be a list of [token ids, bias], not {value!r}")
     return biases
 
@@ -352,18 +363,16 @@ def _check_forced(request: Request) -> None:
     c = request.config
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(c, name)
-        forced = {value} if isinstance(value, int) else set(value or ())
-        if forced and forced <= set(c.suppress_tokens or ()):
+        forced = {*_listed(value)}
+        if forced and forced <= {*_listed(c.suppress_tokens)}:
             raise ValueError(f"{name} must not be among suppress_tokens, as {value!r} is")
 
 
 def _decay(value: Any) -> tuple[int, float]:
     try:
-        start, factor = int(value[0]), float(value[1])
-        if len(value) != 2 or start < 0 or not 0 < factor < 1e3:
-            raise ValueError(value)
-        return start, factor
-    except (TypeError, ValueError, OverflowError, LookupError):
-        raise ValueError(
-            f"exponential_decay_length_penalty must be [START, FACTOR], not {value!r}"
-        ) from None
+        start, factor = value
+        if type(start) is int and start >= 0 and type(factor) in (int, float) and 0 < factor < 1e3:
+            return start, factor
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"exponential_decay_length_penalty must be [START, FACTOR], not {value!r}")

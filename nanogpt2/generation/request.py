@@ -13,6 +13,7 @@ from nanogpt2.config import FROM_CHECKPOINT, GenerationConfig, GPTConfig
 from nanogpt2.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 20
+MOST_DRAWN = 2**24
 Processor = Callable[[Tensor, Tensor], Tensor]
 PrefixAllowedTokens = Callable[[int, Tensor], list[int]]
 
@@ -61,8 +62,12 @@ def prepare(
     pad = model_config.pad_token_id if config.pad_token_id is None else config.pad_token_id
     if config.stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings must come with tokenizer=, which says what ids stand for")
-    if config.eos_token_id != FROM_CHECKPOINT and any(i >= model_config.vocab_size for i in eos):
-        raise ValueError(f"eos_token_id must be below {model_config.vocab_size}, not {eos}")
+    V = model_config.vocab_size
+    if config.eos_token_id != FROM_CHECKPOINT and any(i >= V for i in eos):
+        raise ValueError(f"eos_token_id must be below {V}, not {eos}")
+    if pad is not None and pad >= V:
+        raise ValueError(f"pad_token_id must be below {V}, not {pad}")
+    _check_draw(config, V)
     return Request(
         config=config,
         ids=ids,
@@ -70,7 +75,7 @@ def prepare(
         eos=torch.tensor(eos, dtype=torch.int64, device=device),
         pad=pad,
         max_length=_max_length(config, ids.size(1), model_config.block_size),
-        vocab_size=model_config.vocab_size,
+        vocab_size=V,
         rows=config.num_beams if config.num_beams > 1 else config.num_return_sequences,
         tokenizer=tokenizer,
         user_processors=user_processors,
@@ -121,3 +126,28 @@ def _max_length(config: GenerationConfig, length: int, block_size: int) -> int:
     if config.max_length <= length:
         raise ValueError(f"max_length must be > {length}, the prompt's, not {config.max_length}")
     return config.max_length
+
+
+def _check_draw(config: GenerationConfig, vocab_size: int) -> None:
+    """Raise ValueError where beams draw from more continuations than torch.multinomial can."""
+    drawn = config.samples and config.noise == "hf" and not config.stochastic_beams
+    most = max(1, MOST_DRAWN // vocab_size)
+    if drawn and config.num_beams > most:
+        raise ValueError(
+            f"num_beams must be <= {most} with do_sample (torch.multinomial draws from 2^24 "
+            f"continuations at most), not {config.num_beams}; noise counter has no such limit"
+        )
+
+
+def check_least(request: Request) -> None:
+    """Raise ValueError where a text cannot get as long as it must before it may end.
+
+    generate() goes as far as it can then, as transformers does, with a warning there.
+    """
+    config, most = request.config, request.max_length
+    if config.min_new_tokens is not None:
+        name, least, most = "min_new_tokens", config.min_new_tokens, most - request.prompt_length
+    else:
+        name, least = "min_length", config.min_length
+    if least > most:
+        raise ValueError(f"{name} must be <= {most}, as long as this text may get, not {least}")

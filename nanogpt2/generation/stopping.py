@@ -1,9 +1,12 @@
 """When a text ends: an end token, its length, a string, the clock.
 
-This file does not know how tokens are chosen.
+A string ends a text at the token that completes it, and the text is cut where it begins. This is
+decided on bytes, here alone: a string may begin in one token and end within another, and half a
+character is no obstacle. This file does not know how tokens are chosen.
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,20 +48,11 @@ class Stopping:
 
 
 class StopStrings:
-    """Ends a row whose last token completes one of the strings, wherever in the token that is.
-
-    Works on bytes: a string may begin in one token and end within another, and half a character is
-    no obstacle.
-    """
+    """Ends a row whose last token completes one of the strings, wherever in the token that is."""
 
     def __init__(self, strings: str | list[str], tokenizer: Tokenizer) -> None:
         """Raise ValueError for an empty string, or for no list of strings."""
-        strings = [strings] if isinstance(strings, str) else strings
-        if not isinstance(strings, list | tuple) or not strings:
-            raise ValueError(f"stop_strings must be a text or a list of texts, not {strings!r}")
-        if not all(isinstance(string, str) and string for string in strings):
-            raise ValueError(f"stop_strings must not be empty, as one of {strings!r} is")
-        self._strings = [string.encode("utf-8") for string in strings]
+        self._strings = stop_bytes(strings)
         self._longest = max(map(len, self._strings))
         self._tokenizer = tokenizer
         # a token can end a string only if it holds the string's last byte
@@ -72,14 +66,33 @@ class StopStrings:
         ended = self._may_end.to(ids.device)[ids[:, -1]]
         for row in ended.nonzero().flatten().tolist():
             # every token has a byte at least
-            ended[row] = self._in_last_token(ids[row, -self._longest - 1 :].tolist())
+            last_ids = ids[row, -self._longest - 1 :].tolist()
+            last = len(self._tokenizer.decode_bytes(last_ids[-1:]))
+            text = self._tokenizer.decode_bytes(last_ids)
+            ended[row] = stop_start(text, last, self._strings) is not None
         return ended
 
-    def _in_last_token(self, ids: list[int]) -> bool:
-        last = self._tokenizer.decode_bytes(ids[-1:])
-        text = self._tokenizer.decode_bytes(ids)
-        return any(
-            # the occurrence must reach into the last token's bytes
-            text.find(string, max(0, len(text) - len(last) - len(string) + 1)) >= 0
-            for string in self._strings
+
+def stop_bytes(strings: str | Sequence[str]) -> list[bytes]:
+    """The strings as the bytes that a text is searched for.
+
+    Raises ValueError for an empty string, for no list of strings, for half a surrogate pair.
+    """
+    listed = [strings] if isinstance(strings, str) else strings
+    texts = isinstance(listed, list | tuple) and all(isinstance(each, str) for each in listed)
+    if not texts or not all(listed) or not listed:
+        raise ValueError(
+            f"stop_strings must be a text or a list of texts, none of them empty, not {strings!r}"
         )
+    try:
+        return [each.encode("utf-8") for each in listed]
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"stop_strings must be text that UTF-8 can write, not {error.object!r}"
+        ) from None
+
+
+def stop_start(text: bytes, last: int, strings: Sequence[bytes]) -> int | None:
+    """Where the first of the strings begins that end within the `last` bytes of a text, if any."""
+    starts = [text.find(each, max(0, len(text) - last - len(each) + 1)) for each in strings]
+    return min((start for start in starts if start >= 0), default=None)

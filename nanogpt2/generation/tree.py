@@ -3,6 +3,7 @@
 This file does not know how beams are chosen: it watches a search go by.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from nanogpt2 import terminal
@@ -15,6 +16,8 @@ class _Place:
     token: int
     score: float  # the sum so far, of processed log-probabilities
     last_step: int
+    # the best that came of it: (the text's score, or -inf; how far it came; its sum there)
+    rank: tuple[float, int, float] = (-math.inf, 0, -math.inf)
     final: float | None = None  # the text that ends here: its length-normalised score
     children: "dict[int, _Place]" = field(default_factory=dict)
 
@@ -34,7 +37,7 @@ class BeamTree:
         for ids, score in zip(running.ids[0].tolist(), running.scores[0].tolist(), strict=True):
             # a text that ended without a place among the finished runs no further
             if score > OUT / 2:
-                self._put(ids[self._start :], score)
+                self._put(ids[self._start :], score).score = score
         ended = zip(
             beams.finished.ids[0].tolist(),
             beams.finished.beams[0].tolist(),
@@ -45,26 +48,25 @@ class BeamTree:
         for ids, rows, score, is_finished in ended:
             if is_finished:
                 new = sum(row >= 0 for row in rows)
-                place = self._put(ids[self._start : self._start + new], None)
+                place = self._put(ids[self._start : self._start + new], final=score)
                 place.final = score
 
-    def _put(self, tokens: list[int], score: float | None) -> _Place:
+    def _put(self, tokens: list[int], score: float = -math.inf, final: float = -math.inf) -> _Place:
         place = self._root
         for token in tokens:
             place = place.children.setdefault(token, _Place(token, float("nan"), self._step))
             place.last_step = self._step
-        if score is not None:
-            place.score = score
+            place.rank = max(place.rank, (final, self._step, score))
         return place
 
     def draw(self, tokenizer: Tokenizer) -> str:
-        """The tree, runs of tokens without a split on one line."""
+        """The tree, best first, runs of tokens without a split on one line."""
         return terminal.tree(
             [self._node(place, tokenizer) for place in self._best_first(self._root)]
         )
 
     def _best_first(self, place: _Place) -> list[_Place]:
-        return sorted(place.children.values(), key=lambda child: -child.last_step)
+        return sorted(place.children.values(), key=lambda child: child.rank, reverse=True)
 
     def _node(self, place: _Place, tokenizer: Tokenizer) -> terminal.Node:
         tokens = [place.token]

@@ -1,50 +1,55 @@
 """A run's state on disk: everything a resumed run needs, whole or not there at all.
 
-A checkpoint is a folder `step-N` that holds the model as `load_model` and transformers read it, the
-optimizer's tensors and the random generators' states in safetensors, and the rest as JSON. It is
-written aside as `step-N.tmp`, with a manifest of sizes and SHA-256 last, synced to the disk, and
-only then renamed; a reader trusts a folder only if its manifest holds. No pickle.
+A checkpoint is a folder `step-N`:
 
-This file does not know the loop or the schedule.
+    model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
+    training.safetensors                  the learner's other tensors: optimizer, generators, ...
+    state.json                            the rest
+    manifest.json                         {file: {size, sha256}} of all of these
+
+It is written aside as `step-N.tmp`, the manifest last, synced to the disk, and only then renamed; a
+reader trusts a folder only if its manifest holds. No pickle.
+
+This file does not know the loop, the schedule or what the tensors mean.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanogpt2.model import GPT
+from nanogpt2 import terminal
+from nanogpt2.classifier import Model
+from nanogpt2.model_folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.weights import save_model
 
-MANIFEST = "manifest.json"
-STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+STATE, TENSORS = "state.json", "training.safetensors"
 
 
 def commit(
     out: Path,
-    step: int,
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
     state: dict[str, Any],
     is_best: bool,
     keep: int,
 ) -> None:
-    """Save a run's state under `out`/checkpoints, then make its model the one of `out`.
+    """Save a run under `out`/checkpoints as step-`state["step"]`; make its model the one of `out`.
 
     Older checkpoints than the newest `keep` and the best are removed last. Raises OSError, leaving
     every checkpoint committed before intact.
     """
     folder = out / "checkpoints"
-    saved = save_checkpoint(folder, step, model, tokenizer, optimizer, state)
+    saved = save_checkpoint(folder, model, tokenizer, tensors, state)
     if is_best:
         mark_best(saved)
     publish(saved, out)
@@ -53,89 +58,106 @@ def commit(
 
 def save_checkpoint(
     folder: Path,
-    step: int,
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
     """Commit `folder/step-N` and return it. Raises OSError, leaving the others as they were."""
-    final = folder / f"step-{step}"
-    if final.exists():
+    final = folder / f"step-{state['step']}"
+    if is_whole(final):
         return final
-    partial = folder / f"step-{step}.tmp"
+    partial = final.with_suffix(".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model, partial, tokenizer)
     try:
-        save_file(_optimizer_tensors(optimizer) | _generator_states(), partial / OPTIMIZER)
+        save_file(tensors, partial / TENSORS)
     except SafetensorError as error:
         # the library's own name for a full disk
         raise OSError(str(error)) from error
-    (partial / STATE).write_text(json.dumps({"step": step} | state), encoding="utf-8")
+    (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    (partial / MANIFEST).write_text(_manifest_text(entries), encoding="utf-8")
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
+    # a damaged folder of this step gives way
+    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(folder)
     return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose manifest holds, or None."""
-    return next((path for path in reversed(checkpoints(folder)) if is_whole(path)), None)
+    """Return the newest checkpoint whose manifest holds; None where there is none at all.
+
+    Says which ones it passes over. Raises ValueError where all are damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        if is_whole(path):
+            return path
+        terminal.note(f"{path} is damaged: going on from the one before it")
+    if found:
+        raise ValueError(f"finds no checkpoint in {str(folder)!r} whole; none was removed")
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in folder.glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def is_whole(path: Path) -> bool:
     """True where every file is there with the size and SHA-256 that the manifest states."""
     try:
-        entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return all(_digest(path / name) == entry for name, entry in entries.items())
+        entries = read_manifest(path) or {}
+        return (
+            {WEIGHTS, TENSORS, STATE} <= entries.keys()
+            and (path / MANIFEST).read_text(encoding="utf-8") == _manifest_text(entries)
+            and all(_digest(path / name) == entry for name, entry in entries.items())
+        )
     except (OSError, ValueError):
         return False
 
 
-def restore(path: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Bring the optimizer and the random generators to a checkpoint's state; return its state.json.
-
-    The weights are `load_model(path)`'s to read.
-    """
-    tensors = load_file(path / OPTIMIZER)
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    cuda = tensors.pop("rng.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the learner's tensors and state.json; the model is `load_model(path)`'s to read."""
+    return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def publish(path: Path, out: Path) -> None:
-    """Make a checkpoint's model files those of the folder `out`; each is replaced in one step."""
+    """Make a checkpoint's model files those of the folder `out`; each is replaced in one step.
+
+    `out` has a manifest too, of what is the same at every step: the weights state their own digest,
+    so whoever loads them while they are replaced finds the old ones or the new ones whole.
+    """
+    entries = read_manifest(path) or {}
+    lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, TENSORS)}
+    partial = out / f".{MANIFEST}.tmp"
+    partial.write_text(_manifest_text(lasting), encoding="utf-8")
+    _sync(partial)
+    partial.replace(out / MANIFEST)
     for file in path.iterdir():
-        if file.name in (MANIFEST, STATE, OPTIMIZER):
+        if file.name in (MANIFEST, STATE, TENSORS):
             continue
         partial = out / f".{file.name}.tmp"
         partial.unlink(missing_ok=True)
-        try:
-            os.link(file, partial)
-        except OSError:
-            # a file system without hard links
-            shutil.copyfile(file, partial)
+        # the weights are large; what a person may edit must not be the checkpoint's own
+        (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
+        _sync(partial)
         partial.replace(out / file.name)
     _sync(out)
+
+
+def _link(file: Path, target: Path) -> None:
+    """Give a file a second name; a copy, on a file system without hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def mark_best(path: Path) -> None:
@@ -156,17 +178,9 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"0.exp_avg": ..., "0.exp_avg_sq": ..., "0.step": ..., "1.exp_avg": ...}."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": tensor for i, slots in state.items() for key, tensor in slots.items()}
-
-
-def _generator_states() -> dict[str, Tensor]:
-    states = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["rng.cuda"] = torch.cuda.get_rng_state()
-    return states
+def _manifest_text(entries: dict[str, Any]) -> str:
+    """The one way to write a manifest, so that no bit of it can change unseen."""
+    return json.dumps(entries, indent=1)
 
 
 def _digest(path: Path) -> dict[str, Any]:

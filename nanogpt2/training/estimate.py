@@ -5,8 +5,10 @@ tokens in a micro-batch. The memory formula follows this model's autograd graph,
 in general. This file does not know the loop.
 """
 
+import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -151,6 +153,17 @@ def measure_matmul_rate(device: str, dtype: str) -> float:
     while time.perf_counter() < until:
         best = min(best, seconds(products))
     return products * 2 * size**3 / best
+
+
+def memory_used(device: str) -> int:
+    """The most bytes that were in use at once: of the GPU's memory, or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage's peak would be inherited from whoever started this process
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _synchronize(device: str) -> None:

@@ -1,6 +1,12 @@
-"""AdamW as GPT-2 is trained with: decay on matrices only, warm-up, then half a cosine down to 0.
+"""The optimizers and how their learning rate goes: AdamW or Muon; cosine, linear, constant or WSD.
+
+AdamW steps along m / sqrt(v), the mean of the gradients over the root of their mean square. Muon
+(for the blocks' matrices; AdamW does the rest) makes the mean gradient's singular values all one,
+scaled so that its steps are as large as AdamW's: one learning rate serves both.
 
 This file does not know the data or the loop.
+Sources: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon) and Liu et al. 2025 (its
+scale); Hu et al. 2024 (warm-up, stable, decay).
 """
 
 import math
@@ -8,21 +14,47 @@ import math
 import torch
 from torch import nn
 
+DECAY_SHARE = 0.2  # of the steps, at the end of schedule wsd
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused, that decays matrices and embeddings but no bias and no layer norm."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+def make_optimizers(
+    model: nn.Module, name: str, lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Optimizers that together hold every trained parameter of the model, each once.
+
+    Matrices and embeddings decay, biases and layer norms do not. Frozen parameters are left out.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    muon = {n for n, p in trained.items() if name == "muon" and p.dim() == 2 and ".h." in f".{n}"}
+    rest = [p for n, p in trained.items() if n not in muon]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers += [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    if muon:
+        matrices = [trained[n] for n in sorted(muon)]
+        optimizers += [
+            torch.optim.Muon(
+                matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        ]
+    return optimizers
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """The rate of step 1, 2, ..., `steps`: up to `peak` in `warmup` steps, then down towards 0."""
+def learning_rate(step: int, steps: int, warmup: int, peak: float, schedule: str) -> float:
+    """The rate of step 1, 2, ..., `steps`: up to `peak` in `warmup` steps, then by the schedule."""
     if step <= warmup:
         return peak * step / warmup
-    # 0 would come one step after the last: every step learns
-    progress = (step - warmup) / (steps + 1 - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    # what falls would reach 0 one step after the last: every step learns
+    left = (steps + 1 - step) / (steps + 1 - warmup)  # 1 down to 0
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * left
+    if schedule == "wsd":
+        return peak * min(1.0, (steps + 1 - step) / (DECAY_SHARE * steps))
+    return peak * 0.5 * (1 - math.cos(math.pi * left))

@@ -10,13 +10,13 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
 from nanogpt2.metrics import distinct_n, perplexity, repetition
+from nanogpt2.training.snapshot import Snapshot
 
 SPARKLINE_WIDTH = 60
 # n of the n-grams whose repetition is told: a loop of GPT-2 shows in four tokens
@@ -125,17 +125,6 @@ class TensorBoard:
 # ---- the end
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The model at one time: what it wrote, and how it did on the validation data."""
-
-    val_loss: float
-    sample: str = ""  # the prompt and what followed
-    ids: Sequence[int] = ()  # what followed, as tokens
-    accuracy: float | None = None  # classify
-    macro_f1: float | None = None
-
-
 def final_report(
     before: Snapshot,
     after: Snapshot,
@@ -160,6 +149,14 @@ def final_report(
     text = " 'some text'" if task == "classify" else ""
     parts.append(f"now try: python sample.py{text} --model {shlex.quote(str(folder))}{flag}")
     return "\n\n".join(parts) + "\n"
+
+
+def finish(folder: Path, before: Snapshot, after: Snapshot, best: float, task: str) -> None:
+    """Draw the losses of the run in `folder`, and print its report."""
+    metrics = folder / "metrics.jsonl"
+    plot_losses(metrics, folder / "loss.png")
+    val_losses = [row["val_loss"] for row in read_metrics(metrics) if "val_loss" in row]
+    terminal.write(final_report(before, after, best, val_losses, folder, task))
 
 
 def _comparison(

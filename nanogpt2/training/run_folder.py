@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,8 +27,9 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer_config.json",
+    "manifest.json",
 )
-RUN_FILES = ("run.json", "metrics.jsonl", *MODEL_FILES)
+RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", *MODEL_FILES)
 # settings that do not change a run's numbers; a resumed run may differ in them
 FREE_ON_RESUME = {
     "data",
@@ -37,6 +39,9 @@ FREE_ON_RESUME = {
     "device",
     "eval_every",
     "save_every",
+    "sample_every",
+    "tensorboard",
+    "dry_run",
     "keep",
 }
 
@@ -46,6 +51,9 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.writes = True  # False in all but one of several processes
+        self.loggers: list[Callable[[dict[str, Any]], None]] = []  # who else hears of each step
+        self._digests: dict[str, str] = {}
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
         self._open_files: list[TextIO] = []
@@ -96,7 +104,11 @@ class RunFolder:
         """Return run.json. Raises ValueError where it is damaged."""
         try:
             record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            if isinstance(record["config"], dict) and record["corpus_sha256"] and record["before"]:
+            if (
+                isinstance(record["config"], dict)
+                and isinstance(record["digests"], dict)
+                and record["before"]
+            ):
                 return record
         except (ValueError, TypeError, LookupError, RecursionError):
             pass
@@ -107,6 +119,8 @@ class RunFolder:
 
         Raises ValueError where another trainer is in.
         """
+        if not self.writes:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / ".lock").open("w")
         try:
@@ -122,28 +136,45 @@ class RunFolder:
             file.close()
         self._open_files, self._metrics = [], None
 
-    def check_corpus(self, config: TrainConfig, sha256: str) -> None:
-        """Raise ValueError where the run to resume was trained on another text."""
-        if config.resume and self.record()["corpus_sha256"] != sha256:
-            raise ValueError(f"{str(self.path)!r} holds a run on another text than {config.data!r}")
+    def hold_to(self, config: TrainConfig, **digests: str) -> None:
+        """Remember what a new run is made from; hold a resumed one to what it was made from.
 
-    def start(self, config: TrainConfig, **facts: Any) -> None:
+        digests: by what they are of: data, init. Raises ValueError where one is another.
+        """
+        if config.resume:
+            for what, digest in self.record()["digests"].items():
+                if digest != digests.get(what):
+                    raise ValueError(
+                        f"{str(self.path)!r} holds a run on another {what} than "
+                        f"{getattr(config, what)!r} is now"
+                    )
+        self._digests = digests
+
+    def start(self, config: TrainConfig, before: dict[str, Any]) -> None:
         """Begin a new run here: drop an old one's files and write run.json."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if not self.writes:
+            return
+        for folder in ("checkpoints", "adapter", "tensorboard"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
         partial = self.path / ".run.json.tmp"
-        partial.write_text(json.dumps({"config": settings} | facts, indent=2), encoding="utf-8")
+        record = {"config": settings, "digests": self._digests, "before": before}
+        partial.write_text(json.dumps(record, indent=2), encoding="utf-8")
         partial.replace(self.path / "run.json")
 
     def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
+        if not self.writes:
+            return
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
             self._open_files.append(self._metrics)
         self._metrics.write(json.dumps(figures) + "\n")
         self._metrics.flush()
+        for log in self.loggers:
+            log(figures)
 
     def sync_metrics(self) -> None:
         """Have the disk hold metrics.jsonl: to be called before a checkpoint commits."""
@@ -153,9 +184,10 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and one that a kill left unfinished."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if not (self.writes and path.exists()):
             return
-        kept = path.read_text(encoding="utf-8").splitlines()[:step]
+        # a line that a kill left unfinished may end within a character
+        kept = path.read_bytes().decode("utf-8", "replace").splitlines()[:step]
         partial = self.path / ".metrics.jsonl.tmp"
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)

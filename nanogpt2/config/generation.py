@@ -1,0 +1,173 @@
+"""How to decode: the options of generate(), with transformers' names, meanings and defaults.
+
+This file does not know the command line: what its flags mean together is in sample.py.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanogpt2.config.model import TokenIds
+from nanogpt2.flags import MAX_SEED, check, flag, show
+
+FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to decode: transformers' names, meanings and defaults."""
+
+    # how far
+    max_new_tokens: int | None = flag(None, "tokens to add; wins over max_length", low=1)
+    max_length: int | None = flag(None, "tokens in all, the prompt included", low=1)
+    min_length: int = flag(0, "no end before this many tokens, the prompt included", low=0)
+    min_new_tokens: int | None = flag(None, "no end before this many new tokens", low=0)
+    max_time: float | None = flag(None, "seconds after which no new token is begun", above=0)
+    stop_strings: str | list[str] | None = flag(
+        None, "texts that end a text; [ begins a list", json="a text, or a list of texts"
+    )
+    eos_token_id: TokenIds = flag(
+        FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
+    )
+    pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
+    # which way
+    do_sample: bool = flag(False, "draw tokens at random instead of taking the likeliest")
+    num_beams: int = flag(1, "texts to follow side by side; 1 is no beam search", low=1)
+    early_stopping: bool | str = flag(
+        False,
+        "true: end with num_beams texts; never: only when none can improve",
+        choices=("true", "false", "never"),
+    )
+    length_penalty: float = flag(
+        1.0, "power of the length that divides a beam's score", low=-50, high=50
+    )
+    num_return_sequences: int = flag(1, "texts for each prompt", low=1)
+    num_beam_groups: int = flag(1, "groups of beams that avoid each other's tokens", low=1)
+    diversity_penalty: float = flag(
+        0.0, "taken off the score of a token for each beam of an earlier group that has it", low=0
+    )
+    force_words_ids: Any = flag(
+        None,
+        "what the beams must write",
+        json="a list of lists of token ids (all of them) or of lists of those (one of each)",
+    )
+    stochastic_beams: bool = flag(
+        False, "draw num_beams different texts, likely ones first, instead of searching"
+    )
+    penalty_alpha: float | None = flag(
+        None, "contrastive search: the weight of being unlike the text so far", low=0, high=1
+    )
+    # what the draw is from
+    temperature: float = flag(1.0, "flattens (> 1) or sharpens (< 1) the draw; 0 is greedy", low=0)
+    top_h: float | None = flag(None, "keep this share of the entropy", above=0, high=1)
+    top_k: int | None = flag(50, "draw among the k likeliest tokens; 0 is all", low=0)
+    top_p: float = flag(1.0, "draw among the likeliest tokens that hold this mass", low=0, high=1)
+    min_p: float | None = flag(None, "draw what has this share of the best's mass", low=0, high=1)
+    typical_p: float = flag(1.0, "draw among the most typical tokens of this mass", above=0, high=1)
+    epsilon_cutoff: float = flag(0.0, "never draw what is less probable", low=0, below=1)
+    eta_cutoff: float = flag(0.0, "the same, lower where all is uncertain", low=0, below=1)
+    # what is preferred or banned
+    repetition_penalty: float = flag(1.0, "divides the score of a token already seen", above=0)
+    no_repeat_ngram_size: int = flag(0, "never repeat a run of this many tokens; 0 is off", low=0)
+    sequence_bias: Any = flag(None, "added to scores", json="a list of [token ids, bias]")
+    bad_words_ids: Any = flag(None, "never written", json="a list of lists of token ids")
+    suppress_tokens: Any = flag(None, "never written", json="a list of token ids")
+    begin_suppress_tokens: Any = flag(None, "never written first", json="a list of token ids")
+    forced_bos_token_id: int | None = flag(None, "the token after a lone first one", low=0)
+    forced_eos_token_id: TokenIds = flag(None, "the last token, where max_length is reached", low=0)
+    exponential_decay_length_penalty: Any = flag(
+        None, "raises the end's score after START new tokens", json="[START, FACTOR]"
+    )
+    renormalize_logits: bool = flag(False, "make the processed scores log-probabilities again")
+    # where chance comes from
+    seed: int | None = flag(None, "makes the draws repeatable", low=0, high=MAX_SEED)
+    noise: str = flag(
+        "hf",
+        "hf: torch's stream, as transformers draws; counter: each draw by itself",
+        choices=("hf", "counter"),
+    )
+    first_sample: int = flag(0, "with noise counter: the number of the first text", low=0)
+    output_scores: bool = False  # no flag: for generate() only
+
+    def __post_init__(self) -> None:
+        check(self)
+        if isinstance(self.eos_token_id, tuple) and FROM_CHECKPOINT in self.eos_token_id:
+            raise ValueError(
+                f"eos_token_id must be {FROM_CHECKPOINT} alone (the model's) or ids >= 0, not "
+                f"{self.eos_token_id}"
+            )
+        texts = self.num_return_sequences
+        if self.num_beams > 1 and texts > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences must be <= num_beams ({self.num_beams}), not {texts}"
+            )
+        if texts > 1 and self.num_beams == 1 and not self.samples:
+            raise ValueError(
+                "num_return_sequences must be 1 without sampling (greedy rows are all the same), "
+                f"not {texts}; add do_sample"
+            )
+        if self.noise == "counter" and self.seed is None:
+            raise ValueError("noise must be hf without a seed, not 'counter'")
+        if self.num_beam_groups > 1 or self.diversity_penalty > 0:
+            self._check_diverse()
+        if self.penalty_alpha is not None:
+            self._check_contrastive()
+        if self.force_words_ids is not None:
+            self._check_constrained()
+        if self.stochastic_beams:
+            self._check_stochastic()
+
+    def _check_diverse(self) -> None:
+        if self.num_beams % self.num_beam_groups:
+            raise ValueError(
+                f"num_beam_groups must divide num_beams ({self.num_beams}), "
+                f"not {self.num_beam_groups}"
+            )
+        if self.num_beam_groups == 1:
+            raise ValueError(
+                f"diversity_penalty must come with num_beam_groups > 1, not "
+                f"{self.diversity_penalty} alone"
+            )
+        if self.diversity_penalty == 0:
+            raise ValueError(
+                "diversity_penalty must be > 0 with num_beam_groups (the groups would be all the "
+                "same), not 0"
+            )
+        self._refuse("num_beam_groups", "do_sample", "force_words_ids", "stochastic_beams")
+
+    def _check_contrastive(self) -> None:
+        if self.top_k is None or self.top_k < 2:
+            raise ValueError(f"top_k must be > 1 with penalty_alpha, not {self.top_k}")
+        self._refuse("penalty_alpha", "do_sample", "num_beams")
+
+    def _check_constrained(self) -> None:
+        if self.num_beams == 1:
+            raise ValueError("num_beams must be > 1 with force_words_ids, not 1")
+        self._refuse("force_words_ids", "do_sample", "stop_strings", "stochastic_beams")
+
+    def _check_stochastic(self) -> None:
+        if self.num_beams == 1:
+            raise ValueError("num_beams must be > 1 with stochastic_beams, not 1")
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("temperature must be > 0 with stochastic_beams, not 0")
+        self._refuse("stochastic_beams", "length_penalty", "early_stopping")
+
+    def _refuse(self, option: str, *others: str) -> None:
+        """Raise ValueError for the first of `others` that does not have its default."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in others and value != f.default:
+                raise ValueError(f"{f.name} must be left out with {option}, not {show(value)}")
+
+    @property
+    def samples(self) -> bool:
+        """True where tokens are drawn; temperature 0 means greedy."""
+        return self.do_sample and self.temperature > 0
+
+
+# used when no decoding flag is given: greedy decoding, the default of generate(), soon loops
+SENSIBLE_SAMPLING: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.95,
+}

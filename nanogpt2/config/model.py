@@ -1,0 +1,76 @@
+"""What a model is: its shape, the names of the released ones, and what may stand for one.
+
+This file opens no file and does not know what a tensor is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt2.flags import check, flag, show
+
+TokenIds = int | tuple[int, ...] | None
+MOST_LAYERS = 1000
+MOST_PARAMETERS = 2**40  # whose bytes can still be counted and asked for
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. Every default is the 124M model's."""
+
+    vocab_size: int = flag(50257, "tokens in the vocabulary, V", low=1)
+    block_size: int = flag(1024, "longest context, in tokens", low=1)
+    n_layer: int = flag(12, "number of blocks", low=1, high=MOST_LAYERS)
+    n_head: int = flag(12, "attention heads, H", low=1)
+    n_embd: int = flag(768, "width, C; a multiple of n_head", low=1)
+    dropout: float = flag(0.0, "on embeddings, attention and residuals", low=0, below=1)
+    layer_norm_epsilon: float = flag(1e-5, "added to the variance", above=0)
+    bos_token_id: int | None = flag(50256, "starts an empty prompt", low=0)
+    eos_token_id: TokenIds = flag(50256, "ends a text", low=0)
+    pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}"
+            )
+        if self.n_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"n_embd {self.n_embd} makes {self.n_parameters:,} parameters; "
+                f"{MOST_PARAMETERS:,} are allowed"
+            )
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the model: two embeddings, the blocks, the last layer norm."""
+        C = self.n_embd
+        block = 12 * C * C + 13 * C
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+MODEL_NAMES = (*PRESETS, "demo")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_model(name: str | Path) -> None:
+    """Raise ValueError where `name` cannot be a model; opens no file."""
+    path = Path(name)
+    if name in MODEL_NAMES or (name and path.is_dir()):
+        return
+    if not name or not path.exists():
+        known = ", ".join(MODEL_NAMES)
+        raise ValueError(f"{show(str(name))} is no file, no folder and no known model ({known})")
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{show(str(name))} is a pickle, which can run code; only .safetensors are loaded"
+        )
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{show(str(name))} is no .safetensors file")

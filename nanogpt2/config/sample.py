@@ -1,0 +1,142 @@
+"""The command line of sample.py: where the prompt comes from, how it is decoded, what is shown.
+
+This file knows which flags mean nothing beside others; a value's own range is in generation.py.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
+from nanogpt2.config.model import DEVICES, DTYPES, check_model
+from nanogpt2.flags import check, fail, flag, wrong_use
+from nanogpt2.presets import TASKS
+
+SAMPLING_FLAGS = (
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+# flags that leave the sensible sampling on
+NEUTRAL_FLAGS = (
+    "max_new_tokens",
+    "seed",
+    "num_return_sequences",
+    "stop_strings",
+    "max_time",
+    "noise",
+    "first_sample",
+    "output_scores",
+)
+DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """python sample.py [PROMPT] [flags]: continue a text with a GPT-2.
+
+    With no decoding flag it samples with temperature 0.8, top_k 50 and top_p 0.95. A decoding flag
+    switches to transformers' meanings and defaults.
+    """
+
+    prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
+    prompt_file: str | None = flag(None, "a file that holds the prompt")
+    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
+    device: str = flag("auto", "where to run", choices=DEVICES)
+    dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
+    list_presets: bool = flag(False, "describe the presets")
+    # many prompts
+    prompts: str | None = flag(
+        None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
+    )
+    batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
+    unique: bool = flag(False, "with --prompts: no text twice for a prompt")
+    skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
+    # another look
+    interactive: bool = flag(False, "write together with the model; :help lists the commands")
+    compare: str | None = flag(None, "another model: the same prompt and chance through both")
+    explain: bool = flag(False, "for each token, what each option did to it and its rivals")
+    color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
+    tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
+    json: bool = flag(False, "print JSON: one object for each text")
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        ways = ("prompts", "interactive", "compare", "explain", "color", "tree")
+        chosen = [name for name in ways if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
+        if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
+            raise ValueError(f"json must be left out where --{chosen[0]} is given")
+        if self.tree and self.generation.num_beams == 1:
+            raise ValueError("tree must come with --num_beams above 1")
+        if self.unique and not self.generation.samples:
+            raise ValueError("unique must come with sampling: other texts are the same each time")
+        if self.interactive and self.generation.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences must be 1 with --interactive (:retry writes another text), "
+                f"not {self.generation.num_return_sequences}"
+            )
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
+        """Build the configuration from the flags that were given, filling in what they imply."""
+        for name in ("unique", "skip_bad", "batch_size"):
+            if name in given and "prompts" not in given:
+                fail(f"--{name} must come with --prompts")
+        if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
+            one = "prompts" if "prompts" in given else "prompt_file"
+            fail(f"--{one} must be left out where another prompt is given")
+        for name in ("model", "compare"):
+            with wrong_use(f"--{name}"):
+                check_model("gpt2" if given.get(name) is None else given[name])
+        names = {f.name for f in fields(GenerationConfig)}
+        own = {name: value for name, value in given.items() if name not in names}
+        return cls(generation=cls._decoding(given, names), **own)
+
+    @staticmethod
+    def _decoding(given: dict[str, Any], names: set[str]) -> GenerationConfig:
+        options = {name: value for name, value in given.items() if name in names}
+        if given.get("preset") in TASKS:
+            options = TASKS[given["preset"]].options | options
+        elif not any(name in given for name in DECODING_FLAGS):
+            options = SENSIBLE_SAMPLING | options
+        if "max_length" not in given:
+            options = {"max_new_tokens": 100} | options
+        elif "max_new_tokens" not in given:
+            options.pop("max_new_tokens", None)
+        refuse_ignored(given, options)
+        try:
+            return GenerationConfig(**options)
+        except ValueError as error:
+            name = str(error).partition(" ")[0]
+            if name in given or given.get("preset") is None:
+                raise
+            raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
+
+
+def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raise ValueError for a flag that would change nothing beside the others."""
+    if not options.get("do_sample"):
+        for name in SAMPLING_FLAGS:
+            # contrastive search has candidates too
+            if name in given and (name, "penalty_alpha" in given) != ("top_k", True):
+                raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
+    for name in ("length_penalty", "early_stopping"):
+        if name in given and options.get("num_beams", 1) == 1:
+            raise ValueError(f"{name} must come with num_beams above 1")
+    if "first_sample" in given and options.get("noise") != "counter":
+        raise ValueError("first_sample must come with noise counter")
+    for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+        bound, value = options.get(most), given.get(least)
+        if bound is not None and value is not None and value > bound:
+            raise ValueError(f"{least} must be <= {most} ({bound}), not {value}")
+    for name, winner in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if name in given and winner in given:
+            raise ValueError(f"{name} must be left out where --{winner} is given")

@@ -1,0 +1,192 @@
+"""The command line of train.py: the data, where to start from, how long and how to train.
+
+None stands for a value that suits the model and the device, which train.py fills in. This file
+opens no file.
+"""
+
+import glob
+from dataclasses import MISSING, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nanogpt2.config.model import DEVICES, DTYPES, MOST_LAYERS, check_model
+from nanogpt2.flags import MAX_SEED, check, flag, show, wrong_use
+
+DATA_NAMES = ("pydocs", "shakespeare")
+DATA_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """python train.py DATA [flags]: train or fine-tune a GPT-2 on text.
+
+    DATA is a file (text, or records as .jsonl, .csv, .tsv or .parquet; also .gz and .zst), a folder
+    or a glob of such files, a .tokens file, - for standard input, or a name: pydocs (the language
+    reference that every Python carries) or shakespeare (downloaded once). --out becomes a folder
+    that `sample.py --model` and transformers load. Several devices: torchrun --nproc_per_node=N
+    train.py DATA.
+    """
+
+    data: str = flag(MISSING, "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
+    task: str = flag("lm", "what to learn from DATA", choices=("lm", "chat", "classify"))
+    validation: str | None = flag(None, "texts to validate on (default: a tenth of DATA)")
+    text_column: str = flag("text", "of a .jsonl, .csv, .tsv or .parquet file")
+    label_column: str = flag("label", "with --task classify")
+    init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
+    # the folder
+    out: str = flag("out", "folder that receives the model")
+    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    overwrite: bool = flag(False, "replace the run that --out holds")
+    dry_run: bool = flag(False, "print the plan: tokens, steps, memory, time; write nothing")
+    keep: int = flag(2, "checkpoints to keep beside the best", low=1)
+    # how much
+    epochs: float = flag(3.0, "passes over the training text, unless --steps is given", above=0)
+    steps: int | None = flag(None, "optimizer steps", low=1)
+    batch_size: int | None = flag(
+        None, "sequences in a micro-batch (default: 8, more on a GPU for long texts)", low=1
+    )
+    grad_accum: int = flag(1, "micro-batches in a step", low=1)
+    block_size: int | None = flag(
+        None, "tokens in a sequence (default: 256 on a CPU, else 1024, at most the model's)", low=8
+    )
+    patience: int | None = flag(
+        None, "evaluations without a better val_loss after which to stop", low=1
+    )
+    # how
+    optimizer: str = flag("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"))
+    lr: float | None = flag(None, "peak learning rate (default: by the model's width)", low=0)
+    schedule: str = flag(
+        "cosine",
+        "of the learning rate after the warm-up; wsd: falls in the last fifth",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    warmup: int | None = flag(None, "steps of linear warm-up (default: 5 %, at most 100)", low=0)
+    weight_decay: float = flag(0.1, "on matrices only", low=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping", low=0)
+    dropout: float = flag(0.0, "share of activations dropped while training", low=0, below=1)
+    ema: float = flag(
+        0.0, "decay of a moving average of the weights, which is kept", low=0, below=1
+    )
+    lora_rank: int = flag(0, "train low-rank adapters of this rank only; 0: all weights", low=0)
+    lora_alpha: float | None = flag(None, "their scale, alpha / rank (default: 2 rank)", above=0)
+    # a new model
+    n_layer: int = flag(4, "blocks, with --init scratch", low=1, high=MOST_LAYERS)
+    n_head: int = flag(4, "attention heads, with --init scratch", low=1)
+    n_embd: int = flag(128, "width, with --init scratch", low=1)
+    tokenizer: str = flag("gpt2", "with --init scratch", choices=("gpt2", "bytes"))
+    # where
+    seed: int = flag(1337, "of the weights, the data's order and dropout", low=0, high=MAX_SEED)
+    device: str = flag("auto", "where to run", choices=DEVICES)
+    dtype: str = flag("auto", "of the matrix products", choices=("auto", *DTYPES))
+    compile: bool = flag(False, "by torch.compile: minutes to begin, faster steps")
+    activation_checkpointing: bool = flag(
+        False, "compute activations twice instead of keeping them"
+    )
+    fsdp: bool = flag(False, "with torchrun: share out the weights too, for gpt2-xl")
+    # what is seen of it
+    eval_every: int | None = flag(None, "steps between evaluations (default: ten in a run)", low=1)
+    save_every: int | None = flag(None, "steps between checkpoints (default: as eval_every)", low=1)
+    sample_every: int | None = flag(None, "steps between samples (default: first and last)", low=1)
+    tensorboard: bool = flag(False, "write its event files to the folder too")
+    prompt: str = flag("", "of the samples (default: the validation text's start)")
+    given: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # names of the flags on the command line
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "overwrite must be left out where resume is given: one keeps the run, one drops it"
+            )
+        if self.steps is not None and (self.warmup or 0) > self.steps:
+            raise ValueError(f"warmup must be <= steps ({self.steps}), not {self.warmup}")
+        if self.init == "scratch" and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
+            )
+        if self.lora_rank and self.init == "scratch":
+            raise ValueError("lora_rank must be 0 with --init scratch: there is nothing to adapt")
+        if self.fsdp:
+            self._check_fsdp()
+
+    def _check_fsdp(self) -> None:
+        for name, plain in (
+            ("lora_rank", 0),
+            ("ema", 0),
+            ("optimizer", "adamw"),
+        ):
+            if getattr(self, name) != plain:
+                raise ValueError(f"{name} must be {plain} with --fsdp, not {getattr(self, name)!r}")
+        if self.dtype == "float16":
+            raise ValueError("dtype must be float32 or bfloat16 with --fsdp, not 'float16'")
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
+        """Build the configuration from the flags that were given; those that clash are refused."""
+        if given.get("steps") is not None and "epochs" in given:
+            raise ValueError(
+                f"epochs must be left out where steps is given, not {given['epochs']!r}"
+            )
+        if given.get("init") != "scratch":
+            for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
+                if name in given:
+                    raise ValueError(
+                        f"{name} must come with --init scratch, not {given[name]!r} alone"
+                    )
+        if given.get("tensorboard") and find_spec("tensorboard") is None:
+            raise ValueError("tensorboard needs its package: pip install 'nanogpt2[tensorboard]'")
+        if "lora_alpha" in given and not given.get("lora_rank"):
+            raise ValueError("lora_alpha must come with lora_rank")
+        if "label_column" in given and given.get("task") != "classify":
+            raise ValueError("label_column must come with --task classify")
+        if "prompt" in given and given.get("task") == "classify":
+            raise ValueError("prompt must be left out with --task classify, which writes nothing")
+        with wrong_use("DATA"):
+            check_data(given["data"])
+        if given.get("validation") is not None:
+            with wrong_use("--validation"):
+                check_data(given["validation"])
+        if given.get("init") != "scratch":
+            with wrong_use("--init"):
+                check_model(given.get("init", "gpt2"))
+        return cls(**given, given=tuple(given))
+
+
+def check_data(source: str) -> None:
+    """Raise ValueError where `source` cannot be data to train on; reads no text."""
+    if source not in (*DATA_NAMES, "-"):
+        data_files(source)
+
+
+def data_files(source: str) -> list[Path]:
+    """The files of a path or a glob, in order of name: a folder's are those of a known kind.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(source)
+    if not source or "\0" in source:
+        found = []
+    elif path.is_dir():
+        found = [p for p in path.rglob("*") if data_kind(p) and p.is_file()]
+        if not found:
+            raise ValueError(
+                f"{show(source)} has no file to read ({', '.join(DATA_KINDS)}; also .gz, .zst)"
+            )
+    elif path.is_file():
+        found = [path]
+    else:
+        # Path.glob takes no absolute pattern
+        names = glob.glob(source, recursive=True)  # noqa: PTH207
+        found = [path for path in map(Path, names) if path.is_file()]
+    if not found:
+        known = ", ".join(DATA_NAMES)
+        raise ValueError(f"{show(source)} is no file, no folder and no known text ({known})")
+    return sorted(found)
+
+
+def data_kind(path: str | Path) -> str | None:
+    """How a file is read, which its suffix tells: one of DATA_KINDS, or None."""
+    name = str(path).lower().removesuffix(".gz").removesuffix(".zst")
+    return next((kind for kind in DATA_KINDS if name.endswith(kind)), None)

@@ -1,0 +1,127 @@
+"""Examples of a chat or a classification: entries (see encode.py) -> inputs and targets.
+
+Both are of length T. In a chat the targets are the tokens that follow and are trained on; in a
+classification the one target is the label's number, at the text's last token. All others are -100.
+This file does not know files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanogpt2.data.encode import END
+from nanogpt2.tokenizer import Tokenizer
+
+NOT_COUNTED = -100
+SHOWN = 300  # characters of a text in a preview
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some of the examples that a stream of entries holds."""
+
+    stream: NDArray[np.integer]
+    starts: Ints  # of each example, in the stream
+    stops: Ints
+    classes: Ints | None = None  # classification: the number of each example's label
+    labels: tuple[str, ...] = ()  # classification: the name of each number
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.starts)
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens in the inputs of each example, before they are shortened."""
+        # a chat's last entry is only a target
+        return self.stops - self.starts - (self.classes is None)
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest example."""
+        return int(self.lengths.max())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all examples."""
+        return int(self.lengths.sum())
+
+    def example(self, i: int, block_size: int) -> tuple[Ints, Ints]:
+        """Return (inputs, targets), each int64 (T,), with T <= block_size.
+
+        Of what is too long, a chat keeps the end, where the completion is; a classification keeps
+        the start, and its target moves to the last token kept.
+        """
+        entries = self.stream[self.starts[i] : self.stops[i]].astype(np.int64)
+        if self.classes is not None:
+            inputs = entries[:block_size]
+            targets = np.full(len(inputs), NOT_COUNTED)
+            targets[-1] = self.classes[i]
+            return inputs, targets
+        entries = entries[-block_size - 1 :]
+        ids = np.where(entries < 0, ~entries, entries)
+        return ids[:-1], np.where(entries < 0, ids, NOT_COUNTED)[1:]
+
+    def choose(self, which: NDArray[np.integer]) -> Examples:
+        """Return the examples of these numbers, in this order."""
+        classes = None if self.classes is None else self.classes[which]
+        return replace(self, starts=self.starts[which], stops=self.stops[which], classes=classes)
+
+
+def chat_examples(stream: NDArray[np.integer]) -> Examples:
+    """Return all examples of a stream of conversations."""
+    stops = np.flatnonzero(stream == END)
+    return Examples(stream, np.concatenate([[0], stops[:-1] + 1]), stops)
+
+
+def labelled_examples(stream: NDArray[np.integer], labels: tuple[str, ...] = ()) -> Examples:
+    """Return all examples of a stream of texts with labels.
+
+    The classes are `labels`, or those found, sorted, numbers as numbers. Raises ValueError for a
+    label that is not among `labels`.
+    """
+    whole = chat_examples(stream)
+    # a text ends where its label begins
+    spelled = np.flatnonzero((stream < 0) & (stream != END))
+    stops = spelled[np.searchsorted(spelled, whole.starts)]
+    names = [
+        bytes((~stream[begin:end]).astype(np.uint8)).decode("utf-8", "surrogatepass")
+        for begin, end in zip(stops, whole.stops, strict=True)
+    ]
+    labels = labels or tuple(sorted(set(names), key=_rank))
+    number = {name: i for i, name in enumerate(labels)}
+    if unknown := sorted(set(names) - set(labels), key=_rank):
+        raise ValueError(f"has labels unseen in training: {', '.join(map(repr, unknown))}")
+    classes = np.array([number[name] for name in names], np.int64)
+    return Examples(stream, whole.starts, stops, classes, labels)
+
+
+def _rank(label: str) -> tuple[bool, int, str]:
+    is_number = label.isascii() and label.removeprefix("-").isdigit() and len(label) < 20
+    return not is_number, int(label) if is_number else 0, label
+
+
+def preview(examples: Examples, tokenizer: Tokenizer, n: int = 2) -> str:
+    """The first examples as text: what is trained on, apart from what is only read."""
+    lines = []
+    for i in range(min(n, len(examples))):
+        entries = examples.stream[examples.starts[i] : examples.stops[i]].astype(np.int64)
+        lines.append(f"example {i + 1}, {examples.lengths[i]} tokens:")
+        # a new part begins where the sign changes
+        for part in np.split(entries, np.flatnonzero(np.diff(entries < 0)) + 1):
+            mark = "trained    " if part[0] < 0 else "not trained"
+            ids = np.where(part < 0, ~part, part)
+            lines.append(f"  [{mark}] {_shown(tokenizer.decode(ids.tolist()))}")
+        if examples.classes is not None:
+            lines.append(f"  [trained    ] label {examples.labels[examples.classes[i]]!r}")
+    return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}")

@@ -1,0 +1,128 @@
+"""A source -> its files -> their bytes, unpacked -> their text, decoded. All in pieces.
+
+A source is a path, a folder, a glob, - for standard input, or a name (pydocs, shakespeare). Text is
+UTF-8, or what a byte-order mark says. This file does not know what the text means.
+"""
+
+import codecs
+import gzip
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from nanogpt2 import hub
+from nanogpt2.config import data_files, data_kind
+
+PIECE = 1 << 20  # bytes
+# UTF-32's mark begins with UTF-16's
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file on disk, or its bytes where it is on none. It can be read again and again."""
+
+    name: str
+    kind: str  # .txt, .jsonl, ...: how its content is read
+    data: bytes | None = None
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes, unpacked. Raises ValueError for a packed file that is damaged."""
+        try:
+            with self._open() as file:
+                yield from self._unpacked(file)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{self.name!r} is damaged: {error}") from None
+
+    def text(self) -> Iterator[str]:
+        """Yield its text. Raises ValueError that names the offset of a byte that is none."""
+        pieces = self.pieces()
+        start = next(pieces, b"")
+        # as long as the longest mark, and more
+        while len(start) <= 4 and (more := next(pieces, b"")):
+            start += more
+        mark, encoding = next((m for m in MARKS if start.startswith(m[0])), (b"", "utf-8"))
+        decoder = codecs.getincrementaldecoder(encoding)()
+        piece, offset = start[len(mark) :], len(mark)
+        while True:
+            # bytes of a character that the last piece left unfinished come before this one's
+            begun = offset - len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise ValueError(
+                    f"{self.name!r} is not {encoding.upper()}: byte 0x{byte:02x} at offset "
+                    f"{begun + error.start}"
+                ) from None
+            if not piece:
+                return
+            offset += len(piece)
+            piece = next(pieces, b"")
+
+    def _open(self) -> BinaryIO:
+        return Path(self.name).open("rb") if self.data is None else BytesIO(self.data)
+
+    def _unpacked(self, file: BinaryIO) -> Iterator[bytes]:
+        suffix = Path(self.name).suffix.lower() if self.data is None else ""
+        if suffix == ".zst":
+            yield from self._unpacked_zst(file)
+        else:
+            stream = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+            while piece := stream.read(PIECE):
+                yield piece
+
+    def _unpacked_zst(self, file: BinaryIO) -> Iterator[bytes]:
+        """A .zst file is one frame after another; its end must be a frame's."""
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(f"{self.name!r} needs zstandard: pip install zstandard") from None
+        frame = None
+        # a small piece can unpack to a large one
+        while piece := file.read(PIECE // 16):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    if data := frame.decompress(piece):
+                        yield data
+                except zstandard.ZstdError as error:
+                    raise ValueError(f"{self.name!r} is damaged: {error}") from None
+                piece = frame.unused_data
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise ValueError(f"{self.name!r} is damaged: its end is missing")
+
+
+def find_files(source: str, plain: str = ".txt") -> list[DataFile]:
+    """The files of a source, in order of name; standard input is of the kind `plain`.
+
+    Raises ValueError or OSError where there is none.
+    """
+    if source == "-":
+        return [DataFile("standard input", plain, sys.stdin.buffer.read())]
+    if source == "pydocs":
+        from pydoc_data.topics import topics
+
+        return [DataFile(f"pydocs {n}", ".txt", topics[n].encode()) for n in sorted(topics)]
+    if source == "shakespeare":
+        return [DataFile(str(hub.fetch_shakespeare()), ".txt")]
+    paths = data_files(source)
+    if any(path.suffix == ".tokens" for path in paths) and len(paths) > 1:
+        raise ValueError(f"{source!r} has a .tokens file among others: give one such file alone")
+    return [DataFile(str(path), _kind(path)) for path in paths]
+
+
+def _kind(path: Path) -> str:
+    # a file named on the command line is text where its suffix says nothing else
+    return ".tokens" if path.suffix == ".tokens" else data_kind(path) or ".txt"

@@ -1,0 +1,301 @@
+"""The files of a model beside its tensors: where they are, what they state, what they must be.
+
+    model.safetensors, or shards named by model.safetensors.index.json
+    config.json, generation_config.json        the shape, and the ids that end a text
+    vocab.json or tokenizer.json, ...          the vocabulary
+    manifest.json                              {file: {"size", "sha256"}}, in a run's folder
+
+Where a manifest.json is there, each file read from the folder must be as it states. This file does
+not open a tensor, and torch is not imported.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nanogpt2 import hub
+from nanogpt2.config import PICKLES, PRESETS, GPTConfig, check_model
+from nanogpt2.flags import show
+from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
+
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_JSON = 2**27  # bytes
+# config.json's names where they are not ours
+THEIR_NAMES = {"block_size": "n_positions"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of a model, and its shape and their digests where they are stated."""
+
+    files: tuple[Path, ...]
+    config: GPTConfig | None
+    manifest: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
+
+
+def find_checkpoint(name: str | Path) -> Checkpoint:
+    """Find a model's files by its name or path and read its config.json.
+
+    Raises ValueError for what is no checkpoint, OSError for what cannot be read or downloaded.
+    """
+    check_model(name)
+    if name in PRESETS:
+        return Checkpoint((hub.fetch_weights(str(name)),), PRESETS[str(name)])
+    path = Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
+    folder = path if path.is_dir() else path.parent
+    manifest = read_manifest(folder)
+    found = (path,) if folder != path else _weights_in(folder, manifest)
+    return Checkpoint(found, _read_config(folder, manifest), manifest)
+
+
+def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ...]:
+    if (folder / WEIGHTS).exists():
+        return (folder / WEIGHTS,)
+    index = _read_json(folder / INDEX, manifest)
+    if index is not None:
+        shards = index.get("weight_map")
+        if not (isinstance(shards, dict) and shards and all(map(_is_name, shards.values()))):
+            raise ValueError(
+                f"{str(folder / INDEX)!r} has no weight_map of tensors to files beside it"
+            )
+        return tuple(folder / shard for shard in sorted(set(shards.values())))
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLES:
+            check_model(file)
+    raise ValueError(f"{str(folder)!r} holds no {WEIGHTS}")
+
+
+def _is_name(value: Any) -> bool:
+    """True for a file's name, without a folder."""
+    return isinstance(value, str) and Path(value).name == value
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Return manifest.json; None where there is none. Raises ValueError where it is damaged."""
+    manifest = _read_json(folder / MANIFEST)
+    if manifest is None:
+        return None
+    if not manifest or not all(
+        _is_name(name) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        for name, entry in manifest.items()
+    ):
+        raise ValueError(f"{str(folder / MANIFEST)!r} is no list of files, sizes and SHA-256")
+    return manifest
+
+
+def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no such file, and no manifest says otherwise."""
+    stated = (manifest or {}).get(path.name)
+    if not path.exists() and stated is None:
+        return None
+    # a pipe would be waited for, without end
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no regular file")
+    size = path.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(f"{str(path)!r} must be {LARGEST_JSON} bytes at most, not {size}")
+    data = path.read_bytes()
+    if stated is not None and stated["sha256"] != hashlib.sha256(data).hexdigest():
+        raise ValueError(
+            f"{str(path)!r} is not as {MANIFEST} states: it is damaged or was edited; "
+            f"where that is meant, delete {MANIFEST}"
+        )
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} is no JSON object")
+    return value
+
+
+# ---- config.json
+
+
+def _read_config(folder: Path, manifest: dict[str, Any] | None) -> GPTConfig | None:
+    """Read config.json, and generation_config.json's token ids; None where there is none.
+
+    Raises ValueError for a model that is not GPT-2's architecture.
+    """
+    path = folder / "config.json"
+    stated = _read_json(path, manifest)
+    generation = _read_json(folder / "generation_config.json", manifest)
+    if stated is None:
+        return None
+    required = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "n_inner": (None, 4 * stated["n_embd"] if isinstance(stated.get("n_embd"), int) else None),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, allowed in required.items():
+        if key in stated and stated[key] not in allowed:
+            raise ValueError(
+                f"{str(path)!r}: {key} must be {allowed[0]!r}, not {show(stated[key])}"
+            )
+    ours = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon")
+    theirs = {name: THEIR_NAMES.get(name, name) for name in ours}
+    options = {name: stated[their] for name, their in theirs.items() if their in stated}
+    ids: dict[str, Any] = {
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": None,
+    }
+    ids |= stated | (generation or {})
+    try:
+        config = GPTConfig(**options)
+    except ValueError as error:
+        line = str(error).replace("block_size", THEIR_NAMES["block_size"])
+        raise ValueError(f"{str(path)!r}: {line}") from None
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    known = {key: _known_ids(ids[key], config.vocab_size) for key in names}
+    return replace(config, **known)
+
+
+def _known_ids(value: Any, vocab_size: int) -> Any:
+    """A token id, several or none, without those outside the vocabulary."""
+    ids = value if isinstance(value, list) else [value]
+    known = tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
+    return None if not known else known[0] if len(known) == 1 else known
+
+
+def read_labels(source: Checkpoint, head: tuple[int, ...]) -> tuple[str, ...]:
+    """Read the names of a classifier's labels; LABEL_0 and LABEL_1 where config.json has none.
+
+    `head` is the shape of its head, a row a label. Raises ValueError where the names are not that
+    many different ones, or a text can have several.
+    """
+    path = source.files[0].parent / "config.json"
+    stated = _read_json(path, source.manifest) or {}
+    kind = stated.get("problem_type")
+    if len(head) != 2 or head[0] < 2 or kind not in (None, "single_label_classification"):
+        raise ValueError(
+            f"{str(path)!r} must be of a classifier that gives each text one of its labels"
+        )
+    # transformers does not write what it would assume
+    named = stated.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    numbers = map(str, range(len(named))) if isinstance(named, dict) else ()
+    labels = tuple(named[i] for i in numbers if isinstance(named.get(i), str))
+    if not head[0] == len(labels) == len({*labels}):
+        raise ValueError(
+            f"{str(path)!r}: id2label must name the {head[0]} labels of score.weight, all of them "
+            f"different, not {show(named)}"
+        )
+    return labels
+
+
+def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) -> dict[str, str]:
+    """config.json and generation_config.json as transformers writes them for GPT-2.
+
+    With labels the model is a classifier, and what ends a text pads it: transformers looks for the
+    last token that is no padding.
+    """
+    c = config
+    eos = list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id
+    ids = {"bos_token_id": c.bos_token_id, "eos_token_id": eos}
+    pad = c.pad_token_id
+    if labels and eos is not None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    if pad is not None:
+        ids["pad_token_id"] = pad
+    stated: dict[str, Any] = {
+        "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": c.vocab_size,
+        "n_positions": c.block_size,
+        "n_ctx": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "layer_norm_epsilon": c.layer_norm_epsilon,
+        "initializer_range": 0.02,
+        "dtype": dtype,
+    }
+    if labels:
+        stated["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        stated["label2id"] = {label: i for i, label in enumerate(labels)}
+    return {
+        "config.json": json.dumps(stated | ids, indent=2) + "\n",
+        "generation_config.json": json.dumps(ids, indent=2) + "\n",
+    }
+
+
+# ---- the vocabulary
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where the folder's own tokenizer files state other tokens.
+
+    Tokens added behind the vocabulary are none of the model's, and are ignored.
+    """
+    stated = {}
+    if (vocabulary := _read_json(folder / "vocab.json")) is not None:
+        stated["vocab.json"] = vocabulary
+    if (whole := _read_json(folder / "tokenizer.json")) is not None:
+        stated["tokenizer.json"] = _tokens_of(folder, whole, tokenizer.vocab_size)
+    # nothing is taken from it; what is damaged is said all the same
+    _read_json(folder / "tokenizer_config.json")
+    for name, tokens in stated.items():
+        # tokenizer.json may keep the special token apart
+        if {END_OF_TEXT: tokenizer.end_of_text} | tokens != tokenizer.vocabulary:
+            raise ValueError(
+                f"{str(folder / name)!r} is another vocabulary of {tokenizer.vocab_size} tokens"
+            )
+
+
+def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[Any, Any]:
+    """The tokens of tokenizer.json, those added within the vocabulary included."""
+    path = folder / "tokenizer.json"
+    model, added = stated.get("model"), stated.get("added_tokens") or []
+    tokens = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(tokens, dict):
+        raise ValueError(f"{str(path)!r} states no vocabulary")
+    if not isinstance(added, list) or any(
+        not isinstance(token, dict)
+        or type(token.get("id")) is not int
+        or not isinstance(token.get("content"), str)
+        for token in added
+    ):
+        raise ValueError(
+            f"{str(path)!r}: added_tokens must be a list of tokens with id and content"
+        )
+    return tokens | {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
+
+
+def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[str, str]:
+    """What AutoTokenizer needs; for GPT-2's vocabulary OpenAI's own two files."""
+    settings: dict[str, Any] = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    if pads:
+        settings["pad_token"] = END_OF_TEXT
+    return {
+        "vocab.json": tokenizer.encoder_json(),
+        "merges.txt": tokenizer.merges or "#version: 0.2\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def model_digest(name: str | Path) -> str:
+    """SHA-256 of a model's tensors, in hexadecimal: of its file, or of its shards' digests."""
+    digests = []
+    for path in find_checkpoint(name).files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    whole = "".join(digests).encode("ascii")
+    return digests[0] if len(digests) == 1 else hashlib.sha256(whole).hexdigest()

@@ -1,0 +1,252 @@
+"""What learns: the model, its optimizers, and all that a resumed run needs to go on bit for bit.
+
+The loop sees a `Learner` as a model that takes steps. Here is what surrounds that model: several
+devices, compilation, low-rank adapters, a moving average of the weights, float16's loss scale.
+
+    learner.forward(x, y)   the loss, through whatever wraps the model
+    learner.step()          clip, check, update
+    learner.view            the model to evaluate: the averaged one, if there is an average
+    learner.exported()      the plain model that this run would leave behind
+    learner.tensors()       what a checkpoint holds beside the exported model; `restore` takes it
+
+This file does not know the data, the files or the schedule.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from nanogpt2 import terminal
+from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.config import TrainConfig
+from nanogpt2.model import GPT
+from nanogpt2.training.distributed import World, shard, shared_like, whole
+from nanogpt2.training.estimate import device_rate, memory_used, model_flops
+from nanogpt2.training.lora import add_lora, merged
+from nanogpt2.training.optim import make_optimizers
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Learner:
+    """A model and everything that changes with it."""
+
+    def __init__(self, config: TrainConfig, model: Model, world: World) -> None:
+        """Take the model over: adapters, sharding and recomputation change it in place."""
+        self.config, self.world, self.model = config, world, model.train()
+        self.micro_batch = config.batch_size  # sequences at a time
+        self.rate = device_rate(world.kind, config.dtype)
+        if config.lora_rank:
+            add_lora(model, config.lora_rank, config.lora_alpha)
+        blocks = (model.transformer if isinstance(model, GPTClassifier) else model).h
+        if config.fsdp:
+            shard(model, list(blocks), world)
+        self.average: AveragedModel | None = None
+        if config.ema:
+            # a copy of the model as it is, before anything wraps its parts
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        if config.activation_checkpointing:
+            for block in blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay)
+        self.scaler = torch.amp.GradScaler(world.kind, enabled=config.dtype == "float16")
+        self.parallel: nn.Module = model
+        if world.size > 1 and not config.fsdp:
+            self.parallel = DistributedDataParallel(model)
+        self.forward: Callable[[Tensor, Tensor], Tensor] = self.parallel
+        if config.compile:
+            self.forward = torch.compile(self.parallel)
+
+    @property
+    def view(self) -> Model:
+        """The model to evaluate."""
+        return self.model if self.average is None else cast(Model, self.average.module)
+
+    def precision(self) -> torch.autocast:
+        """In bfloat16 or float16 the matrix products are; the weights and sums stay in float32."""
+        dtype = AUTOCAST.get(self.config.dtype)
+        return torch.autocast(self.world.kind, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def backward(self, x: Tensor, y: Tensor, share: float, last: bool) -> Tensor:
+        """Add `share` of a micro-batch's mean loss to the gradients; return that part of the loss.
+
+        `last` in a step: only then do the processes exchange their gradients.
+        """
+        x, y = x.to(self.world.device), y.to(self.world.device)
+        with self._exchanging(last):
+            with self.precision():
+                loss = self.forward(x, y) * share
+            # the exchange takes the mean over the processes; theirs is a sum
+            self.scaler.scale(loss * self.world.size).backward()
+        return loss.detach()
+
+    @contextmanager
+    def _exchanging(self, exchange: bool) -> Iterator[None]:
+        if isinstance(self.parallel, FSDPModule):
+            self.parallel.set_requires_gradient_sync(exchange)
+        if isinstance(self.parallel, DistributedDataParallel) and not exchange:
+            with self.parallel.no_sync():
+                yield
+        else:
+            yield
+
+    def gradient_norm(self) -> float:
+        """Clip the gradients to the configured norm; return the norm they had."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        limit = self.config.grad_clip or math.inf
+        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
+
+    def step(self, lr: float, apply: bool = True) -> None:
+        """Update the weights by the gradients, unless not to `apply` them, and drop them.
+
+        Raises FloatingPointError where float16's loss scale has nowhere left to fall.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if apply:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise FloatingPointError("float16's loss scale fell below 1: try --dtype bfloat16")
+        self.drop_gradients()
+        if self.average is not None and apply:
+            self.average.update_parameters(self.model)
+
+    def make_room(self, error: RuntimeError) -> None:
+        """Halve the micro-batch where `error` says that memory ran out; raise any other.
+
+        The step is to be taken again; which sequences it takes does not change. Raises
+        OutOfMemoryError with advice where nothing is left to halve.
+        """
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise error
+        self.drop_gradients()
+        if self.world.kind == "cuda":
+            torch.cuda.empty_cache()
+        # several processes would have to halve together, and wait for one another already
+        if self.micro_batch == 1 or self.world.size > 1:
+            raise torch.OutOfMemoryError(
+                f"out of memory with {self.micro_batch} x {self.config.block_size} tokens at a "
+                "time: try a lower --batch_size or --block_size, --activation_checkpointing or "
+                "--lora_rank 8"
+            ) from None
+        self.micro_batch //= 2
+        terminal.note(
+            f"out of memory: going on with {self.micro_batch} sequences at a time; "
+            "a step's sequences and their order stay"
+        )
+
+    def drop_gradients(self) -> None:
+        """Forget what `backward` added."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def exported(self) -> Model:
+        """The plain model: adapters merged, shares gathered; every process must call this."""
+        if isinstance(self.model, FSDPModule):
+            return self._gathered()
+        return merged(self.view) if self.config.lora_rank else self.view
+
+    def _gathered(self) -> Model:
+        """A copy on the CPU of the model that is shared out."""
+        plain = _blank(self.model)
+        state = {name: whole(p.detach()).cpu() for name, p in self.model.named_parameters()}
+        plain.load_state_dict(state, assign=True)
+        return plain.eval()
+
+    def meter(self, tokens_per_second: float) -> dict[str, float]:
+        """How well the devices are used: mfu, a share of their matrix products' rate; memory, in
+        bytes.
+        """
+        flops = model_flops(self.model.config, 1, self.config.block_size) * tokens_per_second
+        used = memory_used(self.world.kind)
+        return {"mfu": flops / (self.rate.flops * self.world.size), "memory": used}
+
+    # ---- what a checkpoint holds beside the exported model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Optimizers, generators, loss scale, and weights that the exported model does not show.
+
+        Names: optimizer.<parameter>.<slot>, rng.<device>.<process>, scaler.<field>, model.<name>,
+        average.<name>. Every process must call this; only the first one's result is whole.
+        """
+        found = {name: whole(tensor).cpu() for name, tensor in self._slots()}
+        found |= self._generators()
+        found |= {
+            f"scaler.{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()
+        }
+        if self.config.lora_rank or self.average is not None:
+            found |= {f"model.{n}": p.detach().cpu() for n, p in self.parameters.items()}
+        if self.config.lora_rank and self.average is not None:
+            state = self.average.module.state_dict()
+            found |= {f"average.{n}": state[n].cpu() for n in self.parameters}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], micro_batch: int) -> None:
+        """Bring all but the exported weights to the state that `tensors` described."""
+        self.micro_batch = micro_batch
+        pairs: list[tuple[str, nn.Module]] = [("model.", self.model)]
+        if self.average is not None:
+            # what was loaded as the model is the average; it counts as begun
+            pairs.append(("average.", self.average.module))
+            self.average.n_averaged.fill_(1)
+        for prefix, module in pairs:
+            module.load_state_dict(_under(prefix, tensors), strict=False)
+        names = {id(p): name for name, p in self.parameters.items()}
+        for optimizer in self.optimizers:
+            described = optimizer.state_dict()
+            held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            for index, name in enumerate(held):
+                slots = _under(f"optimizer.{name}.", tensors)
+                pattern = self.parameters[name]
+                described["state"][index] = {k: shared_like(t, pattern) for k, t in slots.items()}
+            optimizer.load_state_dict(described)
+        scaler = _under("scaler.", tensors)
+        if scaler:
+            self.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
+        states = _under("rng.", tensors)
+        # a run that goes on with other processes than it had draws anew
+        if f"cpu.{self.world.rank}" in states:
+            torch.set_rng_state(states[f"cpu.{self.world.rank}"])
+        if self.world.kind == "cuda" and f"cuda.{self.world.rank}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{self.world.rank}"])
+
+    def _slots(self) -> Iterator[tuple[str, Tensor]]:
+        names = {id(p): name for name, p in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for parameter, slots in optimizer.state.items():
+                for key, value in slots.items():
+                    yield f"optimizer.{names[id(parameter)]}.{key}", value
+
+    def _generators(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.world.kind == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        return {
+            f"rng.{kind}.{rank}": each
+            for kind, state in states.items()
+            for rank, each in enumerate(self.world.gather(state))
+        }
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _blank(model: Model) -> Model:
+    """The same architecture without weights."""
+    with torch.device("meta"):
+        plain = GPT(model.config)
+        return GPTClassifier(plain, model.labels) if isinstance(model, GPTClassifier) else plain

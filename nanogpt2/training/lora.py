@@ -1,0 +1,108 @@
+"""LoRA: fine-tuning by a small correction of each matrix instead of the matrix itself.
+
+A linear layer y = x W^T + b of a trained model keeps W (out, in) and b. What it learns is a matrix
+of low rank r that is added to W:
+
+    y = x W^T + b + s (x A^T) B^T  =  x (W + s B A)^T + b,    A (r, in),  B (out, r),  s = alpha / r
+
+- Why it is enough: the change that fine-tuning makes to a matrix is found to be near one of low
+  rank, so r = 8 out of 768 is often enough.
+- Start: A is random, B is zero. B A = 0, so training starts at the model as it was; and as A is not
+  zero, B has a gradient (dB = s dy^T (x A^T)) at once. Were both zero, both gradients would be, for
+  ever. A is drawn as torch's Linear is: uniform within 1 / sqrt(in).
+- Scale: with s = alpha / r another rank hardly needs another learning rate.
+- Memory: AdamW keeps a gradient and two moments, 12 bytes in fp32 for each parameter that learns:
+  1.5 GB for the 124M model. At r = 8 the A and B of its 48 layers are 1.2 million numbers: 14 MB.
+  W's gradient is not even computed. The weights and the activations take what they took.
+- After training, W + s B A is a matrix like W (`merged`): the tuned model is no slower.
+
+The layers are those of every block: c_attn, c_proj (attention's and the MLP's) and c_fc. All other
+parameters are frozen, but for a classifier's new head.
+
+This file knows neither the loop nor files; `adapter.py` writes A and B down.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+"""
+
+import math
+from copy import deepcopy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.model import GPT
+
+M = TypeVar("M", bound=GPT | GPTClassifier)
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer whose own weight and bias rest while A and B learn."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        """Take over the parameters of `linear`, so that their names and bits stay."""
+        # on meta nothing is drawn or stored
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.alpha = rank, alpha
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.lora_a, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        low = F.linear(x, self.lora_a)  # (..., r)
+        return super().forward(x) + F.linear(low, self.lora_b) * (self.alpha / self.rank)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer that computes the same."""
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        change = self.lora_b @ self.lora_a * (self.alpha / self.rank)  # (out, in)
+        plain.weight = nn.Parameter(self.weight + change)
+        plain.bias = self.bias
+        return plain
+
+
+def add_lora(model: Model, rank: int, alpha: float) -> None:
+    """Give every linear layer of the blocks its A and B, and freeze everything else.
+
+    Rank 0 changes nothing. Raises ValueError for a rank above the model's width, for an alpha that
+    is not above 0, and for a model that has LoRA already.
+    """
+    if not 0 <= rank <= model.config.n_embd:
+        raise ValueError(f"rank must be 0 to {model.config.n_embd}, the model's width, not {rank}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a finite number > 0, not {alpha}")
+    if lora_layers(model):
+        raise ValueError("the model has LoRA already")
+    if rank == 0:
+        return
+    model.requires_grad_(False)
+    if isinstance(model, GPTClassifier):
+        model.score.requires_grad_(True)
+    gpt = model.transformer if isinstance(model, GPTClassifier) else model
+    for parent in list(gpt.h.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, LoRALinear(layer, rank, alpha))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers with A and B, by name; none for a plain model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merged(model: M) -> M:
+    """A copy without LoRA that computes the same: every weight is W + s B A.
+
+    `model` and the random generators are left as they are, so its training can go on.
+    """
+    plain = deepcopy(model)
+    for name, layer in lora_layers(plain).items():
+        parent, _, last = name.rpartition(".")
+        setattr(plain.get_submodule(parent), last, layer.merged())
+    return plain.requires_grad_(True)

@@ -1,0 +1,62 @@
+"""How good the model is on data it does not learn from.
+
+This file does not know where the batches come from, and draws no random number.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.metrics import accuracy, macro_f1
+from nanogpt2.training.learner import Learner
+
+
+class BatchList(Protocol):
+    """Batches by number, so that processes can share them."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return number i: inputs and targets, both int64 (B, T)."""
+
+
+@torch.no_grad()
+def validate(learner: Learner, batches: BatchList) -> dict[str, float]:
+    """Return the mean cross-entropy over all targets, in nats, as val_loss.
+
+    A classifier's accuracy and macro F1 are there too, as val_accuracy and val_macro_f1. The
+    processes share the batches, int64 (B, T) inputs and targets; each must call this. Raises
+    FloatingPointError for a loss that is not finite.
+    """
+    world, model = learner.world, learner.view.eval()
+    labels = len(model.labels) if isinstance(model, GPTClassifier) else 0
+    total, count = 0.0, 0
+    answers = torch.zeros(labels * labels)  # how often label i was taken for label j
+    for start in range(0, len(batches), world.size):
+        # weights that are shared out need every process; one without a batch left repeats the last
+        mine = start + world.rank
+        x, y = (ids.to(world.device) for ids in batches[min(mine, len(batches) - 1)])
+        with learner.precision():
+            scores = model(x)[y != -100] if labels else None  # (M, L)
+            loss = model(x, y) if scores is None else F.cross_entropy(scores.float(), y[y != -100])
+        if mine < len(batches):
+            targets = int((y != -100).sum())
+            total, count = total + loss.item() * targets, count + targets
+            if scores is not None:
+                pairs = y[y != -100] * labels + scores.argmax(-1)
+                answers += pairs.bincount(minlength=labels * labels).cpu()
+    model.train()
+    total, counted, *sums = world.sum(total, count, *answers.tolist())
+    found = {"val_loss": total / counted}
+    if not math.isfinite(found["val_loss"]):
+        raise FloatingPointError(f"the validation loss is {found['val_loss']}; nothing was saved")
+    if labels:
+        cells = [divmod(i, labels) for i, n in enumerate(sums) for _ in range(int(n))]
+        right, said = ([str(label) for label in column] for column in zip(*cells, strict=True))
+        found |= {"val_accuracy": accuracy(right, said), "val_macro_f1": macro_f1(right, said)}
+    return found

@@ -1,0 +1,56 @@
+"""Texts in pieces: the ids of the whole, whatever the pieces."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt2.data.encode import END, encode_chat, encode_labelled, encode_text, safe_pieces
+from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
+
+GPT2, BYTES = gpt2_tokenizer(), byte_tokenizer()
+
+# what GPT-2's words turn on: white space of all kinds, contractions, letters, numbers, marks
+PARTS = [" ", "\n", "\t", "\r", "\xa0", "\u2028", "\x1c", "'s", "'", "ll", "the", "é", "٣"]
+PARTS += ["5", "!", "😀", "\u0301", "<|endoftext|>", " the", "\n\n", "  ", "\0"]
+texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3)).map("".join)
+
+
+def ids_of(parts, tokenizer=GPT2):
+    return [int(i) for piece in encode_text(parts, tokenizer) for i in piece]
+
+
+@settings(max_examples=500)
+@given(st.lists(texts))
+def test_pieces_give_the_ids_of_the_whole(parts):
+    text = "".join(parts)
+    assert "".join(safe_pieces(parts)) == text
+    expected = [*GPT2.encode(text), GPT2.end_of_text] if text.strip() else []
+    assert ids_of(parts) == expected
+
+
+@given(texts)
+def test_every_cut_that_is_made_is_safe(text):
+    # all places at once
+    pieces = [*safe_pieces(text)]
+    assert [i for piece in pieces for i in GPT2.encode(piece)] == GPT2.encode(text)
+
+
+def test_pieces_are_cut_where_they_can_be_and_nowhere_else():
+    pieces = [*safe_pieces(["to be ", "or not", " to be\n\nthat"])]
+    assert pieces == ["to be", " or", " not to be", "\n\nthat"]
+    assert [*safe_pieces(["one", "word", "   "])] == ["one" + "word" + "   "]
+    assert [*safe_pieces([])] == [""]
+
+
+def test_a_text_is_arrays_that_end_in_end_of_text():
+    pieces = encode_text(["a b ", "c d"], BYTES)
+    assert [piece.tolist() for piece in pieces] == [[*b"a b"], [*b" c"], [*b" d"], [256]]
+    assert {piece.dtype for piece in pieces} == {np.dtype(np.uint16)}
+    assert encode_text([" \n", "\t"], BYTES) == encode_text([], BYTES) == []
+
+
+def test_entries_of_a_chat_and_of_a_label():
+    entries = encode_chat([("ab", False), ("c", True), ("d", False), ("e", True)], BYTES)
+    assert entries.tolist() == [97, 98, ~99, 100, ~101, ~256, int(END)]
+    assert encode_labelled("ab", "é", BYTES).tolist() == [97, 98, ~0xC3, ~0xA9, int(END)]
+    assert entries.dtype == np.int32

@@ -1,0 +1,147 @@
+"""Sources to files to text: names, folders, globs, packing, encodings."""
+
+import gzip
+import io
+import sys
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt2.config import check_data, data_files, data_kind
+from nanogpt2.data import files
+from nanogpt2.data.files import DataFile, find_files
+
+
+def text_of(data, name="book.txt"):
+    return "".join(DataFile(name, ".txt", data).text())
+
+
+def test_a_folder_holds_the_files_of_known_kinds_in_order_of_name(tmp_path):
+    for name in ("b.txt", "sub/c.csv.gz", "a.JSONL", "d.parquet", "e.tsv.zst", "sub/deep/a.txt.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for name in ("ignored.md", "ids.tokens", "notes", "x.gz", "model.json"):
+        (tmp_path / name).write_text("")
+    found = find_files(str(tmp_path))
+    assert [file.name.removeprefix(f"{tmp_path}/") for file in found] == [
+        "a.JSONL", "b.txt", "d.parquet", "e.tsv.zst", "sub/c.csv.gz", "sub/deep/a.txt.gz",
+    ]  # fmt: skip
+    assert [file.kind for file in found] == [".jsonl", ".txt", ".parquet", ".tsv", ".csv", ".txt"]
+    assert data_kind("a.md") is None and data_kind("a.csv") == ".csv"
+
+
+def test_a_file_that_is_named_may_have_any_suffix_and_so_may_a_globs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.md").write_text("b")
+    (tmp_path / "a.md").write_text("a")
+    (tmp_path / "c[1].txt").write_text("c")
+    assert find_files("b.md") == [DataFile("b.md", ".txt")]
+    assert [file.name for file in find_files("*.md")] == ["a.md", "b.md"]
+    assert [file.name for file in find_files(f"{tmp_path}/**/a.*")] == [f"{tmp_path}/a.md"]
+    # a file's own name is no pattern
+    assert [file.name for file in find_files("c[1].txt")] == ["c[1].txt"]
+
+
+@pytest.mark.parametrize("source", ["", "missing.txt", "texts/*.txt", "nothing", "a\0b", "[", "**"])
+def test_a_source_without_files_is_refused(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match=r"is no file|has no file to read \(.txt, .jsonl"):
+        check_data(source)
+    with pytest.raises(ValueError):
+        find_files(source)
+
+
+def test_names_need_no_file(monkeypatch):
+    for name in ("pydocs", "shakespeare", "-"):
+        check_data(name)
+    texts = ["".join(file.text()) for file in find_files("pydocs")]
+    assert len(texts) > 50 and any("lambda" in text for text in texts)
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9")))
+    (file,) = find_files("-", plain=".jsonl")
+    assert file.kind == ".jsonl"
+    # it can be read twice
+    assert [*file.text()] == [*file.text()] == ["café", ""]
+
+
+def test_a_token_file_stands_alone(tmp_path):
+    for name in ("a.tokens", "b.txt"):
+        (tmp_path / name).write_text("")
+    assert find_files(str(tmp_path / "a.tokens"))[0].kind == ".tokens"
+    assert data_files(str(tmp_path)) == [tmp_path / "b.txt"]
+    with pytest.raises(ValueError, match="give one such file alone"):
+        find_files(str(tmp_path / "*"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1 << 20])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]
+)
+def test_encodings_in_pieces_of_any_size(monkeypatch, size, encoding):
+    monkeypatch.setattr(files, "PIECE", size)
+    text = "naïve 文字 😀\r\n\u2028end"
+    mark = {"utf-16-be": "\ufeff", "utf-32-be": "\ufeff"}.get(encoding, "")
+    assert text_of((mark + text).encode(encoding)) == text
+    assert text_of(mark.encode(encoding)) == ""
+
+
+@given(st.text(), st.integers(1, 9), st.sampled_from(["utf-8-sig", "utf-16", "utf-32"]))
+def test_any_text(text, size, encoding):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "PIECE", size)
+        data = text.encode(encoding, "replace")
+        assert text_of(data) == data.decode(encoding)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"good \xff bad", "UTF-8: byte 0xff at offset 5"),
+        (b"\xef\xbb\xbfgood \xff bad", "UTF-8: byte 0xff at offset 8"),
+        (b"cut \xe2\x82", "UTF-8: byte 0xe2 at offset 4"),
+        (b"within \xe2\x82 it", "UTF-8: byte 0xe2 at offset 7"),
+        ("caf\xe9".encode("latin-1"), "UTF-8: byte 0xe9 at offset 3"),
+        (b"\xff\xfe" + "odd".encode("utf-16-le") + b"x", "UTF-16-LE: byte 0x78 at offset 8"),
+        (b"\xff\xfea\0\0\xdcb\0", "UTF-16-LE: byte 0x00 at offset 4"),
+    ],
+)
+def test_a_text_that_is_none_names_the_byte(monkeypatch, size, data, message):
+    monkeypatch.setattr(files, "PIECE", size)
+    with pytest.raises(ValueError, match=message) as raised:
+        text_of(data)
+    assert "'book.txt'" in str(raised.value)
+
+
+def frames(data):
+    packer = zstandard.ZstdCompressor()
+    half = len(data) // 2
+    return packer.compress(data[:half]) + packer.compress(data[half:])
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", frames)])
+@pytest.mark.parametrize("size", [16, 1 << 20])
+def test_packed_files(tmp_path, monkeypatch, suffix, pack, size):
+    monkeypatch.setattr(files, "PIECE", size)
+    text = "to be or not to be 文字\n" * 99
+    path = tmp_path / f"book.txt{suffix}"
+    path.write_bytes(pack(text.encode("utf-16")))
+    (file,) = find_files(str(path))
+    assert file.kind == ".txt" and "".join(file.text()) == text
+    whole = path.read_bytes()
+    for damaged in (whole[:-3], whole[:9], b"plain text, not packed"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"book.txt.* is damaged"):
+            [*file.text()]
+
+
+def test_zst_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.zst").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pip install zstandard"):
+        [*find_files(str(tmp_path / "a.zst"))[0].text()]

@@ -1,0 +1,135 @@
+"""Safetensors by hand: the library reads what is written, and every byte counts."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from nanogpt2 import tensor_file
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "b": torch.tensor(2.5, dtype=torch.bfloat16),
+    "c": torch.zeros(0, 3, dtype=torch.float16),
+    "d": torch.arange(4).view(2, 2).t(),
+}
+
+
+def read(path, **options):
+    with tensor_file.opened(path) as file:
+        return dict(file.tensors(TENSORS, **options))
+
+
+def test_a_round_trip_and_the_library(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensor_file.write(path, TENSORS)
+    (tmp_path / "y.safetensors").write_bytes(save({n: t.contiguous() for n, t in TENSORS.items()}))
+    for found in (read(path), load_file(path), read(tmp_path / "y.safetensors")):
+        assert found.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    with pytest.raises(ValueError, match="complex"):
+        tensor_file.write(path, {"a": torch.zeros(1, dtype=torch.complex64)})
+
+
+def test_the_digest_is_that_of_the_file_with_zeros_in_its_place(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensor_file.write(path, TENSORS)
+    data = path.read_bytes()
+    with tensor_file.opened(path) as file:
+        stated = file.sha256
+    assert hashlib.sha256(data.replace(stated.encode(), b"0" * 64)).hexdigest() == stated
+    assert read(path, sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(ValueError, match="damaged"):
+        read(path, sha256=stated)
+
+
+def test_every_byte_counts(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensor_file.write(path, TENSORS)
+    data = path.read_bytes()
+    key = data.index(tensor_file.DIGEST.encode())
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        if key <= place < key + len(tensor_file.DIGEST):
+            # it states nothing any more; a manifest beside it would
+            assert all(torch.equal(read(path)[name], TENSORS[name]) for name in TENSORS)
+            continue
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            read(path)
+
+
+def test_an_open_file_is_one_file_whatever_happens_to_its_name(tmp_path):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    tensor_file.write(path, TENSORS)
+    tensor_file.write(other, {name: tensor + 1 for name, tensor in TENSORS.items()})
+    with tensor_file.opened(path) as file:
+        other.replace(path)
+        assert torch.equal(dict(file.tensors(TENSORS))["a"], TENSORS["a"])
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
+    """Mapped into memory it would end the process."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({"a": torch.zeros(10**6)}))
+    with tensor_file.opened(path) as file:
+        path.open("r+b").close()
+        with path.open("r+b") as again:
+            again.truncate(1000)
+        with pytest.raises(ValueError, match="cut short"):
+            dict(file.tensors(["a"]))
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets} | more
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "5",
+        "",
+        "\xff",
+        "[" * 10**5,
+        '{"a": 1}',
+        '{"a": []}',
+        '{"a": {}}',
+        json.dumps({"a": entry()})[:-1] + ', "a": ' + json.dumps(entry()) + "}",
+        '{"a": {"dtype": "F32", "dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}',
+        {"a": entry(more=1)},
+        {"a": entry(dtype="F4")},
+        {"a": entry(dtype=["F32"])},
+        {"a": entry(shape=[-1])},
+        {"a": entry(shape=[True])},
+        {"a": entry(shape=[1.0])},
+        {"a": entry(shape=[2])},
+        {"a": entry(shape="1")},
+        {"a": entry(shape=[[1]])},
+        {"a": entry(shape=[1] * 10**5)},
+        {"a": entry(shape=[0, 10**4000])},
+        {"a": entry(offsets=[4, 8])},
+        {"a": entry(offsets=[4, 0])},
+        {"a": entry(offsets=[0])},
+        {"a": entry(offsets=[0, 4, 8])},
+        {"a": entry(offsets=[-4, 0])},
+        {"a": entry(shape=[2], offsets=[0, 8])},
+        {"a": entry(), "b": entry()},
+        {"a": entry(), "__metadata__": 5},
+        {"a": entry(), "__metadata__": {tensor_file.DIGEST: 5}},
+        {"a": entry(), "__metadata__": {tensor_file.DIGEST: ""}},
+        {},
+    ],
+    ids=lambda header: str(header)[:50],
+)
+def test_a_header_that_cannot_be(tmp_path, header):
+    text = header.encode("latin-1") if isinstance(header, str) else json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
+    with pytest.raises(ValueError, match=r"x\.safetensors") as raised:
+        read(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
