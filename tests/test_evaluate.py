@@ -12,7 +12,7 @@ from reference import ROOT, run_module, twins
 
 from nanogpt2 import evaluate
 from nanogpt2.config import GPTConfig, parse
-from nanogpt2.evaluation import lambada
+from nanogpt2.evaluation import hellaswag, lambada
 from nanogpt2.evaluation.continuations import Continuation, Score, score
 from nanogpt2.evaluation.hellaswag import clean, read_hellaswag
 from nanogpt2.evaluation.lambada import STOP_WORDS
@@ -328,6 +328,27 @@ def test_hellaswag(capsys, models, tmp_path):
     assert found["examples"] == 8
     shown = run(capsys, path, "--model", folder, "--task", "hellaswag", "--limit", "3")
     assert "harness acc_norm" in shown and "published" not in shown
+
+
+def test_hellaswag_by_each_length(monkeypatch):
+    # (log-probability, tokens with the space, characters, bytes) of the endings; one wins by each
+    endings = ("a", "\u00e9" * 4, "abcdef", "abcd")
+    found = [Score(total, False, False) for total in (-2.0, -4.5, -7.0, -4.2)]
+    monkeypatch.setattr(hellaswag, "score", lambda *_, advance: found)
+    for label in range(4):
+        readings = {name: [hellaswag.Question("x", endings, label)] for name in ("plain", "harness")}
+        shown = hellaswag.measure_hellaswag(None, TOKENIZER, readings, 8, BLOCK)
+        # a 2, 1, 1; four letters of two bytes 9, 4, 8; 7, 6, 6; 5, 4, 4
+        winners = {"acc": 0, "tokens": 1, "characters": 3, "bytes": 1}
+        assert shown["plain"] == {
+            "acc": float(label == winners["acc"]),
+            "acc_norm": float(label == winners["tokens"]),
+        }
+        assert shown["harness"] == {
+            "acc": float(label == winners["acc"]),
+            "acc_norm": float(label == winners["characters"]),
+            "acc_bytes": float(label == winners["bytes"]),
+        }
 
 
 # ---- published figures
