@@ -120,10 +120,14 @@ class Progress:
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Count one more as done, with its loss and speed; an evaluation keeps its line."""
-        loss, speed = f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"
-        if "val_loss" in figures:
-            note(f"step {figures['step']}: {loss}, val_loss {figures['val_loss']:.4f}")
-        self._bar.set_postfix_str(f"{loss}, {speed}", refresh=False)
+        shown = f"loss {figures['loss']:.4f}"
+        evaluated = [f"{k} {v:.4f}" for k, v in figures.items() if k.startswith("val_")]
+        if evaluated:
+            note(f"step {figures['step']}: " + ", ".join([shown, *evaluated]))
+        shown += f", {figures['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in figures:
+            shown += f", mfu {figures['mfu']:.0%}, {figures['memory'] / 1e9:.1f} GB"
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
 
     def advance(self, count: int) -> None:
