@@ -57,10 +57,10 @@ def memory_estimate(
     dropout. On a CPU an eighth of all but weights and optimizer is added for the holes that malloc
     leaves.
 
-    Measured as VmHWM on a CPU, above a process that has trained a tiny model: the estimate was 2 to
-    25 % too low for 7 M parameters at 8 x 256 tokens (runs differ: MEASURED1), 5 % for 11 M and
-    257 bytes at 32 x 256, 7 % for 124 M at 4 x 256 (2,675 MiB), 11 % with grad_accum 2, 7 % in
-    bf16, 10 % with dropout; 6 % too high with frozen matrices. Not compared on a GPU.
+    Measured as VmHWM on a CPU, above a process that has trained a tiny model, the estimate was too
+    low by 5 to 16 % for 7 M parameters at 8 x 256 tokens; 5 % for 11 M (V = 257) at 32 x 256, 10 %
+    with dropout at 16 x 256; for 124 M at 4 x 256 6 % (2,675 MiB), 10 % with grad_accum=2, 5 % in
+    bf16; and too high by 9 % for 124 M whose matrices are frozen. Not compared on a GPU.
     """
     c = config
     params = count_parameters(c)
