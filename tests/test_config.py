@@ -253,7 +253,7 @@ WRONG_TRAIN = [
     (["--block_size", "0"], "--block_size"),
     (["--grad_clip", "inf"], "--grad_clip"),
     (["--keep", "0"], "--keep"),
-    (["--dtype", "float16"], "--dtype"),
+    (["--dtype", "float64"], "--dtype"),
     (["--init", "gpt5"], "--init"),
     (["--n_layer", "2"], "--n_layer"),
     (["--tokenizer", "bytes"], "--tokenizer"),

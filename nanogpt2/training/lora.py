@@ -105,4 +105,5 @@ def merged(model: M) -> M:
     for name, layer in lora_layers(plain).items():
         parent, _, last = name.rpartition(".")
         setattr(plain.get_submodule(parent), last, layer.merged())
-    return plain.requires_grad_(True)
+    plain.requires_grad_(True)
+    return plain
