@@ -58,6 +58,10 @@ def test_memory_grows_with_what_needs_it():
     assert frozen < base and memory(dtype="bfloat16", rows=64) < memory(rows=64)
     assert memory(grad_accum=2) > base and memory(replace(SHAPE, dropout=0.1)) > base
     assert memory(device="cuda", rows=64) < memory(rows=64)
+    # a classifier has few logits, and one gradient of the embedding
+    classifier = memory(trainable=count_parameters(SHAPE) + 2 * 192, labels=2, device="cuda")
+    logits, embedding = 8 * 8 * 64 * (257 - 2), 8 * 257 * 192
+    assert memory(device="cuda") - classifier == logits + embedding - 8 * 2 * 192
     # twice the sequences, twice the activations: a block and token keep 64 C + 4 H bytes
     more = memory(rows=64, device="cuda") - memory(rows=32, device="cuda")
     tokens = 32 * 64
