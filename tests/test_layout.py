@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "training.adapter": ["tensor_file"],
     "training.snapshot": ["generation"],
     "training.checkpoint": ["model_folder"],
-    "evaluation": ["classifier", "metrics", "model", "tokenizer", "evaluation"],
+    "evaluation": ["classifier", "data", "metrics", "model", "tokenizer", "evaluation"],
     "evaluate": [
         "classifier",
         "config",

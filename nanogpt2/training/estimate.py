@@ -32,6 +32,7 @@ def memory_estimate(
     dtype: str = "float32",
     device: str = "cpu",
     grad_accum: int = 1,
+    labels: int = 0,
 ) -> int:
     """Peak bytes of a training step with AdamW, above what the process takes before the model.
 
@@ -52,15 +53,16 @@ def memory_estimate(
 
     The peak is where the loss is made (activations + head, + gradients with grad_accum > 1) or at
     the backward pass's end (gradients, and 8 V C: the embedding's from both its uses), whichever is
-    more. A frozen embedding (T < P) has no 8 V C. Dropout adds its masks: 2 M L C on a GPU; on a
-    CPU M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention with
-    dropout. On a CPU an eighth of all but weights and optimizer is added for the holes that malloc
-    leaves.
+    more. A frozen embedding (T < P) has no 8 V C, nor has a classifier's, which has `labels` logits
+    a token in place of V. Dropout adds its masks: 2 M L C on a GPU; on a CPU
+    M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention with
+    dropout. On a CPU an eighth of all but weights and optimizer is added for malloc's holes.
 
-    Measured as VmHWM on a CPU, above a process that has trained a tiny model: the estimate was 2 to
-    25 % too low for 7 M parameters at 8 x 256 tokens (runs differ: MEASURED1), 5 % for 11 M and
-    257 bytes at 32 x 256, 7 % for 124 M at 4 x 256 (2,675 MiB), 11 % with grad_accum 2, 7 % in
-    bf16, 10 % with dropout; 6 % too high with frozen matrices. Not compared on a GPU.
+    Measured as VmHWM on a CPU, above a process that has trained a tiny model, the estimate was too
+    low by 5 to 16 % (7 M parameters, 8 x 256 tokens), 5 % (11 M, V = 257, 32 x 256), 10 % (the same
+    with dropout, 16 x 256), 6 % (a classifier of 30 M, 16 x 256), and for 124 M at 4 x 256 by 6 %
+    (2,675 MiB), 10 % with grad_accum=2, 5 % in bf16; too high by 9 % for 124 M whose matrices are
+    frozen. Not compared on a GPU.
     """
     c = config
     params = count_parameters(c)
@@ -74,9 +76,10 @@ def memory_estimate(
         activations += tokens * c.n_layer * (16 * width + 12 * c.n_head * block_size)
     elif c.dropout:
         activations += tokens * c.n_layer * 2 * width
-    chunk = max(vocab, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE))
-    logits = 12 * chunk if tokens * vocab > chunk else 8 * tokens * vocab
-    embedding = 8 * vocab * width if trained == params else 0
+    scored = labels or vocab
+    chunk = max(scored, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE))
+    logits = 12 * chunk if tokens * scored > chunk else 8 * tokens * scored
+    embedding = 0 if labels or trained < params else 8 * vocab * width
     head = embedding + logits + 12 * tokens * width
     gradients = 4 * trained
     at_loss = activations + head + (gradients if grad_accum > 1 else 0)
