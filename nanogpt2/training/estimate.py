@@ -43,11 +43,9 @@ def memory_estimate(
                                                          attention C, 4 C before and after GELU)
                      M L (36 C + 4 H) + 24 L C^2         bf16: the residuals stay fp32; autocast's
                                                          copies of the blocks' matrices
-        head         8 V C + 12 R V + 12 M C             the embedding's gradient and the product
-                                                         added to it; R rows of logits, their
-                                                         exponentials and the rows before (8 R V
-                                                         for a single chunk); ln_f's input,
-                                                         output and dx
+        head         8 V C + 8 R V + 12 M C              the embedding's gradient and the product
+                                                         added to it; R rows of logits and their
+                                                         exponentials; ln_f's input, output and dx
         gradients    4 T                                 kept through the forward pass only by
                                                          grad_accum > 1
 
@@ -78,7 +76,7 @@ def memory_estimate(
         activations += tokens * c.n_layer * 2 * width
     scored = labels or vocab
     chunk = max(scored, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE))
-    logits = 12 * chunk if tokens * scored > chunk else 8 * tokens * scored
+    logits = 8 * min(tokens * scored, chunk)
     embedding = 0 if labels or trained < params else 8 * vocab * width
     head = embedding + logits + 12 * tokens * width
     gradients = 4 * trained
