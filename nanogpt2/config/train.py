@@ -5,6 +5,7 @@ opens no file.
 """
 
 import glob
+import os
 from dataclasses import MISSING, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,6 +113,8 @@ class TrainConfig:
             self._check_fsdp()
 
     def _check_fsdp(self) -> None:
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("fsdp must come with torchrun --nproc_per_node=N train.py, not python")
         for name, plain in (
             ("lora_rank", 0),
             ("ema", 0),

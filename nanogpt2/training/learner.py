@@ -63,6 +63,9 @@ class Learner:
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
             self.parallel = DistributedDataParallel(model)
+        if world.size > 1:
+            # each process drops other activations
+            torch.manual_seed(config.seed + world.rank)
         self.forward: Callable[[Tensor, Tensor], Tensor] = self.parallel
         if config.compile:
             self.forward = torch.compile(self.parallel)
@@ -162,6 +165,8 @@ class Learner:
     def _gathered(self) -> Model:
         """A copy on the CPU of the model that is shared out."""
         plain = _blank(self.model)
+        # after an evaluation the outermost tensors are still together, in memory that is to go
+        cast(FSDPModule, self.model).reshard()
         state = {name: whole(p.detach()).cpu() for name, p in self.model.named_parameters()}
         plain.load_state_dict(state, assign=True)
         return plain.eval()
