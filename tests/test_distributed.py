@@ -32,9 +32,9 @@ def torchrun(*argv, script="train.py", **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    starter = ["torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-        + ["--master_addr=127.0.0.1", f"--master_port={port}", str(ROOT / script), *argv],
+        [sys.executable, "-m", *starter, f"--master_port={port}", str(ROOT / script), *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
