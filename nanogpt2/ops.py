@@ -92,6 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=torch.float32) if needs_dw else None
         rows = max(1, CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
         for start in range(0, len(x), rows):
+            # the last chunk's memory is free for this one
+            logits = dz = None
             chunk = slice(start, start + rows)
             target = targets[chunk, None]  # (rows, 1)
             logits = (x[chunk] @ weight.t()).float()  # (rows, V)

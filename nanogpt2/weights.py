@@ -126,8 +126,11 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     A classifier's is for `load_classifier` and GPT2ForSequenceClassification. With a tokenizer, or
     GPT-2's 50257 ids, AutoTokenizer.from_pretrained loads it too. Tensors keep their dtype and
     bits. Each file appears whole or not at all. Raises ValueError for a dtype that is not one of
-    load_model's, OSError for what cannot be written.
+    load_model's and for a model with LoRA, OSError for what cannot be written.
     """
+    state = model.state_dict()
+    if any(name.endswith(("lora_a", "lora_b")) for name in state):
+        raise ValueError("the model has LoRA: save what merged(model) returns, or its adapter")
     labels = model.labels if isinstance(model, GPTClassifier) else ()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -145,7 +148,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     prefix = "" if labels else PREFIX
     theirs = {
         prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
     }
     with _whole(folder / WEIGHTS) as path:
         tensor_file.write(path, theirs)
