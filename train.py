@@ -58,29 +58,29 @@ class Run:
 def main(config: TrainConfig) -> None:
     """Make everything ready, then train: what cannot work is said before anything is written."""
     folder = RunFolder(Path(config.out))
-    with wrong_use("--resume"):
-        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
-    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
-    if state.get("finished"):
-        terminal.note(f"the run in {folder.path} is finished: nothing to resume")
-        return
     with wrong_use("--device"):
         world = distributed.join(config.device)
     folder.writes = world.is_first
     terminal.speak(world.is_first)
     try:
+        with wrong_use("--resume"):
+            checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+        tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+        if state.get("finished"):
+            terminal.note(f"the run in {folder.path} is finished: nothing to resume")
+            return
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
         with wrong_use("DATA"), world.first_before_others():
             corpus = read_data(config, model, tokenizer)
+        with wrong_use("--resume"):
             init = {"init": model_digest(config.init)} if config.lora_rank else {}
             folder.hold_to(config, data=corpus.sha256, **init)
         if config.task == "classify" and not isinstance(model, GPTClassifier):
             model = GPTClassifier(model, corpus.labels)
-        with wrong_use("--block_size"):
-            block_size = plan.block_size(config, model.config, world, corpus.room)
+        with wrong_use():
+            block_size = plan.block_size(config, model.config, world, corpus.rooms)
             batches = make_batches(corpus.train, block_size, config.seed)
-        with wrong_use("--batch_size"):
             config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
         validation = validation_batches(corpus.validation, config.batch_size, block_size)
         learner = Learner(config, model, world)

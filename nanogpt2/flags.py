@@ -167,12 +167,15 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 @contextmanager
-def wrong_use(flag: str) -> Iterator[None]:
-    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2."""
+def wrong_use(flag: str = "") -> Iterator[None]:
+    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2.
+
+    Without a flag the error starts with the name of one.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(f"{flag} {error}")
+        fail(f"{flag} {error}" if flag else f"--{error}")
 
 
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:

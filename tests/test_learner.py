@@ -182,9 +182,7 @@ def test_what_is_not_restored_shows(inputs, tmp_path, monkeypatch, forgotten):
         monkeypatch.setattr(train, "make_batches", FromTheStart)
     else:
         rate = train.learning_rate
-        monkeypatch.setattr(
-            train, "learning_rate", lambda step, *others: rate(step - 25, *others)
-        )
+        monkeypatch.setattr(train, "learning_rate", lambda step, *others: rate(step - 25, *others))
     assert run(*command(inputs, tmp_path / "stopped", *setting, "--resume")) == 0
     assert outcome(tmp_path / "stopped") != outcome(tmp_path / "whole")
 

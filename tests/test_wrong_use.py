@@ -3,15 +3,15 @@
 import gzip
 import io
 import json
+import shutil
 import struct
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from reference import TINY
 from safetensors.torch import save_file
-from test_train import SMALL, metrics, run
+from test_train import SMALL, run
 
 import sample
 from nanogpt2.classifier import GPTClassifier
@@ -100,11 +100,11 @@ def assert_refused(capsys, code, named):
 def test_a_value_that_train_cannot_take(capsys, name, value):
     needs = {"n_layer", "n_head", "n_embd", "tokenizer"}
     companions = ["--init", "scratch"] if name in needs else []
+    companions += ["--lora_rank", "2"] if name == "lora_alpha" else []
     word = [f"--{name}={value}"] if value != "--lr" else [f"--{name}", value]
     with pytest.raises(SystemExit) as stopped:
         parse(TrainConfig, ["pydocs", *companions, *word])
-    shown = "" if value in ("", "--lr") else repr(value)[1:-1]
-    assert_refused(capsys, stopped.value.code, [f"--{name}", shown.removesuffix(".0")[:9]])
+    assert_refused(capsys, stopped.value.code, f"--{name}")
 
 
 @pytest.mark.parametrize(("name", "value"), bad_values(SAMPLE_FLAGS))
@@ -140,7 +140,6 @@ def test_a_value_that_sample_cannot_take(capsys, name, value):
         (["--init", "scratch", "--n_head", "3"], "--n_embd"),
         (["--patience", "2", "--eval_every", "50", "--steps", "20"], "--patience"),
         (["--patience", "3", "--eval_every", "10", "--steps", "20"], "--patience"),
-        (["--overwrite", "--dry_run"], "--dry_run"),
         (["--stesp", "5"], "--steps"),
         (["--learning_rate", "5"], "--learning_rate"),
         (["--data", "book.txt"], "DATA"),
@@ -454,8 +453,7 @@ def stopped_run(place, tmp_path_factory):
             (where / name).write_bytes((place / name).read_bytes())
         (where / "model").symlink_to(place / "model")
         assert run("book.txt", *SMALL, "--steps", "4", "--save_every", "2") == 0
-        for file in (where / "out/checkpoints/step-4").iterdir():
-            file.unlink()
+        shutil.rmtree(where / "out/checkpoints/step-4")
     return where
 
 
@@ -477,7 +475,7 @@ def test_a_run_on_another_text(capsys, stopped_run, monkeypatch):
     before = everything(stopped_run)
     (stopped_run / "other.txt").write_text(TEXT + "!")
     code = run("other.txt", "--resume")
-    assert_refused(capsys, code, "holds a run on another data than 'other.txt' is now")
+    assert_refused(capsys, code, ["--resume", "holds a run on another data than 'other.txt'"])
     (stopped_run / "other.txt").unlink()
     assert everything(stopped_run) == before
 
@@ -501,16 +499,14 @@ def test_an_adapters_model_that_has_changed(capsys, place, tmp_path, monkeypatch
     save_model(model, tmp_path / "base", byte_tokenizer())
     argv = ["book.txt", "--init", "base", "--lora_rank", "2", "--steps", "4", "--save_every", "2"]
     assert run(*argv) == 0
-    for file in (tmp_path / "out/checkpoints/step-4").iterdir():
-        file.unlink()
+    shutil.rmtree(tmp_path / "out/checkpoints/step-4")
     with torch.no_grad():
         model.wte.weight[0, 0] += 1
     save_model(model, tmp_path / "base", byte_tokenizer())
     capsys.readouterr()
     before = everything(tmp_path)
     code = run(*argv, "--resume")
-    out, err = capsys.readouterr()
-    assert code == 2 and out == "" and "another init than 'base' is now" in err
+    assert_refused(capsys, code, ["--resume", "another init than 'base' is now"])
     assert everything(tmp_path) == before
 
 
@@ -540,7 +536,7 @@ def test_an_adapters_model_that_has_changed(capsys, place, tmp_path, monkeypatch
         (["--prompts", "broken.jsonl", "--model", "model"], ["--prompts", "line 1"]),
         (["--prompts", "missing.jsonl", "--model", "model"], ["--prompts", "missing"]),
         (["--prompts", "array.jsonl", "--model", "model"], ["--prompts", "line 1"]),
-        (["--prompts", "latin1.txt", "--model", "model"], ["--prompts", "offset 1863"]),
+        (["--prompts", "latin1.txt", "--model", "model"], ["--prompts", "1863"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -551,8 +547,3 @@ def test_what_sample_cannot_use(capsys, place, monkeypatch, argv, named):
         sample.main(parse(SampleConfig, argv))
     assert_refused(capsys, stopped.value.code, named)
     assert everything(place) == before
-
-
-def test_a_wrong_use_was_no_run():
-    """The helper of these tests runs what is right."""
-    assert callable(metrics) and Path(__file__).exists()

@@ -103,6 +103,13 @@ class TrainConfig:
             )
         if self.steps is not None and (self.warmup or 0) > self.steps:
             raise ValueError(f"warmup must be <= steps ({self.steps}), not {self.warmup}")
+        if self.steps is not None and self.eval_every is not None and self.patience is not None:
+            evaluations = -(-self.steps // self.eval_every)
+            if self.patience >= evaluations:
+                raise ValueError(
+                    f"patience must be < {evaluations}, the evaluations in {self.steps} steps with "
+                    f"--eval_every {self.eval_every}, not {self.patience}"
+                )
         if self.init == "scratch" and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
@@ -144,8 +151,13 @@ class TrainConfig:
             raise ValueError("lora_alpha must come with lora_rank")
         if "label_column" in given and given.get("task") != "classify":
             raise ValueError("label_column must come with --task classify")
-        if "prompt" in given and given.get("task") == "classify":
-            raise ValueError("prompt must be left out with --task classify, which writes nothing")
+        for name in ("prompt", "sample_every"):
+            if name in given and given.get("task") == "classify":
+                raise ValueError(
+                    f"{name} must be left out with --task classify, which writes nothing"
+                )
+        if "text_column" in given and given.get("task") == "chat":
+            raise ValueError("text_column must be left out with --task chat, whose columns are set")
         with wrong_use("DATA"):
             check_data(given["data"])
         if given.get("validation") is not None:
