@@ -98,8 +98,10 @@ def fast_and_slow(*slow):
     ],
 )
 def test_two_processes_train_as_one_does(book, records, task, flags):
-    # 3 batches of 4, the last of 2, to a process; an uneven number of batches validates
-    argv = [*data(task), *BASE, "--steps", "5", "--grad_accum", "5", "--eval_every", "2"]
+    # a process has 10 sequences in a step, in batches of 4, 4 and 2; 3 or 4 batches validate
+    Path("val.txt").write_text("9 sheep jumped over the fence. " * 5)
+    held_out = ["--validation", "val.txt"] if task == "lm" else []
+    argv = [*data(task), *held_out, *BASE, "--steps", "5", "--grad_accum", "5", "--eval_every", "2"]
     assert run(*argv, "--out", "one") == 0
     code, out, err = finished(torchrun(*argv, *flags, "--out", "two"))
     assert code == 0, err
@@ -182,11 +184,32 @@ def test_wrong_use_is_said_once(book):
 
 
 @pytest.mark.slow
-def test_wrong_use_found_in_the_data_is_said_once(book):
-    code, _, err = finished(torchrun("book.txt", *BASE, "--batch_size", "3"))
-    assert code != 0
-    assert err.count("error: ") == 1 and "a multiple of the 2 processes" in err
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["book.txt", *BASE, "--batch_size", "3"],
+            "--batch_size x --grad_accum must be a ",
+        ),
+        (["short.txt", *BASE], "DATA 'short.txt' is too short"),
+        (["book.txt", *BASE, "--device", "cuda"], "--device 'cuda' is not on this machine"),
+    ],
+    ids=str,
+)
+def test_wrong_use_found_later_is_said_once(book, argv, said):
+    Path("short.txt").write_text("too short")
+    code, out, err = finished(torchrun(*argv))
+    assert code != 0 and out == ""
+    assert err.count("error: ") == 1 and f"error: {said}" in err and 'train.py", line' not in err
     assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_said_once(book):
+    argv = ["book.txt", *BASE, "--steps", "2"]
+    assert run(*argv) == 0
+    code, _, err = finished(torchrun(*argv, "--resume"))
+    assert code == 0 and err.count("is finished: nothing to resume") == 1
 
 
 def test_an_error_in_one_process_ends_both(book):

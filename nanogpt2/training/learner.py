@@ -131,8 +131,12 @@ class Learner:
         """Halve the micro-batch where `error` says that memory ran out; raise any other.
 
         The step is to be taken again; which sequences it takes does not change. Raises
-        OutOfMemoryError with advice where nothing is left to halve.
+        OutOfMemoryError with advice where nothing is left to halve, OSError where torch.compile
+        cannot work.
         """
+        if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            what, *_ = str(error).splitlines()
+            raise OSError(f"--compile does not work here; leave it out: {what}") from None
         if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
             raise error
         self.drop_gradients()
