@@ -93,7 +93,11 @@ def fast_and_slow(*slow):
         ("lm", []),
         ("chat", ["--fsdp"]),
         *fast_and_slow(
-            ("classify", []), ("lm", ["--fsdp"]), ("chat", []), ("classify", ["--fsdp"])
+            ("classify", []),
+            ("lm", ["--fsdp"]),
+            ("chat", []),
+            ("classify", ["--fsdp"]),
+            ("chat", ["--fsdp", "--activation_checkpointing"]),
         ),
     ],
 )

@@ -82,11 +82,11 @@ def test_nanogpt_61_out_of_memory_halves_the_micro_batch(book, capsys, monkeypat
 
         stop_after(patch, 5)
         assert run(*argv, "--out", "stopped") == 143
-    with monkeypatch.context() as patch:
-        patch.setattr(GPT, "forward", limited_to(3))
-        assert run(*argv, "--out", "stopped", "--resume") == 0
-        assert numbers("stopped") == numbers("narrow")
+    # where there is memory again, the sums are still made as they were
+    assert run(*argv, "--out", "stopped", "--resume") == 0
+    assert numbers("stopped") == numbers("narrow")
 
+    with monkeypatch.context() as patch:
         patch.setattr(GPT, "forward", limited_to(0))
         line = refused(capsys, 1, *argv, "--out", "none")
     for advice in ("1 x 16 tokens", "--batch_size", "--block_size", "--lora_rank"):

@@ -378,6 +378,7 @@ BAD_MODELS = [
     (["--init", "theirs"], ["--init", "theirs"]),
     (["--init", "no_tokenizer"], ["vocabulary"]),
     (["--init", "model", "--block_size", "33"], ["--block_size", "<= 32", "33"]),
+    (["--init", "model", "--validation", "short.txt"], ["--block_size", "<= 9", "short.txt", "32"]),
     (["--init", "classifier"], ["--init", "classifier", "--task classify"]),
     (["--init", "classifier", *CHAT], ["--init", "classifier", "--task classify"]),
     (["--init", "classifier", *LABELS], ["labels unseen in training", "'a', 'b'"]),
