@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import GPTConfig, TrainConfig, fail, parse, wrong_use
+from nanogpt2.config import TrainConfig, fail, parse, wrong_use
 from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
@@ -58,29 +58,29 @@ class Run:
 def main(config: TrainConfig) -> None:
     """Make everything ready, then train: what cannot work is said before anything is written."""
     folder = RunFolder(Path(config.out))
-    with wrong_use("--resume"):
-        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
-    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
-    if state.get("finished") and "after" in folder.record():
-        terminal.note(f"the run in {folder.path} is finished: nothing to resume")
-        return
     with wrong_use("--device"):
         world = distributed.join(config.device)
     folder.writes = world.is_first
     terminal.speak(world.is_first)
     try:
+        with wrong_use("--resume"):
+            checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+        tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+        if state.get("finished") and "after" in folder.record():
+            terminal.note(f"the run in {folder.path} is finished: nothing to resume")
+            return
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
         with wrong_use("DATA"), world.first_before_others():
             corpus = read_data(config, model, tokenizer)
+        with wrong_use("--resume"):
             init = {"init": model_digest(config.init)} if config.lora_rank else {}
             folder.hold_to(config, data=corpus.sha256, **init)
         if config.task == "classify" and not isinstance(model, GPTClassifier):
             model = GPTClassifier(model, corpus.labels)
-        with wrong_use("--block_size"):
-            block_size = plan.block_size(config, model.config, world, corpus.room)
+        with wrong_use():
+            block_size = plan.block_size(config, model.config, world, corpus.rooms)
             batches = make_batches(corpus.train, block_size, config.seed)
-        with wrong_use("--batch_size"):
             config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
         validation = validation_batches(corpus.validation, config.batch_size, block_size)
         learner = Learner(config, model, world)
@@ -113,14 +113,7 @@ def make_model(
     device = "cpu" if config.fsdp else device
     if config.init == "scratch" and checkpoint is None:
         tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
-        end = tokenizer.end_of_text
-        shape = GPTConfig(
-            vocab_size=tokenizer.vocab_size,
-            block_size=config.block_size or 256,
-            **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout")},
-            bos_token_id=end,
-            eos_token_id=end,
-        )
+        shape = config.shape(tokenizer.vocab_size, tokenizer.end_of_text)
         return weights.new_model(shape, device), tokenizer
     # adapters are trained beside the weights that the run began with
     source = config.init if checkpoint is None or config.lora_rank else checkpoint

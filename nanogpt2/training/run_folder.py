@@ -30,13 +30,14 @@ MODEL_FILES = (
     "manifest.json",
 )
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", *MODEL_FILES)
-# settings that do not change a run's numbers; a resumed run may differ in them
+# settings that change a run's numbers by no more than rounding; a resumed run may differ in them
 FREE_ON_RESUME = {
     "data",
     "out",
     "resume",
     "overwrite",
     "device",
+    "fsdp",
     "eval_every",
     "save_every",
     "sample_every",
