@@ -30,13 +30,13 @@ def killed(what, number, folder, seed=0):
     return json.loads(ran.stdout)
 
 
+# `-m "not slow"` leaves them out too
+LONG = (pytest.mark.marathon, pytest.mark.slow)
 # where a commit must have been killed for its kills to prove anything
 CALLS = {"open", "write", "serialize_file", "mkdir", "rename", "replace", "unlink", "rmdir", "link"}
 
 
-@pytest.mark.parametrize(
-    "number", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=lambda n: f"{n} kills"
-)
+@pytest.mark.parametrize("number", [300, pytest.param(10_000, marks=LONG)], ids=str)
 def test_the_store_loses_nothing(tmp_path, number):
     hit = killed("store", number, tmp_path)
     assert hit["named"] + hit["random"] == number
@@ -45,9 +45,7 @@ def test_the_store_loses_nothing(tmp_path, number):
     assert hit["by name"].keys() >= CALLS
 
 
-@pytest.mark.parametrize(
-    "number", [20, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n} kills"
-)
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=LONG)], ids=str)
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, number):
     hit = killed("train", number, tmp_path / "runs")
     assert hit["kills"] == number and hit["resumed"] > 0 and hit["with a checkpoint"] > 0
