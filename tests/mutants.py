@@ -625,13 +625,6 @@ MUTANTS: dict[str, list[Mutant]] = {
             ("test_checkpoint.py::test_damage_is_found_and_the_one_before_is_used",),
         ),
         Mutant(
-            "a manifest's own bits do not count",
-            '            and (path / MANIFEST).read_text(encoding="utf-8") '
-            "== _manifest_text(entries)\n",
-            "",
-            ("test_checkpoint.py::test_ten_thousand_flipped_bits_are_all_found",),
-        ),
-        Mutant(
             "published in place",
             "        sync(partial)\n        partial.replace(out / file.name)\n",
             "        sync(partial)\n        shutil.copyfile(partial, out / file.name)\n",
