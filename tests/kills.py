@@ -201,7 +201,8 @@ def break_down(name):
 
 def wait(child, pipe):
     """How a child ended, and the lines that it wrote."""
-    with open(pipe) as lines:  # noqa: PTH123
+    # a kill may cut a character in two
+    with open(pipe, encoding="utf-8", errors="replace") as lines:  # noqa: PTH123
         said = lines.read().split("\n")[:-1]
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
 

@@ -26,6 +26,11 @@ COPIED = ("nanogpt2", "kernels", "tests", "pyproject.toml", "train.py", "sample.
 SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
+KILLS = "test_kills.py::test_the_store_loses_nothing"
+DISK = "test_checkpoint.py::test_what_must_be_on_the_disk_before_what"
+ORDER = "test_checkpoint.py::test_the_order_of_a_commit"
+RESUMED = "test_kills.py::test_a_killed_run_ends_as_an_undisturbed_one"
+UNDONE = "test_kills.py::test_what_the_last_commit_left_undone_is_done_on_resuming"
 
 
 @dataclass(frozen=True)
@@ -593,6 +598,229 @@ MUTANTS: dict[str, list[Mutant]] = {
             (GENERATION,),
         ),
     ],
+    "training/checkpoint.py": [
+        Mutant(
+            "rename first: committed before its files are on the disk",
+            "    for file in partial.iterdir():\n        sync(file)\n    sync(partial)\n",
+            "",
+            (DISK,),
+        ),
+        Mutant(
+            "no temporary folder: files written where readers look",
+            'partial = final.with_suffix(".tmp")',
+            "partial = final",
+            (KILLS,),
+        ),
+        Mutant(
+            "manifest first",
+            "    entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}\n",
+            "    (partial / MANIFEST).touch()\n"
+            "    entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}\n",
+            ("test_checkpoint.py::test_the_newest_whole_checkpoint_is_found",),
+        ),
+        Mutant(
+            "a reader trusts any manifest",
+            "all(_digest(path / name) == entry for name, entry in entries.items())",
+            "True",
+            ("test_checkpoint.py::test_damage_is_found_and_the_one_before_is_used",),
+        ),
+        Mutant(
+            "published in place",
+            "        sync(partial)\n        partial.replace(out / file.name)\n",
+            "        sync(partial)\n        shutil.copyfile(partial, out / file.name)\n",
+            (KILLS,),
+        ),
+        Mutant(
+            "published over a name of an older checkpoint's file",
+            "        partial.unlink(missing_ok=True)\n        # the weights are large",
+            "        # the weights are large",
+            (KILLS,),
+        ),
+        Mutant(
+            "prune first",
+            '    save_checkpoint(out / "checkpoints", model, tokenizer, tensors, state)\n',
+            '    older = checkpoints(out / "checkpoints")\n'
+            "    prune(older[-1], keep - 1) if older and keep > 1 else None\n"
+            '    save_checkpoint(out / "checkpoints", model, tokenizer, tensors, state)\n',
+            (KILLS,),
+        ),
+        Mutant(
+            "prune before the best is marked",
+            '    if state["is_best"]:\n        mark_best(saved)\n    publish(saved, out)\n'
+            "    prune(saved, keep)\n",
+            '    prune(saved, keep)\n    if state["is_best"]:\n        mark_best(saved)\n'
+            "    publish(saved, out)\n",
+            (KILLS,),
+        ),
+        Mutant(
+            "the best link is away for a moment",
+            '    partial.replace(path.parent / "best")\n',
+            '    (path.parent / "best").unlink(missing_ok=True)\n'
+            '    partial.replace(path.parent / "best")\n',
+            (KILLS,),
+        ),
+        Mutant(
+            "the best one is pruned",
+            "        if path.resolve() != best:\n            shutil.rmtree(path)\n",
+            "        shutil.rmtree(path)\n",
+            ("test_checkpoint.py::test_pruning_keeps_the_newest_and_the_best",),
+        ),
+        Mutant(
+            "damaged checkpoints count among the newest",
+            "found[: found.index(saved) + 1][:-keep]",
+            "found[:-keep]",
+            ("test_checkpoint.py::test_damaged_checkpoints_after_the_saved_one_do_not_count",),
+        ),
+        Mutant(
+            "killed saves are left",
+            '    for path in folder.glob("step-*.tmp"):\n        shutil.rmtree(path)\n',
+            "",
+            ("test_checkpoint.py::test_pruning_keeps_the_newest_and_the_best",),
+        ),
+        Mutant("no fsync: the files", "        sync(file)\n", "        pass\n", (DISK,)),
+        Mutant(
+            "no fsync: the checkpoint's folder", "    sync(partial)\n    # a", "    # a", (DISK,)
+        ),
+        Mutant("no fsync: the rename", "    sync(folder)\n", "", (DISK, ORDER)),
+        Mutant("no fsync: the best link", "    sync(path.parent)\n", "", (DISK, ORDER)),
+        Mutant(
+            "no fsync: the published manifest",
+            "    sync(partial)\n    partial.replace(out / MANIFEST)",
+            "    partial.replace(out / MANIFEST)",
+            (DISK,),
+        ),
+        Mutant(
+            "no fsync: the published files",
+            "        sync(partial)\n        p",
+            "        p",
+            (DISK,),
+        ),
+        Mutant("no fsync: the run's folder", "    sync(out)\n", "", (DISK, ORDER)),
+    ],
+    "training/run_folder.py": [
+        Mutant(
+            "no lock",
+            "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+            "pass",
+            ("test_kills.py::test_a_lock_keeps_two_trainers_out_and_dies_with_its_holder",),
+        ),
+        Mutant(
+            "a shared lock",
+            "fcntl.LOCK_EX | fcntl.LOCK_NB",
+            "fcntl.LOCK_SH | fcntl.LOCK_NB",
+            ("test_kills.py::test_a_lock_keeps_two_trainers_out_and_dies_with_its_holder",),
+        ),
+        Mutant(
+            "no fsync: metrics.jsonl",
+            "            os.fsync(self._metrics.fileno())\n",
+            "",
+            (DISK,),
+        ),
+        Mutant(
+            "no fsync: metrics.jsonl's folder",
+            "            sync(self.path)\n",
+            "",
+            (DISK,),
+        ),
+        Mutant("no fsync: replaced files", "        sync(partial)\n", "", (DISK,)),
+        Mutant(
+            "no fsync: the folder of replaced files",
+            "        partial.replace(self.path / name)\n        sync(self.path)\n",
+            "        partial.replace(self.path / name)\n",
+            (DISK,),
+        ),
+        Mutant(
+            "no fsync: the folder's own name",
+            "        sync(self.path.absolute().parent)\n",
+            "",
+            (DISK,),
+        ),
+        Mutant(
+            "metrics after the checkpoint are kept",
+            ".splitlines()[:step]",
+            ".splitlines()",
+            ("test_run_folder.py::test_metrics_are_cut_to_the_step",),
+        ),
+        Mutant(
+            "a resumed run may have other settings",
+            "for name in set(config.given) - FREE_ON_RESUME:",
+            "for name in ():",
+            ("test_run_folder.py::test_resuming_takes_what_the_run_was_told",),
+        ),
+    ],
+    "training/learner.py": [
+        Mutant(
+            "resume: the optimizers start anew",
+            "            optimizer.load_state_dict(described)\n",
+            "",
+            (RESUMED,),
+        ),
+        Mutant(
+            "resume: the generator starts anew",
+            '            torch.set_rng_state(states[f"cpu.{self.world.rank}"])\n',
+            "            pass\n",
+            (RESUMED,),
+        ),
+        Mutant(
+            "resume: the average stands for the weights",
+            "            module.load_state_dict(_under(prefix, tensors), strict=False)\n",
+            "            pass\n",
+            (RESUMED,),
+        ),
+        Mutant(
+            "resume: the average begins anew",
+            "            self.average.n_averaged.fill_(1)\n",
+            "",
+            (RESUMED,),
+        ),
+        Mutant(
+            "gradients add up over the steps",
+            "        self.drop_gradients()\n        if self.average is not None and apply",
+            "        if self.average is not None and apply",
+            ("test_train.py",),
+        ),
+    ],
+    "train.py": [
+        Mutant(
+            "resume: the first sequences again",
+            "    first = ((step - 1) * learner.world.size + learner.world.rank) * share\n",
+            '    take_step.taken = taken = getattr(take_step, "taken", 0) + 1\n'
+            "    first = ((taken - 1) * learner.world.size + learner.world.rank) * share\n",
+            (RESUMED,),
+        ),
+        Mutant(
+            "resume: the schedule begins anew",
+            "    lr = learning_rate(step, config",
+            '    take_step.taken = getattr(take_step, "taken", 0) + 1\n'
+            "    lr = learning_rate(take_step.taken, config",
+            (RESUMED,),
+        ),
+        Mutant(
+            "resume: the best so far is forgotten",
+            '        before = Snapshot(**folder.record()["before"])\n',
+            '        before = Snapshot(**folder.record()["before"])\n'
+            '        state["best"] = math.inf\n',
+            (RESUMED,),
+        ),
+        Mutant(
+            "resume: what the commit left undone stays so",
+            "            store.settle(folder.path, state, config.keep)\n",
+            "            pass\n",
+            (UNDONE,),
+        ),
+        Mutant(
+            "resume: the last commit ends a run, its report unwritten",
+            ' and "after" in folder.record()',
+            "",
+            (UNDONE,),
+        ),
+        Mutant(
+            "metrics.jsonl is not synced",
+            "        run.folder.sync_metrics()\n",
+            "",
+            ("test_train.py::test_metrics_are_on_the_disk_before_the_checkpoint",),
+        ),
+    ],
 }
 
 
@@ -628,7 +856,7 @@ def verdict(file: str, mutant: Mutant) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_repository(folder)
-        path = folder / "nanogpt2" / file
+        path = folder / file if file == "train.py" else folder / "nanogpt2" / file
         source = path.read_text()
         if source.count(mutant.old) != 1:
             return f"DOES NOT APPLY: the text stands {source.count(mutant.old)} times in the file"
@@ -639,11 +867,11 @@ def verdict(file: str, mutant: Mutant) -> str:
     return f"`{test}`" if status == 1 else f"DOES NOT RUN: {test}"
 
 
-def unmutated(files: set[str]) -> None:
+def unmutated(tests: set[str]) -> None:
     """Exit where the tests fail without any mutation: then nothing below would mean a thing."""
     with tempfile.TemporaryDirectory() as name:
         copy_repository(Path(name))
-        status, test = run_tests(Path(name), tuple(sorted(files)))
+        status, test = run_tests(Path(name), tuple(sorted(tests)))
     if status:
         sys.exit(f"error: the suite fails without a mutation: {test}")
 
@@ -661,7 +889,7 @@ def main() -> None:
         for mutant in mutants
         if arguments.only in f"{file} {mutant.what}"
     ]
-    unmutated({test.partition("::")[0] for _, mutant in chosen for test in mutant.tests})
+    unmutated({test for _, mutant in chosen for test in mutant.tests})
     verdicts = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for (file, mutant), found in zip(

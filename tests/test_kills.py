@@ -30,13 +30,13 @@ def killed(what, number, folder, seed=0):
     return json.loads(ran.stdout)
 
 
+# `-m "not slow"` leaves them out too
+LONG = (pytest.mark.marathon, pytest.mark.slow)
 # where a commit must have been killed for its kills to prove anything
 CALLS = {"open", "write", "serialize_file", "mkdir", "rename", "replace", "unlink", "rmdir", "link"}
 
 
-@pytest.mark.parametrize(
-    "number", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=lambda n: f"{n} kills"
-)
+@pytest.mark.parametrize("number", [300, pytest.param(10_000, marks=LONG)], ids=str)
 def test_the_store_loses_nothing(tmp_path, number):
     hit = killed("store", number, tmp_path)
     assert hit["named"] + hit["random"] == number
@@ -45,9 +45,7 @@ def test_the_store_loses_nothing(tmp_path, number):
     assert hit["by name"].keys() >= CALLS
 
 
-@pytest.mark.parametrize(
-    "number", [20, pytest.param(500, marks=pytest.mark.slow)], ids=lambda n: f"{n} kills"
-)
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=LONG)], ids=str)
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, number):
     hit = killed("train", number, tmp_path / "runs")
     assert hit["kills"] == number and hit["resumed"] > 0 and hit["with a checkpoint"] > 0
@@ -57,7 +55,7 @@ def test_what_the_last_commit_left_undone_is_done_on_resuming(tmp_path, monkeypa
     """Killed between the last checkpoint's commit and all that follows from it."""
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("seven sheep jumped over the fence " * 100)
-    argv = ["book.txt", *SMALL, "--steps", "6", "--save_every", "2", "--lora_rank", "2"]
+    argv = ["book.txt", *SMALL, "--steps", "6", "--save_every", "2"]
     assert run(*argv, "--out", "whole") == 0
 
     def stop(*arguments):
@@ -74,7 +72,7 @@ def test_what_the_last_commit_left_undone_is_done_on_resuming(tmp_path, monkeypa
         run(*argv)
     monkeypatch.setattr(store, "settle", settle)
     assert steps[-1] == 6 and store.latest_checkpoint(Path("out/checkpoints")).name == "step-6"
-    assert numbers() != numbers("whole") and not Path("out/adapter").exists()
+    assert numbers() != numbers("whole") and not Path("out/loss.png").exists()
     assert run(*argv, "--resume") == 0
     assert numbers() == numbers("whole")
     assert kills.left_behind(Path("out")) == kills.left_behind(Path("whole"))

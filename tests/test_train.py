@@ -184,6 +184,15 @@ def test_damaged_checkpoints_are_not_thrown_away(capsys, book):
     assert sorted(Path("out").rglob("*")) == before
 
 
+def test_metrics_are_on_the_disk_before_the_checkpoint(book, monkeypatch):
+    order, commit, sync = [], train.store.commit, RunFolder.sync_metrics
+    monkeypatch.setattr(RunFolder, "sync_metrics", lambda f: (order.append("sync"), sync(f)))
+    monkeypatch.setattr(train.store, "commit", lambda *a: (order.append("commit"), commit(*a)))
+    assert run(book, *SMALL, "--steps", "4", "--save_every", "2") == 0
+    assert order[:2] == ["sync", "commit"] and len(order) % 2 == 0
+    assert order == ["sync", "commit"] * (len(order) // 2)
+
+
 def test_accumulation_equals_the_big_batch(book):
     argv = [book, *SMALL, "--steps", "3", "--lr", "0.01", "--batch_size"]
     assert run(*argv, "8", "--out", "big") == 0
