@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanogpt2.config.model import DEVICES, DTYPES, MOST_LAYERS, check_model
+from nanogpt2.config.model import DEVICES, DTYPES, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.flags import MAX_SEED, check, flag, show, wrong_use
 
 DATA_NAMES = ("pydocs", "shakespeare")
@@ -131,6 +131,19 @@ class TrainConfig:
                 raise ValueError(f"{name} must be {plain} with --fsdp, not {getattr(self, name)!r}")
         if self.dtype == "float16":
             raise ValueError("dtype must be float32 or bfloat16 with --fsdp, not 'float16'")
+
+    def shape(self, vocab_size: int, end_of_text: int) -> GPTConfig:
+        """The shape of a model from scratch, for a vocabulary and the id that ends its texts."""
+        return GPTConfig(
+            vocab_size=vocab_size,
+            block_size=self.block_size or 256,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            dropout=self.dropout,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+        )
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
