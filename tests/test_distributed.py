@@ -261,3 +261,26 @@ def test_fsdp_without_torchrun_is_wrong_use(book, capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     for flag in ("--lora_rank=4", "--ema=0.5", "--optimizer=muon", "--dtype=float16"):
         assert run("book.txt", *[f for f in BASE if "scratch" not in f], "--fsdp", flag) == 2
+
+
+@pytest.mark.slow
+def test_leaving_never_waits_for_ever(tmp_path):
+    """DDP as the last to hold the group of processes hung about one time in ten."""
+    code = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from nanogpt2.training.distributed import World\n"
+        "def run(i):\n"
+        "    dist.init_process_group('gloo', init_method=f'file://{sys.argv[1]}/{i}', rank=0,"
+        " world_size=1)\n"
+        "    world = World('cpu', 0, 2)\n"
+        "    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))\n"
+        "    model(torch.ones(2, 4)).sum().backward()\n"
+        "    for _ in range(3):\n"
+        "        world.sum(1.0, 2.0)\n"
+        "    world.leave()\n"
+        "for i in range(1000):\n"
+        "    run(i)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, timeout=120, env=environment)

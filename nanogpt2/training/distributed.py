@@ -12,6 +12,7 @@ Sources: Li et al. 2020 (DDP); Zhao et al. 2023 (FSDP); torch.distributed.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanogpt2.weights import choose_device
+
+_left: list[Any] = []  # groups that this process was in
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class World:
     def leave(self) -> None:
         """Say goodbye, so that the others are not kept waiting."""
         if dist.is_initialized():
+            # DDP must not be the last to hold the group: ending it, it would keep the interpreter's
+            # lock, which the group's threads may need before they end
+            _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
