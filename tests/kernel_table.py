@@ -1,0 +1,77 @@
+"""Compile every kernel ahead of time, as its launcher launches it for GPT-2's shapes.
+
+    python tests/kernel_table.py [--json] [WORD ...]
+
+No GPU is needed. Each case calls a launcher; the launches are recorded, not run, and each is
+compiled for each chip. What is compiled is thus what is launched: types, block sizes, warps and the
+alignments that Triton specialises on. WORDs choose the cases whose names hold one of them.
+"""
+
+import json
+import sys
+
+import torch
+from kernel_reference import TARGETS, compile_for, record_launches
+
+from nanogpt2.kernels import softmax
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def new(*shape, dtype=BF16):
+    """Nothing reads it: no launch runs."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def softmax_cases():
+    scores, logits = new(2, 1024, 1024), new(2, 50257)
+    for x, causal, log in ((scores, True, False), (logits, False, False), (logits, False, True)):
+        name = f"{'log_' if log else ''}softmax N={x.size(-1)}{' causal' if causal else ''}"
+        for dtype in (BF16, FP32):
+            x = x.to(dtype)
+            yield f"{name} {dtype}", softmax._softmax_fwd, (x, causal, log, 1.0)
+            yield f"{name} {dtype}", softmax._softmax_bwd, (x, x, causal, log, 1.0)
+
+
+CASES = [softmax_cases]
+
+
+def table(words=()):
+    """One dict a case, kernel and target."""
+    rows = []
+    for name, launcher, arguments in (case for cases in CASES for case in cases()):
+        name = name.replace("torch.", "")
+        if words and not any(word in name for word in words):
+            continue
+        with record_launches() as launches:
+            launcher(*arguments)
+        for launch in launches:
+            for target, (_, limit) in TARGETS.items():
+                found = compile_for(
+                    launch.kernel,
+                    launch.signature,
+                    launch.constexprs,
+                    target,
+                    launch.attrs,
+                    **launch.options,
+                )
+                warps = launch.options.get("num_warps", 4)
+                kernel = launch.kernel.__name__
+                rows.append(
+                    {"case": name, "kernel": kernel, "target": target, "warps": warps}
+                    | found
+                    | {"limit": limit}
+                )
+    return rows
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    rows = table([word for word in arguments if word != "--json"])
+    if "--json" in arguments:
+        print(json.dumps(rows))
+    else:
+        print("| case | kernel | target | warps | registers | spilled bytes | shared bytes |")
+        print("|---|---|---|---|---|---|---|")
+        for row in rows:
+            print("|", " | ".join(str(v) for k, v in row.items() if k != "limit"), "|")
