@@ -13,7 +13,7 @@ import sys
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
 
-from nanogpt2.kernels import softmax
+from nanogpt2.kernels import layer_norm, softmax
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -33,7 +33,25 @@ def softmax_cases():
             yield f"{name} {dtype}", softmax._softmax_bwd, (x, x, causal, log, 1.0)
 
 
-CASES = [softmax_cases]
+def layer_norm_cases():
+    for N, dtype in ((768, BF16), (1600, BF16), (768, FP32)):
+        x, weight, statistics = new(64, N, dtype=dtype), new(N), new(64, dtype=FP32)
+        yield (
+            f"layer_norm N={N} {dtype}",
+            layer_norm._layer_norm_fwd,
+            (x, None, weight, weight, 1e-5),
+        )
+        yield (
+            f"layer_norm N={N} {dtype}",
+            layer_norm._layer_norm_bwd,
+            (x, None, x, weight, statistics, statistics),
+        )
+        name = f"residual_layer_norm N={N} {dtype}"
+        yield name, layer_norm._layer_norm_fwd, (x, x, weight, weight, 1e-5)
+        yield name, layer_norm._layer_norm_bwd, (x, x, x, weight, statistics, statistics)
+
+
+CASES = [softmax_cases, layer_norm_cases]
 
 
 def table(words=()):

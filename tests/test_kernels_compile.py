@@ -8,6 +8,8 @@ import sys
 import pytest
 from reference import ROOT
 
+from nanogpt2.kernels import layer_norm
+
 CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
@@ -45,3 +47,15 @@ def test_compiles(rows, chip):
         assert row["shared"] <= row["limit"], row
         # 65536 registers an SM, 255 a thread, on NVIDIA's; 512 on AMD's
         assert 0 < row["registers"] <= (512 if chip == "gfx942" else 255), row
+
+
+def test_the_backward_of_the_layer_norm_runs_all_programs_at_once(rows):
+    """One that had to wait for another's end would double the time."""
+    found = [row for row in rows if row["kernel"] == "_layer_norm_bwd_kernel"]
+    assert found
+    for row in found:
+        if row["target"] != "gfx942":
+            programs = layer_norm.WARPS_PER_SM // row["warps"]
+            # registers are given out by eights
+            registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
+            assert programs * registers <= 65536, row
