@@ -32,8 +32,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLUMNS = 8192
-# programs of the backward: as many as are on the chip at once, with up to 102 registers a thread, so
-# that none begins when the others have ended; a few where kernels are interpreted
+# programs of the backward: as many as are on the chip at once with up to 102 registers a thread,
+# so that none begins when the others have ended; a few where kernels are interpreted
 WARPS_PER_SM = 20
 INTERPRETED_PROGRAMS = 3
 INTERPRETED = triton.knobs.runtime.interpret

@@ -13,7 +13,7 @@ import sys
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
 
-from nanogpt2.kernels import layer_norm, softmax
+from nanogpt2.kernels import gelu, layer_norm, softmax
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -51,7 +51,16 @@ def layer_norm_cases():
         yield name, layer_norm._layer_norm_bwd, (x, x, x, weight, statistics, statistics)
 
 
-CASES = [softmax_cases, layer_norm_cases]
+def gelu_cases():
+    for N, dtype in ((3072, BF16), (3072, FP32)):
+        x, bias = new(64, N, dtype=dtype), new(N)
+        yield f"gelu N={N} {dtype}", gelu._gelu_fwd, (x, None)
+        yield f"gelu N={N} {dtype}", gelu._gelu_bwd, (x, x, None)
+        yield f"bias_gelu N={N} {dtype}", gelu._gelu_fwd, (x, bias)
+        yield f"bias_gelu N={N} {dtype}", gelu._gelu_bwd, (x, x, bias)
+
+
+CASES = [softmax_cases, layer_norm_cases, gelu_cases]
 
 
 def table(words=()):

@@ -134,7 +134,7 @@ def test_extreme_values():
 
 
 def test_a_large_mean_does_not_cancel():
-    """The mean is off by its rounding, 4096 * 2^-24 deviations; sum x^2 - N mean^2 would be lost."""
+    """The mean is off by its rounding, 2^-12 deviations; sum x^2 - N mean^2 would be lost."""
     x = 4096 + torch.randn(3, 100, device=DEVICE)
     check(x, *parameters(100), factor=100)
 
