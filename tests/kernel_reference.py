@@ -114,7 +114,7 @@ def _kind(value):
     """The type Triton gives an argument, and whether it knows that 16 divides it."""
     if torch.is_tensor(value):
         return POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
-    if value is None or value is True or value is False or (type(value) is int and value == 1):
+    if value is None or type(value) in (bool, str) or (type(value) is int and value == 1):
         return "constexpr", False
     if type(value) is int:
         return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0

@@ -7,13 +7,14 @@ compiled for each chip. What is compiled is thus what is launched: types, block 
 alignments that Triton specialises on. WORDs choose the cases whose names hold one of them.
 """
 
+import contextlib
 import json
 import sys
 
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
 
-from nanogpt2.kernels import gelu, layer_norm, softmax
+from nanogpt2.kernels import attention, gelu, layer_norm, softmax
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -60,7 +61,37 @@ def gelu_cases():
         yield f"bias_gelu N={N} {dtype}", gelu._gelu_bwd, (x, x, bias)
 
 
-CASES = [softmax_cases, layer_norm_cases, gelu_cases]
+def attention_cases():
+    """Packed, (B, T, 3C); the second has every feature at once."""
+    B, T, H, D = 2, 1024, 12, 64
+    start, seed = torch.zeros(B, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    lse = new(B, H, T, dtype=FP32)
+    for name, dtype, options, forms in (
+        ("", BF16, (None, None, True, 0.125, 0.0), (False, True)),
+        (" padded, with dropout", BF16, (start, seed, True, 0.125, 0.1), (False,)),
+        ("", FP32, (None, None, True, 0.125, 0.0), (False,)),
+    ):
+        q, k, v = attention._split(new(B, T, 3 * H * D, dtype=dtype), H)
+        o = attention._empty_like(q)
+        name = f"attention D={D}{name} {dtype}"
+        yield name, attention._attention_fwd, (q, k, v, o, *options)
+        for deterministic in forms:
+            arguments = (o, q, k, v, o, lse, q, k, v, *options, deterministic)
+            yield name, attention._attention_bwd, arguments
+
+
+CASES = [softmax_cases, layer_norm_cases, gelu_cases, attention_cases]
+
+
+@contextlib.contextmanager
+def pytorch_for(target):
+    """Launchers ask torch.version.hip whose chip they launch on."""
+    original = torch.version.hip
+    torch.version.hip = "6.4" if target.startswith("gfx") else None
+    try:
+        yield
+    finally:
+        torch.version.hip = original
 
 
 def table(words=()):
@@ -70,10 +101,10 @@ def table(words=()):
         name = name.replace("torch.", "")
         if words and not any(word in name for word in words):
             continue
-        with record_launches() as launches:
-            launcher(*arguments)
-        for launch in launches:
-            for target, (_, limit) in TARGETS.items():
+        for target, (_, limit) in TARGETS.items():
+            with record_launches() as launches, pytorch_for(target):
+                launcher(*arguments)
+            for launch in launches:
                 found = compile_for(
                     launch.kernel,
                     launch.signature,
