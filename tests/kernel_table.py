@@ -13,7 +13,7 @@ import sys
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
 
-from nanogpt2.kernels import gelu, layer_norm, softmax
+from nanogpt2.kernels import cross_entropy, gelu, layer_norm, softmax
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -60,7 +60,18 @@ def gelu_cases():
         yield f"bias_gelu N={N} {dtype}", gelu._gelu_bwd, (x, x, bias)
 
 
-CASES = [softmax_cases, layer_norm_cases, gelu_cases]
+def cross_entropy_cases():
+    targets, stats = new(64, dtype=torch.int64), new(64, 2, dtype=FP32)
+    # the last is the buffer of linear_cross_entropy
+    for N, dtype in ((50257, BF16), (50257, FP32), (50304, BF16)):
+        logits, name = new(64, N, dtype=dtype), f"cross_entropy N={N} {dtype}"
+        overwrite = N == 50304
+        yield name, cross_entropy._losses, (logits, targets, -100, 50257, overwrite)
+        inputs = (stats[0, 0], logits, targets, stats, -100, 50257)
+        yield name, cross_entropy._cross_entropy_bwd, inputs
+
+
+CASES = [softmax_cases, layer_norm_cases, gelu_cases, cross_entropy_cases]
 
 
 def table(words=()):
