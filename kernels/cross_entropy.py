@@ -119,7 +119,7 @@ def _cross_entropy_bwd_kernel(
     tokens = tl.where(target != ignore_index, V, 0)
 
     for start in range(0, N, BLOCK_N):
-        z = tl.load(z_row + start + cols, mask=start + cols < tokens, other=0.0).to(tl.float32)
+        z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
         dz = (tl.exp(z - m - a) - tl.where(start + cols == target, 1.0, 0.0)) * scale
         dz = tl.where(start + cols < tokens, dz, 0.0)
         tl.store(dz_row + start + cols, dz.to(dz_ptr.dtype.element_ty), mask=start + cols < N)
@@ -156,7 +156,7 @@ def _losses(
 def _cross_entropy_fwd(
     logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the mean loss () in fp32, m and a (M, 2) in fp32, the number of rows that count () int64."""
+    """-> the mean loss () and m and a (M, 2) in fp32, the number of rows that count () int64."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     loss, stats = _losses(logits, targets.contiguous(), ignore_index, vocab_size, False)
     count = (targets != ignore_index).sum()

@@ -13,7 +13,7 @@ import sys
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
 
-from nanogpt2.kernels import cross_entropy, gelu, layer_norm, softmax
+from nanogpt2.kernels import cross_entropy, gelu, layer_norm, sampling, softmax
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -71,7 +71,15 @@ def cross_entropy_cases():
         yield name, cross_entropy._cross_entropy_bwd, inputs
 
 
-CASES = [softmax_cases, layer_norm_cases, gelu_cases, cross_entropy_cases]
+def sampling_cases():
+    one, ids = new(4, dtype=torch.int64), new(4, 100, dtype=torch.int64)
+    for dtype, top_k, n in ((FP32, 50, 2), (BF16, 0, 0)):
+        inputs = (new(4, 50257, dtype=dtype), ids, one if n else None, one, one[0])
+        name = f"sampling V=50257 {dtype} top_k={top_k} n={n}"
+        yield name, sampling._sample, (*inputs, 5, 0.7, top_k, n, 50257)
+
+
+CASES = [softmax_cases, layer_norm_cases, gelu_cases, cross_entropy_cases, sampling_cases]
 
 
 def table(words=()):
