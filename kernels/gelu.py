@@ -74,7 +74,7 @@ def _gelu_bwd_kernel(
     x_ptr,  # (M, N) likewise
     bias_ptr,  # (N,), or None
     dx_ptr,  # (M, N), contiguous
-    partial_ptr,  # (P, N) in fp32: db of each program's rows; or None
+    partial_ptr,  # (P, N) in fp32: db of each program's rows, where there is a bias
     stride_dym,
     stride_xm,
     M,
@@ -149,7 +149,7 @@ def _gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> list[Tensor]:
     config = _config(N)
     per_program = max(ROWS, config["BLOCK_M"])
     P = triton.cdiv(M, per_program)
-    partial = None if bias is None else x.new_empty((P, N), dtype=torch.float32)
+    partial = x.new_empty((0 if bias is None else P, N), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _gelu_bwd_kernel[(P, triton.cdiv(N, config["BLOCK_N"]))](
             dy_rows,

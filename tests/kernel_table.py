@@ -14,7 +14,14 @@ import sys
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
 
-from nanogpt2.kernels import attention, gelu, layer_norm, softmax
+from nanogpt2.kernels import (
+    attention,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    sampling,
+    softmax,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -61,6 +68,25 @@ def gelu_cases():
         yield f"bias_gelu N={N} {dtype}", gelu._gelu_bwd, (x, x, bias)
 
 
+def cross_entropy_cases():
+    targets, stats = new(64, dtype=torch.int64), new(64, 2, dtype=FP32)
+    # the last is the buffer of linear_cross_entropy
+    for N, dtype in ((50257, BF16), (50257, FP32), (50304, BF16)):
+        logits, name = new(64, N, dtype=dtype), f"cross_entropy N={N} {dtype}"
+        overwrite = N == 50304
+        yield name, cross_entropy._losses, (logits, targets, -100, 50257, overwrite)
+        inputs = (stats[0, 0], logits, targets, stats, -100, 50257)
+        yield name, cross_entropy._cross_entropy_bwd, inputs
+
+
+def sampling_cases():
+    one, ids = new(4, dtype=torch.int64), new(4, 100, dtype=torch.int64)
+    for dtype, top_k, n in ((FP32, 50, 2), (BF16, 0, 0)):
+        inputs = (new(4, 50257, dtype=dtype), ids, one if n else None, one, one[0])
+        name = f"sampling V=50257 {dtype} top_k={top_k} n={n}"
+        yield name, sampling._sample, (*inputs, 5, 0.7, top_k, n, 50257)
+
+
 def attention_cases():
     """Packed, (B, T, 3C); the second has every feature at once."""
     B, T, H, D = 2, 1024, 12, 64
@@ -80,7 +106,14 @@ def attention_cases():
             yield name, attention._attention_bwd, arguments
 
 
-CASES = [softmax_cases, layer_norm_cases, gelu_cases, attention_cases]
+CASES = [
+    softmax_cases,
+    layer_norm_cases,
+    gelu_cases,
+    cross_entropy_cases,
+    sampling_cases,
+    attention_cases,
+]
 
 
 @contextlib.contextmanager
