@@ -17,6 +17,7 @@ from kernel_reference import TARGETS, compile_for, record_launches
 from nanogpt2.kernels import (
     attention,
     cross_entropy,
+    decode_attention,
     gelu,
     layer_norm,
     sampling,
@@ -106,6 +107,18 @@ def attention_cases():
             yield name, attention._attention_bwd, arguments
 
 
+def decode_attention_cases():
+    """Five beams over one cache of 1024 positions, in one share and in eight."""
+    R, H, S, D = 5, 12, 1024, 64
+    for dtype, splits, shared in ((BF16, 8, True), (BF16, 1, False), (FP32, 8, False)):
+        q, cache = new(R, H, 1, D, dtype=dtype), new(R, H, S, D, dtype=dtype)
+        rows = torch.zeros(R, dtype=torch.int64)
+        start, ancestors = (rows, torch.zeros(R, S, dtype=torch.int32)) if shared else (None, None)
+        inputs = (q, cache, cache, q, rows, start, ancestors, 0.125, splits)
+        name = f"decode_attention D={D} splits={splits}{' of beams' if shared else ''} {dtype}"
+        yield name, decode_attention._decode_attention_fwd, inputs
+
+
 CASES = [
     softmax_cases,
     layer_norm_cases,
@@ -113,6 +126,7 @@ CASES = [
     cross_entropy_cases,
     sampling_cases,
     attention_cases,
+    decode_attention_cases,
 ]
 
 
