@@ -10,8 +10,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # without a GPU kernels are interpreted; triton reads this when it is imported, after this line
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # tiny models gain nothing from threads, and the scripts' own processes use one too
 torch.set_num_threads(1)
@@ -29,6 +34,27 @@ def home_of_its_own(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What is allocated and not written is NaN, or the smallest whole number; for kernels.
+
+    The interpreter computes with numpy, which would warn of what a GPU computes in silence.
+    """
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
+
+        return allocated
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    with np.errstate(all="ignore"):
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,370 @@
+"""Cross-entropy of logits, and of logits that are never all there: a linear layer and its loss.
+
+For a row of logits z over V tokens and its target t, in fp32 whatever the input:
+
+    forward    m = max_v z_v,  a = log sum_v exp(z_v - m)
+               loss = mean over the counted rows of (m - z_t) + a
+    backward   dz_v = (exp(z_v - m - a) - [v = t]) dloss / count
+
+m and a are kept apart, since m + a would swallow the logarithm where logits are large.
+
+With z = x W^T (linear_cross_entropy): dx = dz W and dW = dz^T x. Only a chunk of rows has its
+logits at a time, in the dtype of x; the kernel that makes their loss overwrites them with dz while
+they are in the caches, and the two products follow. The division by the count and the gradient that
+arrives come last: float16, whose loss is scaled, could not hold dz / count.
+
+Rows whose target is `ignore_index` do not count and have no gradient. A target that is no token
+makes the loss NaN. Columns from `vocab_size` on are padding: never counted, gradient 0.
+
+Traffic for M rows, N columns in memory, s bytes an element: cross_entropy forward M N s, backward
+2 M N s; linear_cross_entropy 2 M N s beside its three products. A row (100 KB of bf16) is swept
+twice where it is overwritten, the second time out of the L1 or L2 it has just passed through.
+
+This file does not know where logits come from. The idea of a loss that makes its gradient in the
+forward pass, by chunks: Liger-Kernel, "fused linear cross entropy".
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# logits that are alive at once in linear_cross_entropy: 512 MiB of bf16 keep a GPU busy
+CHUNK_ELEMENTS = 2**28
+# the chunk's rows begin at multiples of this many elements, so that loads may be 16 bytes wide even
+# where V is 50257
+ROW_ALIGNMENT = 64
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def cross_entropy_ref(
+    logits: Tensor, targets: Tensor, ignore_index: int = -100, vocab_size: int | None = None
+) -> Tensor:
+    """What cross_entropy computes, by the formula, in the dtype of the logits."""
+    logits, counted = logits[:, :vocab_size], targets != ignore_index
+    lse = logits.exp().sum(dim=1).log()
+    at_target = logits.gather(1, targets.where(counted, 0)[:, None]).squeeze(1)
+    return (lse - at_target)[counted].sum() / counted.sum()
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,  # (M, N), columns side by side; becomes dz where OVERWRITE
+    targets_ptr,  # (M,) int64
+    loss_ptr,  # (M,) in fp32, 0 where ignored
+    stats_ptr,  # (M, 2) in fp32: m and a
+    stride_zm,
+    N,
+    V,  # columns that are tokens, V <= N
+    ignore_index,
+    OVERWRITE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_row = logits_ptr + row * stride_zm
+    cols = tl.arange(0, BLOCK_N)
+    target = tl.load(targets_ptr + row)
+    counted = target != ignore_index
+    is_token = (target >= 0) & (target < V)
+    # read before anything is overwritten
+    z_target = tl.load(z_row + tl.where(is_token, target, 0)).to(tl.float32)
+
+    m, total = -float("inf"), 0.0
+    for start in range(0, tl.where(counted, N, 0), BLOCK_N):
+        z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
+        z = tl.where(start + cols < V, z, -float("inf"))
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        # a block of -inf alone has no maximum to subtract: exp(-inf - 0) = 0
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        total = total * tl.exp(m - shift) + tl.sum(tl.exp(z - shift), axis=0)
+        m = m_new
+    a = tl.log(total)
+    loss = tl.where(is_token, m - z_target + a, float("nan"))
+    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
+    tl.store(stats_ptr + 2 * row, m)
+    tl.store(stats_ptr + 2 * row + 1, a)
+
+    if OVERWRITE:
+        for start in range(0, N, BLOCK_N):
+            z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
+            dz = tl.exp(z - m - a) - tl.where(start + cols == target, 1.0, 0.0)
+            # selected, not multiplied: padding and ignored rows may hold anything
+            dz = tl.where(start + cols < tl.where(counted, V, 0), dz, 0.0)
+            dz = dz.to(logits_ptr.dtype.element_ty)
+            tl.store(z_row + start + cols, dz, mask=start + cols < N)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    scale_ptr,  # () in fp32: dloss / count
+    logits_ptr,  # (M, N), columns side by side
+    targets_ptr,  # (M,) int64
+    stats_ptr,  # (M, 2) in fp32: m and a
+    dz_ptr,  # (M, N), contiguous
+    stride_zm,
+    N,
+    V,  # columns that are tokens, V <= N
+    ignore_index,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_row, dz_row = logits_ptr + row * stride_zm, dz_ptr + row * N
+    cols = tl.arange(0, BLOCK_N)
+    target = tl.load(targets_ptr + row)
+    m, a = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
+    scale = tl.load(scale_ptr)
+    tokens = tl.where(target != ignore_index, V, 0)
+
+    for start in range(0, N, BLOCK_N):
+        z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
+        dz = (tl.exp(z - m - a) - tl.where(start + cols == target, 1.0, 0.0)) * scale
+        dz = tl.where(start + cols < tokens, dz, 0.0)
+        tl.store(dz_row + start + cols, dz.to(dz_ptr.dtype.element_ty), mask=start + cols < N)
+
+
+def _config(N: int) -> dict[str, int]:
+    """BLOCK_N and num_warps for rows of N columns.
+
+    | N            | block             | warps | because                                        |
+    |--------------|-------------------|-------|------------------------------------------------|
+    | to 8192      | next power of two | 1-16  | 8 values a thread and more: 16-byte loads      |
+    | 50257, 50304 | 8192              | 16    | 16 values a thread; the row itself would spill |
+    """
+    block = min(triton.next_power_of_2(N), 8192)
+    return {"BLOCK_N": block, "num_warps": min(max(block // 256, 1), 16)}
+
+
+def _losses(
+    logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int, overwrite: bool
+) -> tuple[Tensor, Tensor]:
+    """(M, N) -> loss (M,) and m and a (M, 2); logits become their gradient where `overwrite`."""
+    M, N = logits.shape
+    loss = logits.new_empty(M, dtype=torch.float32)
+    stats = logits.new_empty(M, 2, dtype=torch.float32)
+    if M:
+        with torch.cuda.device_of(logits):
+            _cross_entropy_fwd_kernel[(M,)](
+                logits, targets, loss, stats, logits.stride(0), N, vocab_size, ignore_index,
+                OVERWRITE=overwrite, **_config(N),
+            )  # fmt: skip
+    return loss, stats
+
+
+def _cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the mean loss () and m and a (M, 2) in fp32, the number of rows that count () int64."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    loss, stats = _losses(logits, targets.contiguous(), ignore_index, vocab_size, False)
+    count = (targets != ignore_index).sum()
+    return loss.sum() / count, stats, count
+
+
+def _cross_entropy_bwd(
+    scale: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+) -> Tensor:
+    """-> dz (M, N). scale: () in fp32, dloss / count, which stays on the device."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    M, N = logits.shape
+    dz = logits.new_empty(M, N)
+    if M:
+        with torch.cuda.device_of(logits):
+            _cross_entropy_bwd_kernel[(M,)](
+                scale, logits, targets.contiguous(), stats, dz, logits.stride(0), N, vocab_size,
+                ignore_index, **_config(N),
+            )  # fmt: skip
+    return dz
+
+
+def _linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    needs_dx: bool,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the mean loss, the number of rows that count, and dx and dW before dloss / count.
+
+    dW is in fp32 whatever the input, since it is a sum over all chunks. A gradient that is not
+    needed is an empty tensor.
+    """
+    M, V = len(x), len(weight)
+    targets = targets.contiguous()
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    dw = weight.new_zeros(weight.shape if needs_dw else 0, dtype=torch.float32)
+    padded = triton.cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    rows = max(1, min(M, CHUNK_ELEMENTS // padded))
+    buffer = x.new_empty(rows, padded)
+    losses = x.new_zeros((), dtype=torch.float32)
+    for start in range(0, M, rows):
+        chunk = slice(start, start + rows)
+        padded_logits = buffer[: len(x[chunk])]  # (rows, padded)
+        logits = padded_logits[:, :V]
+        torch.mm(x[chunk], weight.t(), out=logits)
+        loss, _ = _losses(
+            padded_logits, targets[chunk], ignore_index, vocab_size, needs_dx or needs_dw
+        )
+        losses += loss.sum()
+        # the logits are their own gradient now
+        if needs_dx:
+            torch.mm(logits, weight, out=dx[chunk])
+        if needs_dw:
+            dw += logits.t() @ x[chunk]
+    count = (targets != ignore_index).sum()
+    return losses / count, count, dx, dw
+
+
+_forward_op = torch.library.custom_op(
+    "nanogpt2::cross_entropy_fwd", _cross_entropy_fwd, mutates_args=()
+)
+_backward_op = torch.library.custom_op(
+    "nanogpt2::cross_entropy_bwd", _cross_entropy_bwd, mutates_args=()
+)
+_linear_op = torch.library.custom_op(
+    "nanogpt2::linear_cross_entropy", _linear_cross_entropy, mutates_args=()
+)
+
+
+@_forward_op.register_fake
+def _(
+    logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty((), dtype=torch.float32)
+    return loss, loss.new_empty(len(logits), 2), targets.new_empty(())
+
+
+@_backward_op.register_fake
+def _(
+    scale: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    vocab_size: int,
+    needs_dx: bool,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float32)
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    dw = loss.new_empty(weight.shape if needs_dw else 0)
+    return loss, targets.new_empty(()), dx, dw
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, *ctx.arguments = inputs
+    _, stats, count = output
+    # the logits themselves, which are left as they are, and a number a row: no probabilities
+    ctx.save_for_backward(logits, targets, stats, count)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return None, None, None, None
+    logits, targets, stats, count = ctx.saved_tensors
+    dz = _backward_op(dloss / count, logits, targets, stats, *ctx.arguments)
+    return dz, None, None, None
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, *_, needs_dx, needs_dw = inputs
+    ctx.needs, ctx.weight_dtype = (needs_dx, needs_dw), weight.dtype
+    # neither x nor the weight nor a logit: the gradients are there but for a factor
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _linear_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    count, dx, dw = ctx.saved_tensors
+    needs_dx, needs_dw = ctx.needs
+    if dloss is None:
+        needs_dx = needs_dw = False
+    else:
+        scale = dloss / count
+    # in float32: the scale may be larger than float16 can hold
+    return (
+        (dx.float() * scale).to(dx.dtype) if needs_dx else None,
+        (dw * scale).to(ctx.weight_dtype) if needs_dw else None,
+        *[None] * 5,
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_linear_op.register_autograd(_linear_backward, setup_context=_linear_setup_context)
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = -100, vocab_size: int | None = None
+) -> Tensor:
+    """Mean over the targets of -log softmax(logits)[target].
+
+    logits: (M, N) in float32, float16 or bfloat16, left as they are; targets: int64 (M,), those
+    equal to `ignore_index` do not count; vocab_size: the columns that are tokens, by default N.
+    -> () in fp32, NaN where no target counts or one is no token. Raises ValueError for what it
+    cannot take.
+    """
+    vocab_size = _check("logits", logits, targets, logits.size(-1), vocab_size)
+    return _forward_op(logits, targets, ignore_index, vocab_size)[0]
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """cross_entropy(x weight^T, targets), never holding all the logits.
+
+    x: (M, C); weight: (N, C), of x's dtype; all else as cross_entropy's.
+    """
+    if weight.dim() != 2 or weight.shape[1:] != x.shape[1:]:
+        raise ValueError(f"weight must be (N, {x.size(-1)}), not {tuple(weight.shape)}")
+    if (weight.dtype, weight.device) != (x.dtype, x.device):
+        raise ValueError(
+            f"weight must be {x.dtype} on {x.device} as x is, not {weight.dtype} on {weight.device}"
+        )
+    vocab_size = _check("x", x, targets, len(weight), vocab_size)
+    needs = [t.requires_grad and torch.is_grad_enabled() for t in (x, weight)]
+    return _linear_op(x, weight, targets, ignore_index, vocab_size, *needs)[0]
+
+
+def _check(name: str, x: Tensor, targets: Tensor, columns: int, vocab_size: int | None) -> int:
+    """Return the real vocabulary size."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, not {x.dtype}")
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(f"{name} must be on a CUDA device, not on {x.device}")
+    if x.dim() != 2 or columns == 0:
+        raise ValueError(f"{name} must have two axes, rows and columns, not {tuple(x.shape)}")
+    if (targets.shape, targets.dtype) != (x.shape[:1], torch.int64):
+        raise ValueError(
+            f"targets must be ({len(x)},) int64, not {tuple(targets.shape)} {targets.dtype}"
+        )
+    if targets.device != x.device:
+        raise ValueError(f"targets must be on {x.device} as {name} is, not on {targets.device}")
+    vocab_size = columns if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"vocab_size must be from 1 to {columns}, not {vocab_size}")
+    return vocab_size

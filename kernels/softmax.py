@@ -1,0 +1,240 @@
+"""Softmax and log-softmax over the last axis, with an optional causal mask and scale.
+
+For a row x of N columns, in fp32 whatever the input:
+
+    forward    z = scale x
+               m = max_n z_n,  l = sum_n exp(z_n - m)
+               y_n = exp(z_n - m) / l                  softmax
+               y_n = z_n - m - log l                   log-softmax
+    backward   dx_n = scale y_n (dy_n - sum_k y_k dy_k)             softmax
+               dx_n = scale (dy_n - exp(y_n) sum_k dy_k)            log-softmax
+
+The backward needs y and not x. Causal: row t of T sees the columns up to t + N - T; what it does
+not see is neither read nor counted, and its y and dx are 0. A row of nothing but -inf is NaN, as
+PyTorch's is.
+
+Traffic, s bytes an element: forward 2 M N s (x in, y out), backward 3 M N s (y and dy in, dx out).
+A row up to MAX_WHOLE_ROW columns is held in registers. A longer one would spill: its maximum and
+sum are made in one sweep (m and l corrected block by block) and the row is read again, from the L1
+or L2 that it has just passed through, so that memory still sees one read and one write.
+
+This file does not know what the rows are. Source of the sweep: Milakov and Gimelshein 2018, "Online
+normalizer calculation for softmax".
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_COLUMNS = 65536
+MAX_WHOLE_ROW = 16384
+# a block of a longer row: 16 values a thread, hence one or two programs an SM, whose rows (100 KB
+# of bf16 each) are in the L2 all together
+LONG_ROW_BLOCK = 8192
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def softmax_ref(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
+    """What softmax computes, by the formulas, in the dtype of x."""
+    T, N = x.shape[-2:]
+    z = x * scale
+    if causal:
+        seen = torch.ones(T, N, dtype=torch.bool, device=x.device).tril(N - T)
+        z = z.masked_fill(~seen, -torch.inf)
+    e = (z - z.amax(dim=-1, keepdim=True)).exp()
+    return e / e.sum(dim=-1, keepdim=True)
+
+
+@triton.jit
+def _softmax_fwd_kernel(
+    x_ptr,  # (M, N), columns side by side
+    y_ptr,  # (M, N), contiguous
+    stride_xm,
+    N,
+    T,  # rows of one causal mask
+    scale,
+    CAUSAL: tl.constexpr,
+    LOG: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,  # BLOCK_N >= N
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_row, y_row = x_ptr + row * stride_xm, y_ptr + row * N
+    cols = tl.arange(0, BLOCK_N)
+    seen = N
+    if CAUSAL:
+        seen = (row % T).to(tl.int32) + N - T + 1
+
+    if WHOLE_ROW:
+        z = tl.load(x_row + cols, mask=cols < seen, other=-float("inf")).to(tl.float32) * scale
+        m_i = tl.max(z, axis=0)
+        e = tl.exp(z - m_i)
+        l_i = tl.sum(e, axis=0)
+        y = z - m_i - tl.log(l_i) if LOG else e * (1.0 / l_i)
+        tl.store(y_row + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
+    else:
+        m_i, l_i = -float("inf"), 0.0
+        for start in range(0, seen, BLOCK_N):
+            z = tl.load(x_row + start + cols, mask=start + cols < seen, other=-float("inf"))
+            z = z.to(tl.float32) * scale
+            m_new = tl.maximum(m_i, tl.max(z, axis=0))
+            # a block of -inf alone has no maximum to subtract: exp(-inf - 0) = 0
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+            l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(z - shift), axis=0)
+            m_i = m_new
+        log_l, one_over_l = tl.log(l_i), 1.0 / l_i
+        for start in range(0, N, BLOCK_N):
+            z = tl.load(x_row + start + cols, mask=start + cols < seen, other=-float("inf"))
+            z = z.to(tl.float32) * scale
+            y = z - m_i - log_l if LOG else tl.exp(z - m_i) * one_over_l
+            tl.store(y_row + start + cols, y.to(y_ptr.dtype.element_ty), mask=start + cols < N)
+
+
+@triton.jit
+def _softmax_bwd_kernel(
+    y_ptr,  # (M, N), contiguous
+    dy_ptr,  # (M, N), columns side by side
+    dx_ptr,  # (M, N), contiguous
+    stride_dym,
+    N,
+    T,  # rows of one causal mask
+    scale,
+    CAUSAL: tl.constexpr,
+    LOG: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,  # BLOCK_N >= N
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    y_row, dy_row, dx_row = y_ptr + row * N, dy_ptr + row * stride_dym, dx_ptr + row * N
+    cols = tl.arange(0, BLOCK_N)
+    seen = N
+    if CAUSAL:
+        seen = (row % T).to(tl.int32) + N - T + 1
+
+    if WHOLE_ROW:
+        # what is not seen reads as 0 and gets the gradient 0
+        y = tl.load(y_row + cols, mask=cols < seen, other=0.0).to(tl.float32)
+        dy = tl.load(dy_row + cols, mask=cols < seen, other=0.0).to(tl.float32)
+        total = tl.sum(dy if LOG else y * dy, axis=0)
+        dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
+        tl.store(dx_row + cols, (dx * scale).to(dx_ptr.dtype.element_ty), mask=cols < N)
+    else:
+        total = 0.0
+        for start in range(0, seen, BLOCK_N):
+            mask = start + cols < seen
+            dy = tl.load(dy_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+            if not LOG:
+                dy *= tl.load(y_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(dy, axis=0)
+        for start in range(0, N, BLOCK_N):
+            mask = start + cols < seen
+            y = tl.load(y_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_row + start + cols, mask=mask, other=0.0).to(tl.float32)
+            dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
+            dx = (dx * scale).to(dx_ptr.dtype.element_ty)
+            tl.store(dx_row + start + cols, dx, mask=start + cols < N)
+
+
+def _config(N: int) -> dict[str, Any]:
+    """WHOLE_ROW, BLOCK_N and num_warps for rows of N columns.
+
+    | N        | block             | warps | because                                           |
+    |----------|-------------------|-------|---------------------------------------------------|
+    | to 16384 | next power of two | 1-16  | 8 values a thread and more: 16-byte loads of bf16 |
+    | to 65536 | 8192, two sweeps  | 16    | 64 values a thread and more would spill           |
+    """
+    block = triton.next_power_of_2(N) if N <= MAX_WHOLE_ROW else LONG_ROW_BLOCK
+    warps = min(max(block // 256, 1), 16)
+    return {"WHOLE_ROW": block >= N, "BLOCK_N": block, "num_warps": warps}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., N) -> (M, N) with columns side by side: a view where there is one, else a copy."""
+    rows = x.reshape(-1, x.size(-1))
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _softmax_fwd(x: Tensor, causal: bool, log: bool, scale: float) -> Tensor:
+    y = x.new_empty(x.shape)
+    if x.numel():
+        rows, T = _rows(x), x.size(-2) if causal else 1
+        M, N = rows.shape
+        with torch.cuda.device_of(x):
+            _softmax_fwd_kernel[(M,)](
+                rows, y, rows.stride(0), N, T, scale, CAUSAL=causal, LOG=log, **_config(N)
+            )
+    return y
+
+
+def _softmax_bwd(dy: Tensor, y: Tensor, causal: bool, log: bool, scale: float) -> Tensor:
+    dx = y.new_empty(y.shape)
+    if y.numel():
+        rows, T = _rows(dy), y.size(-2) if causal else 1
+        M, N = rows.shape
+        with torch.cuda.device_of(y):
+            _softmax_bwd_kernel[(M,)](
+                y, rows, dx, rows.stride(0), N, T, scale, CAUSAL=causal, LOG=log, **_config(N)
+            )
+    return dx
+
+
+# y alone is saved: x is not needed, and the caller may hold y anyway
+_forward_op = torch.library.custom_op("nanogpt2::softmax_fwd", _softmax_fwd, mutates_args=())
+_backward_op = torch.library.custom_op("nanogpt2::softmax_bwd", _softmax_bwd, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x: Tensor, causal: bool, log: bool, scale: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_backward_op.register_fake
+def _(dy: Tensor, y: Tensor, causal: bool, log: bool, scale: float) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.arguments = inputs[1:]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    return _backward_op(dy, y, *ctx.arguments), None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def softmax(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
+    """exp(scale x - max) / sum over the last axis.
+
+    x: (..., N) in float32, float16 or bfloat16, N up to 65536; with `causal` (..., T, N), T <= N,
+    where row t sees the columns up to t + N - T. -> the shape and dtype of x, contiguous.
+    Raises ValueError for what it cannot take.
+    """
+    _check(x)
+    if causal and (x.dim() < 2 or x.size(-2) > x.size(-1)):
+        raise ValueError(f"x must be (..., T, N) with T <= N where causal, not {tuple(x.shape)}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be finite and above 0, not {scale}")
+    return _forward_op(x, causal, False, float(scale))
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Return x - max - log(sum exp(x - max)) over the last axis; x and result as softmax's."""
+    _check(x)
+    return _forward_op(x, False, True, 1.0)
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be float32, float16 or bfloat16, not {x.dtype}")
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(f"x must be on a CUDA device, not on {x.device}")
+    if x.dim() == 0 or x.size(-1) > MAX_COLUMNS:
+        raise ValueError(f"x must be (..., N) with N up to {MAX_COLUMNS}, not {tuple(x.shape)}")

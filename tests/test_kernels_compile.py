@@ -1,0 +1,61 @@
+"""Every kernel, compiled ahead of time for four chips as it is launched for GPT-2's shapes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from reference import ROOT
+
+from nanogpt2.kernels import layer_norm
+
+CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The table of tests/kernel_table.py, from a process that compiles instead of interpreting."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "tests/kernel_table.py"), "--json"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_is_in_the_table(rows):
+    sources = [path.read_text() for path in sorted((ROOT / "kernels").glob("*.py"))]
+    # what is jitted and launched, as opposed to jitted and called by a kernel
+    kernels = {
+        line.split("[")[0].split()[-1]
+        for source in sources
+        for line in source.splitlines()
+        if "_kernel[" in line
+    }
+    assert kernels
+    assert {row["kernel"] for row in rows} >= kernels
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles(rows, chip):
+    """Nothing spilled to local memory, shared memory within what a program may have."""
+    found = [row for row in rows if row["target"] == chip]
+    assert len(found) == len(rows) / len(CHIPS)
+    for row in found:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= row["limit"], row
+        # 65536 registers an SM, 255 a thread, on NVIDIA's; 512 on AMD's
+        assert 0 < row["registers"] <= (512 if chip == "gfx942" else 255), row
+
+
+def test_the_backward_of_the_layer_norm_runs_all_programs_at_once(rows):
+    """One that had to wait for another's end would double the time."""
+    found = [row for row in rows if row["kernel"] == "_layer_norm_bwd_kernel"]
+    assert found
+    for row in found:
+        if row["target"] != "gfx942":
+            programs = layer_norm.WARPS_PER_SM // row["warps"]
+            # registers are given out by eights
+            registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
+            assert programs * registers <= 65536, row
