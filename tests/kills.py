@@ -360,7 +360,8 @@ def kill_trainer(kills, seed, folder):
             resume = ["--resume"] if (out / "run.json").exists() else []
             argv = ["--out", str(out), *VARIANTS[number], *resume]
             child, pipe = fork(run_trainer(*argv))
-            if hit["kills"] < kills:
+            # seven kills a run, so that every variant has its share of twenty
+            if hit["kills"] < min(kills, 7 * hit["runs"]):
                 # by the clock alone, a busy machine's runs would all die before their first step
                 if rng.random() < 0.75:
                     wait_for_line(child, out / "metrics.jsonl", rng.randint(1, 30))
