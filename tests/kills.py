@@ -333,6 +333,14 @@ def left_behind(out):
     )
 
 
+def wait_for_line(child, path, number):
+    """Until a file has so many lines, or the child has ended."""
+    while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if path.exists() and path.read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.001)
+
+
 def kill_trainer(kills, seed, folder):
     """Runs killed and resumed until they finish; return how many it took."""
     rng, hit = random.Random(seed), Counter()
@@ -352,9 +360,12 @@ def kill_trainer(kills, seed, folder):
             resume = ["--resume"] if (out / "run.json").exists() else []
             argv = ["--out", str(out), *VARIANTS[number], *resume]
             child, pipe = fork(run_trainer(*argv))
-            if hit["kills"] < kills:
-                # several kills a run: the last part's come once little is left to do
-                time.sleep(rng.uniform(0, durations[number] / 2))
+            # seven kills a run, so that every variant has its share of twenty
+            if hit["kills"] < min(kills, 7 * hit["runs"]):
+                # by the clock alone, a busy machine's runs would all die before their first step
+                if rng.random() < 0.75:
+                    wait_for_line(child, out / "metrics.jsonl", rng.randint(1, 30))
+                time.sleep(rng.uniform(0, durations[number] / 5))
                 os.kill(child, signal.SIGKILL)
             status, said = wait(child, pipe)
             if status == 0:
