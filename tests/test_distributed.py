@@ -84,7 +84,7 @@ def data(task):
 
 
 def fast_and_slow(*slow):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+    return [pytest.param(*case, marks=pytest.mark.marathon) for case in slow]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_wrong_use_is_said_once(book):
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.slow
+@pytest.mark.marathon
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -208,7 +208,7 @@ def test_wrong_use_found_later_is_said_once(book, argv, said):
     assert not Path("out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.marathon
 def test_a_finished_run_is_said_once(book):
     argv = ["book.txt", *BASE, "--steps", "2"]
     assert run(*argv) == 0
@@ -263,7 +263,7 @@ def test_fsdp_without_torchrun_is_wrong_use(book, capsys, monkeypatch):
         assert run("book.txt", *[f for f in BASE if "scratch" not in f], "--fsdp", flag) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.marathon
 def test_leaving_never_waits_for_ever(tmp_path):
     """DDP as the last to hold the group of processes hung about one time in ten."""
     code = (

@@ -119,7 +119,7 @@ def test_twenty_stops_change_no_bit(inputs, tmp_path, monkeypatch, setting):
     assert outcome(tmp_path / "stopped") == (rows, digest)
 
 
-@pytest.mark.slow
+@pytest.mark.marathon
 @pytest.mark.parametrize(
     "setting", [s for s in SETTINGS if s not in SOME], ids=lambda setting: "-".join(setting)
 )

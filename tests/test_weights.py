@@ -509,7 +509,7 @@ def test_a_mutated_file_loads_or_says_why(tmp_path):
     assert min(counts.values()) > 10, counts
 
 
-@pytest.mark.slow
+@pytest.mark.marathon
 def test_a_hundred_thousand_mutated_files(tmp_path):
     counts = check_mutants(tmp_path, 100_002)
     print(counts)
