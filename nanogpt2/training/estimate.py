@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nanogpt2.config import GPTConfig
-from nanogpt2.ops import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ELSEWHERE
+from nanogpt2.ops import chunk_rows
 
 
 def count_parameters(config: GPTConfig) -> int:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt2 import ops
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 
@@ -55,7 +56,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         low = F.linear(x, self.lora_a)  # (..., r)
-        return super().forward(x) + F.linear(low, self.lora_b) * (self.alpha / self.rank)
+        return ops.linear(x, self.weight, self.bias) + F.linear(low, self.lora_b) * (self.alpha / self.rank)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
