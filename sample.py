@@ -24,6 +24,7 @@ if __name__ == "__main__":
             sys.exit()
 
 from nanogpt2.cli import compare, text
+from nanogpt2.cli.classify import show_labels
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.one import Show, decode_texts, note_dropped, note_outgrown, request_for
 from nanogpt2.cli.prompts import Job, read_prompt, read_prompts, run_prompts
@@ -39,9 +40,13 @@ def main(config: SampleConfig) -> None:
     with wrong_use("PROMPT" if config.prompt_file is None else "--prompt_file"):
         prompt = read_prompt(config.prompt, config.prompt_file)
     with wrong_use("--prompts"):
-        lines = read_prompts(config.prompts, config.skip_bad) if config.prompts else {}
+        key = "text" if config.classify else "prompt"
+        lines = read_prompts(config.prompts, config.skip_bad, key) if config.prompts else {}
     with wrong_use("--device"):
         device = choose_device(config.device)
+    if config.classify:
+        show_labels(config, device, [*lines.values()] or [prompt])
+        return
     with wrong_use("--model"):
         tokenizer = load_tokenizer(config.model)
         model = load_model(config.model, device, config.dtype)

@@ -17,8 +17,9 @@ from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
-    terminal.prepare()
-    CONFIG = parse(TrainConfig, sys.argv[1:])
+    with terminal.checked_output():
+        terminal.prepare()
+        CONFIG = parse(TrainConfig, sys.argv[1:])
     with wrong_use("--out"):
         CONFIG = RunFolder(Path(CONFIG.out)).check(CONFIG)
 
@@ -70,7 +71,7 @@ def main(config: TrainConfig) -> None:
     try:
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
-        with wrong_use("DATA"):
+        with wrong_use("DATA"), world.first_before_others():
             corpus = read_data(config, model, tokenizer)
             init = {"init": model_digest(config.init)} if config.lora_rank else {}
             folder.hold_to(config, data=corpus.sha256, **init)
@@ -157,7 +158,6 @@ def train(run: Run, state: dict[str, Any]) -> None:
     if config.tensorboard and learner.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
     terminal.note(plan.describe(config, learner, run.batches.sequences))
-    terminal.write(f"before training:\n{before.sample}\n\n" if before.sample else "")
 
     signals, stopped = terminal.Signals(), 0
     with terminal.Progress(config.steps, state["step"], "step") as bar:

@@ -9,22 +9,24 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import DEVICES, DTYPES, check_model, fail, parse, wrong_use
-from nanogpt2.flags import check, flag, show
+from nanogpt2.config import DEVICES, DTYPES, check_data, check_model, fail, parse, wrong_use
+from nanogpt2.flags import check, flag
 
-TASKS = ("perplexity", "lambada", "hellaswag")
+TASKS = ("perplexity", "lambada", "hellaswag", "classify")
+# flags of one task alone
+OWN_FLAGS = {"stride": "perplexity", "text_column": "classify", "label_column": "classify"}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """python -m nanogpt2.evaluate FILE [flags]: measure a GPT-2.
 
-    FILE is, by --task: perplexity, a UTF-8 text; lambada, JSONL with `text`; hellaswag, JSONL with
-    `ctx`, `endings` and `label`.
+    FILE is, by --task: perplexity, a text, a folder of them or a name as for train.py; else records
+    (.jsonl and the like): lambada's have `text`; hellaswag's `ctx`, `endings` and `label`;
+    classify's `text` and `label`, for a --model that train.py --task classify made.
     """
 
     file: str = flag(MISSING, "the text or the examples", positional=True)
@@ -38,20 +40,22 @@ class EvaluateConfig:
         None, "perplexity: tokens between windows (default: half the block size)", low=1
     )
     limit: int | None = flag(None, "only the first examples, or tokens of the text", low=1)
+    text_column: str = flag("text", "classify: the column of the texts")
+    label_column: str = flag("label", "classify: the column of the labels")
     json: bool = flag(False, "print one JSON object")
 
     def __post_init__(self) -> None:
         check(self)
-        if self.stride is not None and self.task != "perplexity":
-            raise ValueError(f"stride must come with --task perplexity, not {self.task}")
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "EvaluateConfig":
         """Build the configuration from the flags that were given."""
         config = cls(**given)
+        for name, task in OWN_FLAGS.items():
+            if name in given and task != config.task:
+                raise ValueError(f"{name} must come with --task {task}, not {config.task}")
         with wrong_use("FILE"):
-            if not Path(config.file).is_file():
-                raise ValueError(f"{show(config.file)} is no file")
+            check_data(config.file)
         with wrong_use("--model"):
             check_model(config.model)
         return config
@@ -62,18 +66,18 @@ if __name__ == "__main__":
     terminal.prepare()
     CONFIG = parse(EvaluateConfig, sys.argv[1:])
 
-from nanogpt2.data.corpus import read_text
+from nanogpt2.evaluation.classification import measure_classification
+from nanogpt2.evaluation.examples import read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
 from nanogpt2.evaluation.lambada import measure_lambada, read_lambada
 from nanogpt2.evaluation.perplexity import measure_perplexity
 from nanogpt2.evaluation.published import published
-from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import choose_device, load_model, load_tokenizer
+from nanogpt2.weights import choose_device, load_classifier, load_model, load_tokenizer
 
 Advance = Callable[[int], object]
-# examples, and how a model is measured by them
-Job = tuple[int, Callable[[GPT, int, Advance], Mapping[str, Any]]]
+# how much there is to do, and how a model, which sees that many tokens, is measured
+Job = tuple[int, Callable[[Any, int, Advance], Mapping[str, Any]]]
 
 
 def main(config: EvaluateConfig) -> None:
@@ -82,30 +86,33 @@ def main(config: EvaluateConfig) -> None:
         device = choose_device(config.device)
     with wrong_use("--model"):
         tokenizer = load_tokenizer(config.model)
-    with wrong_use(f"FILE {show(config.file)}:"):
+    with wrong_use("FILE"):
         count, measure = JOBS[config.task](config, tokenizer)
     with wrong_use("--model"):
-        model = load_model(config.model, device, config.dtype)
+        load = load_classifier if config.task == "classify" else load_model
+        model = load(config.model, device, config.dtype)
     longest = model.config.block_size
     block_size = config.block_size or longest
     if block_size > longest:
         fail(f"--block_size must be <= {longest}, the model's, not {block_size}")
     if (config.stride or 1) > block_size:
         fail(f"--stride must be <= {block_size}, the block size, not {config.stride}")
-    with wrong_use(f"FILE {show(config.file)}:"), terminal.Progress(count, 0, "example") as bar:
+    with wrong_use("FILE"), terminal.Progress(count, 0, "example") as bar:
         figures = measure(model, block_size, bar.advance)
     terminal.write(shown(config, block_size, figures) + "\n")
 
 
 def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Strided perplexity of a text."""
-    with wrong_use("FILE"):
-        text = read_text(Path(config.file))
-    ids = tokenizer.encode(text)[: config.limit]
+    ids: list[int] = []
+    for text in read_texts(config.file):
+        # texts are joined as they are for training
+        ids += [*([tokenizer.end_of_text] if ids else []), *tokenizer.encode(text)]
+    ids = ids[: config.limit]
     if len(ids) < 2:
-        raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
+        raise ValueError(f"{config.file!r} must hold 2 tokens or more, not {len(ids)}")
 
-    def measure(model: GPT, block_size: int, advance: Advance) -> Mapping[str, Any]:
+    def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         stride = config.stride or max(1, block_size // 2)
         found = measure_perplexity(
             model,
@@ -123,9 +130,9 @@ def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
 
 def lambada_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Last words."""
-    passages = read_lambada(Path(config.file), tokenizer, config.limit)
+    passages = read_lambada(read_examples(config.file, config.limit), tokenizer)
 
-    def measure(model: GPT, block_size: int, advance: Advance) -> Mapping[str, Any]:
+    def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         found = measure_lambada(model, tokenizer, passages, config.batch_size, block_size, advance)
         return dataclasses.asdict(found)
 
@@ -134,15 +141,36 @@ def lambada_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
 
 def hellaswag_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Endings."""
-    readings = read_hellaswag(Path(config.file), config.limit)
+    readings = read_hellaswag(read_examples(config.file, config.limit))
 
-    def measure(model: GPT, block_size: int, advance: Advance) -> Mapping[str, Any]:
+    def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         return measure_hellaswag(model, tokenizer, readings, config.batch_size, block_size, advance)
 
     return sum(len(q.endings) for qs in readings.values() for q in qs), measure
 
 
-JOBS = {"perplexity": perplexity_job, "lambada": lambada_job, "hellaswag": hellaswag_job}
+def classify_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
+    """Labels."""
+    records = read_examples(config.file, config.limit)
+    columns = (config.text_column, config.label_column)
+    for record in records:
+        record.text(columns[0])
+        record.label(columns[1])
+
+    def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
+        return measure_classification(
+            model, tokenizer, records, columns, config.batch_size, block_size, advance
+        )
+
+    return len(records), measure
+
+
+JOBS = {
+    "perplexity": perplexity_job,
+    "lambada": lambada_job,
+    "hellaswag": hellaswag_job,
+    "classify": classify_job,
+}
 
 
 def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -> str:
@@ -152,9 +180,15 @@ def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -
         head = {"task": config.task, "model": config.model, "file": config.file}
         rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}
         return json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
+    tables = {name: figures[name] for name in ("classes", "confusion") if name in figures}
     rows = [["figure", "measured"], ["block_size", str(block_size)]]
-    rows += [[name, _number(value)] for name, value in _flat(figures)]
+    plain = {name: value for name, value in figures.items() if name not in tables}
+    rows += [[name, _number(value)] for name, value in _flat(plain)]
     text = terminal.table(rows)
+    for cells in tables.values():
+        columns = list(next(iter(cells.values())))
+        body = [[label, *map(_number, row.values())] for label, row in cells.items()]
+        text += "\n\n" + terminal.table([["label", *columns], *body])
     if others:
         text += "\n\n" + terminal.table(
             [["published", "value", "source"]]

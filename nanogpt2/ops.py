@@ -150,6 +150,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks = -(-len(x) // chunk_rows(*weight.shape, x.device.type))
         rows = -(-len(x) // max(1, chunks))
         for start in range(0, len(x), rows):
+            # the last chunk's memory is free for this one
+            logits = dz = None
             chunk = slice(start, start + rows)
             target, weighs = targets[chunk, None], counted[chunk, None].float()  # (rows, 1)
             logits = _product(x[chunk], weight.t()).float()  # (rows, V)

@@ -88,12 +88,13 @@ class TensorFile:
             raise self._broken(f"its tensors take {end} bytes, not {size - len(self._head)}")
 
     def tensors(
-        self, wanted: Collection[str], sha256: str | None = None
+        self, wanted: Collection[str], sha256: str | None = None, passing: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:
         """Read the wanted tensors, on the CPU and as they are stored, with their names.
 
-        Raises ValueError, after the last one, where the bytes do not have the SHA-256 `sha256`, by
-        default the one that the file states of itself.
+        Those that are `passing` share one buffer, and hold until the next is asked for. Raises
+        ValueError, after the last one, where the bytes do not have the SHA-256 `sha256`, by default
+        the one that the file states of itself.
         """
         head = self._head
         if sha256 is None and self.sha256 is not None:
@@ -101,8 +102,12 @@ class TensorFile:
             head = head.replace(str(sha256).encode(), NO_DIGEST.encode(), 1)
         digest = hashlib.sha256(head)
         self._file.seek(len(head))
+        kept = {*wanted} - {*passing}
+        sizes = [entry.end - entry.start for entry in self.entries if entry.name not in kept]
+        buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
         for entry in self.entries:
-            data = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+            size = entry.end - entry.start
+            data = torch.empty(size, dtype=torch.uint8) if entry.name in kept else buffer[:size]
             if self._file.readinto(data.numpy().data) < data.numel():  # type: ignore[attr-defined]
                 raise self._broken(f"it was cut short at {entry.name!r} while it was read")
             if sha256 is not None:

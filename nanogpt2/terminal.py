@@ -120,10 +120,14 @@ class Progress:
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Count one more as done, with its loss and speed; an evaluation keeps its line."""
-        loss, speed = f"loss {figures['loss']:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"
-        if "val_loss" in figures:
-            note(f"step {figures['step']}: {loss}, val_loss {figures['val_loss']:.4f}")
-        self._bar.set_postfix_str(f"{loss}, {speed}", refresh=False)
+        shown = f"loss {figures['loss']:.4f}"
+        evaluated = [f"{k} {v:.4f}" for k, v in figures.items() if k.startswith("val_")]
+        if evaluated:
+            note(f"step {figures['step']}: " + ", ".join([shown, *evaluated]))
+        shown += f", {figures['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in figures:
+            shown += f", mfu {figures['mfu']:.0%}, {figures['memory'] / 1e9:.1f} GB"
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
 
     def advance(self, count: int) -> None:
@@ -243,14 +247,17 @@ class Node:
     children: "list[Node]"
 
 
-def tree(nodes: Sequence[Node], indent: str = "") -> str:
+def tree(nodes: Sequence[Node]) -> str:
     """Draw nodes under one another, their children behind lines."""
     lines = []
-    for i, node in enumerate(nodes):
-        last = i == len(nodes) - 1
-        lines.append(f"{indent}{'└─ ' if last else '├─ '}{node.label}")
-        if node.children:
-            lines.append(tree(node.children, indent + ("   " if last else "│  ")))
+    # what is still to be drawn, the next one last: a node, its indent, whether no sibling follows
+    waiting = [(node, "", node is nodes[-1]) for node in reversed(nodes)]
+    while waiting:
+        node, indent, is_last = waiting.pop()
+        lines.append(f"{indent}{'└─ ' if is_last else '├─ '}{node.label}")
+        indent += "   " if is_last else "│  "
+        below = node.children
+        waiting += [(child, indent, child is below[-1]) for child in reversed(below)]
     return "\n".join(lines)
 
 

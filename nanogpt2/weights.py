@@ -48,6 +48,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 MASKS = (".attn.bias", ".attn.masked_bias")
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
+EMBEDDING = "wte.weight"
 SCORE = "score.weight"
 READABLE_DTYPES = ("F32", "F16", "BF16")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,8 +127,11 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     A classifier's is for `load_classifier` and GPT2ForSequenceClassification. With a tokenizer, or
     GPT-2's 50257 ids, AutoTokenizer.from_pretrained loads it too. Tensors keep their dtype and
     bits. Each file appears whole or not at all. Raises ValueError for a dtype that is not one of
-    load_model's, OSError for what cannot be written.
+    load_model's and for a model with LoRA, OSError for what cannot be written.
     """
+    state = model.state_dict()
+    if any(name.endswith(("lora_a", "lora_b")) for name in state):
+        raise ValueError("the model has LoRA: save what merged(model) returns, or its adapter")
     labels = model.labels if isinstance(model, GPTClassifier) else ()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -145,7 +149,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     prefix = "" if labels else PREFIX
     theirs = {
         prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
     }
     with _whole(folder / WEIGHTS) as path:
         tensor_file.write(path, theirs)
@@ -183,7 +187,6 @@ def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: flo
                 raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
             _check_tensors(stored, model, opened[0].path)
             state = _read_state(source, opened, stored, device, getattr(torch, dtype))
-    _check_tied_head(stored, state)
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
@@ -287,7 +290,7 @@ def _read_state(
 
     Raises ValueError where a file is not what its manifest, or it itself, states.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
     wanted = {entry.name: ours for ours, entry in stored.items()}
     for file in opened:
         sha256 = None
@@ -298,21 +301,29 @@ def _read_state(
                     f"{str(file.path)!r} states no SHA-256, nor does {MANIFEST} beside it; "
                     f"where that is meant, delete {MANIFEST}"
                 )
-        for name, tensor in file.tensors(wanted, sha256):
-            ours = wanted[name]
+        # what is copied anyway passes through
+        passing = {
+            entry.name
+            for ours, entry in stored.items()
+            if ours.endswith(TRANSPOSED) or tensor_file.DTYPES[entry.dtype] != dtype
+        }
+        if HEAD in stored and EMBEDDING in stored:
+            passing.add(max((stored[HEAD], stored[EMBEDDING]), key=lambda e: e.start).name)
+        for name, tensor in file.tensors(wanted, sha256, passing):
+            # GPT-2's output head is its embedding: whichever of the two comes first is kept
+            ours = EMBEDDING if wanted[name] == HEAD else wanted[name]
+            if ours in state:
+                if not torch.equal(tensor.to(device, dtype), state[ours]):
+                    raise ValueError(
+                        f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head "
+                        "is tied"
+                    )
+                continue
             tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
-            state[ours] = tensor.to(device, dtype).contiguous()
+            if name in passing:
+                tensor = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            state[ours] = tensor.to(device)
     return state
-
-
-def _check_tied_head(stored: Mapping[str, StoredTensor], state: dict[str, Tensor]) -> None:
-    """Drop the output head, once it is seen to be wte's. Raises ValueError where it is not."""
-    head = state.pop(HEAD, None)
-    if head is not None and not torch.equal(head, state["wte.weight"]):
-        found = stored[HEAD]
-        raise ValueError(
-            f"{str(found.file)!r}: tensor {found.name} must equal wte.weight: GPT-2's head is tied"
-        )
 
 
 # ---- memory

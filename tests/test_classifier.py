@@ -181,6 +181,7 @@ def test_transformers_loads_what_is_saved(tmp_path):
         tmp_path / "model", output_loading_info=True
     )
     assert not any(report.values())
+    assert theirs.config.architectures == ["GPT2ForSequenceClassification"]
     assert theirs.config.id2label == dict(enumerate(LABELS))
     assert theirs.config.label2id == {label: i for i, label in enumerate(LABELS)}
     texts = ["a", "some longer text", "text!", "the end<|endof"]

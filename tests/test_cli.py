@@ -435,6 +435,9 @@ def test_nothing_is_ignored(model, monkeypatch, capsys):
     assert len(c.history) == 2
     c = talk(model, monkeypatch, [":set do_sample false", ":set top_p 0.5"])
     assert "top_p must come with do_sample" in capsys.readouterr().err
+    options = {"do_sample": False, "penalty_alpha": 0.5, "top_k": 4}
+    c = talk(model, monkeypatch, [":set top_k 6"], **options)
+    assert c.options.top_k == 6 and "error" not in capsys.readouterr().err
 
 
 def test_a_byte_that_is_no_text_spoils_its_line_only(model, monkeypatch, capsys):
@@ -656,3 +659,21 @@ def test_the_tree_is_best_first(model, seed):
     drawn = tree.draw(BYTES)
     first = re.search(r"score (-?[0-9.]+)", drawn).group(1)
     assert first == f"{max(scores):.3f}"
+
+
+def test_a_tree_deeper_than_the_stack_is_drawn(model):
+    """Each step drops a beam at another token: as many splits as steps."""
+    tree, steps = BeamTree(1), sys.getrecursionlimit() + 9
+    path = []
+    for _ in range(steps):
+        tree._step += 1
+        tree._put([*path, 98], score=-2.0).score = -2.0
+        path.append(97)
+        tree._put(path, score=-1.0).score = -1.0
+    lines = tree.draw(BYTES).splitlines()
+    assert (
+        len(lines) == 2 * steps
+        and lines[0] == "├─ 'a'"
+        and lines[-1].startswith("└─ 'b'  pruned at 1")
+    )
+    assert lines[steps - 1].endswith("'a'  running, sum -1.000")

@@ -30,21 +30,21 @@ def test_pieces_give_the_ids_of_the_whole(parts):
 
 @given(texts)
 def test_every_cut_that_is_made_is_safe(text):
-    # all places at once
-    pieces = [*safe_pieces(text)]
+    # of parts this short, nearly all places
+    pieces = [*safe_pieces(text[i : i + 3] for i in range(0, len(text), 3))]
     assert [i for piece in pieces for i in GPT2.encode(piece)] == GPT2.encode(text)
 
 
 def test_pieces_are_cut_where_they_can_be_and_nowhere_else():
     pieces = [*safe_pieces(["to be ", "or not", " to be\n\nthat"])]
-    assert pieces == ["to be", " or", " not to be", "\n\nthat"]
+    assert pieces == ["to be or", " not to", " be\n\nthat"]
     assert [*safe_pieces(["one", "word", "   "])] == ["one" + "word" + "   "]
     assert [*safe_pieces([])] == [""]
 
 
 def test_a_text_is_arrays_that_end_in_end_of_text():
     pieces = encode_text(["a b ", "c d"], BYTES)
-    assert [piece.tolist() for piece in pieces] == [[*b"a b"], [*b" c"], [*b" d"], [256]]
+    assert [piece.tolist() for piece in pieces] == [[*b"a b c"], [*b" d"], [256]]
     assert {piece.dtype for piece in pieces} == {np.dtype(np.uint16)}
     assert encode_text([" \n", "\t"], BYTES) == encode_text([], BYTES) == []
 

@@ -58,6 +58,10 @@ def test_memory_grows_with_what_needs_it():
     assert frozen < base and memory(dtype="bfloat16", rows=64) < memory(rows=64)
     assert memory(grad_accum=2) > base and memory(replace(SHAPE, dropout=0.1)) > base
     assert memory(device="cuda", rows=64) < memory(rows=64)
+    # a classifier has few logits, and one gradient of the embedding
+    classifier = memory(trainable=count_parameters(SHAPE) + 2 * 192, labels=2, device="cuda")
+    logits, embedding = 8 * 8 * 64 * (257 - 2), 8 * 257 * 192
+    assert memory(device="cuda") - classifier == logits + embedding - 8 * 2 * 192
     # twice the sequences, twice the activations: a block and token keep 64 C + 4 H bytes
     more = memory(rows=64, device="cuda") - memory(rows=32, device="cuda")
     tokens = 32 * 64
@@ -69,7 +73,6 @@ def peak_script(rows: int, block: int, dtype: str) -> str:
 import torch
 from nanogpt2.config import GPTConfig
 from nanogpt2.model import GPT
-from nanogpt2.training.optim import make_optimizer
 
 def field(name):
     for line in open("/proc/self/status"):
@@ -78,7 +81,7 @@ def field(name):
 
 def steps(shape, rows, block, count):
     model = GPT(shape)
-    optimizer = make_optimizer(model, 1e-4, 0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(count):
         ids = torch.randint(shape.vocab_size, (rows, block))
         with torch.autocast("cpu", torch.bfloat16, enabled={dtype!r} == "bfloat16"):
@@ -136,9 +139,7 @@ def test_datasheets_by_name(monkeypatch):
 def test_memory_on_a_gpu():
     shape, rows = replace(SHAPE, vocab_size=50257), 8
     model = GPT(shape).to("cuda")
-    from nanogpt2.training.optim import make_optimizer
-
-    optimizer = make_optimizer(model, 1e-4, 0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(2):
         ids = torch.randint(50257, (rows, 256), device="cuda")
         with torch.autocast("cuda", torch.bfloat16):

@@ -11,14 +11,19 @@ import torch
 from reference import ROOT, run_module, twins
 
 from nanogpt2 import evaluate
+from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, parse
-from nanogpt2.evaluation import lambada
+from nanogpt2.evaluation import hellaswag, lambada
 from nanogpt2.evaluation.continuations import Continuation, Score, score
+from nanogpt2.evaluation.examples import read_examples
 from nanogpt2.evaluation.hellaswag import clean, read_hellaswag
 from nanogpt2.evaluation.lambada import STOP_WORDS
 from nanogpt2.evaluation.perplexity import measure_perplexity, windows
 from nanogpt2.evaluation.published import FIGURES, published
+from nanogpt2.metrics import accuracy, macro_f1
+from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
+from nanogpt2.weights import save_model
 
 BLOCK = 16
 BYTES = GPTConfig(257, BLOCK, 2, 3, 24, bos_token_id=256, eos_token_id=256)
@@ -141,8 +146,18 @@ def test_perplexity_counts_bytes_and_words(capsys, models, tmp_path):
     assert short["nats_per_token"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_folder_of_texts_is_joined_as_for_training(capsys, models, tmp_path):
+    _, theirs, folder = models
+    for name, text in [("b", "two"), ("a", "one one")]:
+        (tmp_path / f"{name}.txt").write_text(text)
+    found = run_json(capsys, str(tmp_path), "--model", folder)
+    ids = [*b"one one", 256, *b"two"]
+    nats = their_nats(theirs, ids, BLOCK, BLOCK // 2)
+    assert found["nats_per_token"] == pytest.approx(nats / 10, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / 9, rel=1e-5)
+
+
 def test_bits_per_byte_of_tokens_of_several_bytes(tmp_path):
-    from nanogpt2.model import GPT
     from nanogpt2.tokenizer import gpt2_tokenizer
 
     model, tokenizer = GPT(GPTConfig(50257, 8, 1, 2, 4)).eval(), gpt2_tokenizer()
@@ -261,11 +276,15 @@ QUESTION = {
 }
 
 
+def read_questions(path):
+    return read_hellaswag(read_examples(str(path)))
+
+
 def test_readings_of_a_question(tmp_path):
     marked = QUESTION | {"ctx_b": "", "label": "1", "ctx_a": "How to [substeps] go [title] Up  on."}
     path = tmp_path / "h.jsonl"
     write_lines(path, QUESTION, marked)
-    readings = read_hellaswag(path)
+    readings = read_questions(path)
     assert [q.context for q in readings["plain"]] == [QUESTION["ctx"]] * 2
     assert [q.context for q in readings["harness"]] == [
         "Roof shingle removal: A man is sitting on a roof. He",
@@ -274,13 +293,13 @@ def test_readings_of_a_question(tmp_path):
     assert [q.label for q in readings["plain"]] == [3, 1]
     # the parts make the context where it is not there; without the activity there is one reading
     parts = {name: QUESTION[name] for name in ("ctx_a", "ctx_b", "endings", "label")}
-    with pytest.raises(ValueError, match="line 1 has no 'ctx'"):
+    with pytest.raises(ValueError, match="line 1 has no column 'ctx'"):
         write_lines(path, {"endings": ["a", "b"], "label": 0})
-        read_hellaswag(path)
+        read_questions(path)
     write_lines(path, QUESTION, {name: QUESTION[name] for name in ("ctx", "endings", "label")})
-    assert list(read_hellaswag(path)) == ["plain"]
+    assert list(read_questions(path)) == ["plain"]
     write_lines(path, parts)
-    assert read_hellaswag(path)["plain"][0].context == QUESTION["ctx"]
+    assert read_questions(path)["plain"][0].context == QUESTION["ctx"]
     assert clean(" a [header] b [title] c ") == "a b. c"
 
 
@@ -330,6 +349,93 @@ def test_hellaswag(capsys, models, tmp_path):
     assert "harness acc_norm" in shown and "published" not in shown
 
 
+def test_hellaswag_by_each_length(monkeypatch):
+    # (log-probability, tokens with the space, characters, bytes) of the endings; one wins by each
+    endings = ("a", "\u00e9" * 4, "abcdef", "abcd")
+    found = [Score(total, False, False) for total in (-2.0, -4.5, -7.0, -4.2)]
+    monkeypatch.setattr(hellaswag, "score", lambda *_, advance: found)
+    for label in range(4):
+        readings = {
+            name: [hellaswag.Question("x", endings, label)] for name in ("plain", "harness")
+        }
+        shown = hellaswag.measure_hellaswag(None, TOKENIZER, readings, 8, BLOCK)
+        # a 2, 1, 1; four letters of two bytes 9, 4, 8; 7, 6, 6; 5, 4, 4
+        winners = {"acc": 0, "tokens": 1, "characters": 3, "bytes": 1}
+        assert shown["plain"] == {
+            "acc": float(label == winners["acc"]),
+            "acc_norm": float(label == winners["tokens"]),
+        }
+        assert shown["harness"] == {
+            "acc": float(label == winners["acc"]),
+            "acc_norm": float(label == winners["characters"]),
+            "acc_bytes": float(label == winners["bytes"]),
+        }
+
+
+# ---- classification
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(2)
+    model = GPTClassifier(GPT(BYTES), ("ham", "spam", "2"))
+    for p in model.parameters():
+        p.data *= 20
+    save_model(model.eval(), folder, TOKENIZER)
+    return model, str(folder)
+
+
+def test_classification(capsys, classifier, tmp_path):
+    from transformers import GPT2ForSequenceClassification
+
+    model, folder = classifier
+    texts = [
+        "abc",
+        "x",
+        "it was the best of times and longer than the block",
+        "zz",
+        "\u00e9h",
+        "9 9",
+    ]
+    labels = ["ham", "spam", 2, "ham", "ham", "2"]
+    records = [{"body": t, "kind": label} for t, label in zip(texts, labels, strict=True)]
+    path = write_lines(tmp_path / "c.jsonl", *records)
+    argv = [path, "--model", folder, "--task", "classify", "--batch_size", "4"]
+    argv += ["--text_column", "body", "--label_column", "kind"]
+    found = run_json(capsys, *argv)
+    theirs = GPT2ForSequenceClassification.from_pretrained(folder).eval()
+    predictions = []
+    for text in texts:
+        with torch.no_grad():
+            logits = theirs(torch.tensor([TOKENIZER.encode(text)[:BLOCK]])).logits[0]
+        predictions.append(model.labels[int(logits.argmax())])
+    targets = [str(label) for label in labels]
+    assert len(set(predictions)) > 1
+    assert found["examples"] == 6
+    assert found["accuracy"] == accuracy(targets, predictions)
+    assert found["macro_f1"] == macro_f1(targets, predictions)
+    assert found["classes"]["ham"]["support"] == 3
+    for target in model.labels:
+        for predicted in model.labels:
+            count = list(zip(targets, predictions, strict=True)).count((target, predicted))
+            assert found["confusion"][target][predicted] == count
+    shown = run(capsys, *argv)
+    assert "macro_f1" in shown and "precision" in shown
+    # the table: a row for each label, with the counts of those it was taken for
+    row = [str(n) for n in found["confusion"]["ham"].values()]
+    assert ["ham", *row] in [line.split() for line in shown.splitlines()]
+
+
+def test_labels_and_models_that_do_not_fit(capsys, classifier, models, tmp_path):
+    path = write_lines(tmp_path / "c.jsonl", {"text": "a", "label": "eggs"})
+    error = refused(capsys, path, "--model", classifier[1], "--task", "classify")
+    assert "knows no label 'eggs'" in error
+    assert "classif" in refused(capsys, path, "--model", models[2], "--task", "classify")
+    write_lines(Path(path), {"text": "a b"})
+    assert "classif" in refused(capsys, path, "--model", classifier[1], "--task", "lambada")
+
+
 # ---- published figures
 
 
@@ -356,38 +462,51 @@ def test_wrong_files_are_one_line(capsys, models, tmp_path, monkeypatch):
     folder, path = models[2], Path("bad.jsonl")
     monkeypatch.chdir(tmp_path)
     for task, content, message in [
-        ("perplexity", b"", "must hold 2 tokens or more, not 0"),
-        ("perplexity", b"a", "must hold 2 tokens or more, not 1"),
-        ("perplexity", b"ab\xff", "is not UTF-8: byte 0xff at offset 2"),
+        ("perplexity", b"", "must be plain text, not .jsonl"),
         ("lambada", b"", "is empty"),
         ("lambada", b'{"text": "a b"}\n{"text": ', 'line 2 is no JSON object: \'{"text":'),
-        ("lambada", b"\xff\xfe", "line 1 is no JSON object"),
+        ("lambada", b"a\xff", "is not UTF-8: byte 0xff at offset 1"),
         ("lambada", b"\n[1]\n", "line 2 is no JSON object: '[1]'"),
-        ("lambada", b'{"txt": "a b", "id": 1}', "line 1 has no 'text'; its fields: txt, id"),
-        ("lambada", b'{"text": 7}', "line 1: 'text' must be text, not 7"),
+        ("lambada", b'{"txt": "a b", "id": 1}', "has no column 'text'; there are: 'txt', 'id'"),
+        ("lambada", b'{"text": 7}', "line 1: 'text' must be text, not '7'"),
         ("lambada", b'{"text": "word "}', "line 1 must hold two words or more, not 'word'"),
         ("lambada", b'{"text": "an abcdefghijklmnopq"}', "has 18 tokens to predict; the block"),
         ("hellaswag", b"\n", "is empty"),
         ("hellaswag", b'{"ctx": "a", "endings": ["b"], "label": 0}', "'endings' must be two"),
         ("hellaswag", b'{"ctx": "a", "endings": ["b", 1], "label": 0}', "'endings' must be two"),
-        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"], "label": 2}', "must be 0 to 1, not 2"),
-        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"], "label": ""}', "number, not ''"),
-        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"]}', "number, not None"),
-        ("hellaswag", b'{"ctx": " ", "endings": ["b", "c"], "label": 0}', "an empty context"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"], "label": 2}', "0 to 1, not '2'"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"], "label": "x"}', "0 to 1, not 'x'"),
+        ("hellaswag", b'{"ctx": "a", "endings": ["b", "c"]}', "no column 'label'"),
+        ("hellaswag", b'{"ctx": " ", "endings": ["b", "c"], "label": 0}', "'ctx' is empty"),
+        ("classify", b'{"text": "a"}', "no column 'label'"),
+        ("classify", b'{"text": "", "label": "a"}', "'text' is empty"),
     ]:
         path.write_bytes(content)
         error = refused(capsys, str(path), "--model", folder, "--task", task)
-        assert message in error and "bad.jsonl" in error
+        assert message in error and ("bad.jsonl" in error or "continuation 0" in error)
+    for content, message in [
+        (b"", "must hold 2 tokens or more, not 0"),
+        (b"a", "must hold 2 tokens or more, not 1"),
+        (b"ab\xff", "is not UTF-8: byte 0xff at offset 2"),
+    ]:
+        Path("bad.txt").write_bytes(content)
+        error = refused(capsys, "bad.txt", "--model", folder)
+        assert message in error and "bad.txt" in error
+    assert "must be one of .jsonl" in refused(
+        capsys, "bad.txt", "--model", folder, "--task", "lambada"
+    )
 
 
 def test_wrong_flags_are_one_line(capsys, models, tmp_path):
     folder = models[2]
-    path = write_lines(tmp_path / "text", {"text": "a b"})
+    path = str(tmp_path / "text.txt")
+    Path(path).write_text("some text")
     for argv, message in [
         (["--task", "lambada", "--stride", "4"], "--stride must come with --task perplexity"),
+        (["--label_column", "y"], "--label_column must come with --task classify"),
         (["--block_size", "17"], "--block_size must be <= 16, the model's, not 17"),
         (["--block_size", "4", "--stride", "5"], "--stride must be <= 4, the block size, not 5"),
-        (["--task", "glue"], "--task must be one of perplexity, lambada, hellaswag"),
+        (["--task", "glue"], "--task must be one of perplexity, lambada, hellaswag, classify"),
         (["--limit", "0"], "--limit must be a whole number >= 1"),
         (["--device", "mps"], "--device 'mps' is not on this machine"),
     ]:

@@ -134,7 +134,9 @@ def test_packed_files(tmp_path, monkeypatch, suffix, pack, size):
     (file,) = find_files(str(path))
     assert file.kind == ".txt" and "".join(file.text()) == text
     whole = path.read_bytes()
-    for damaged in (whole[:-3], whole[:9], b"plain text, not packed"):
+    middle = len(whole) // 2
+    scrambled = whole[:middle] + bytes(reversed(whole[middle:]))
+    for damaged in (whole[:-3], whole[:9], scrambled, b"plain text, not packed"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"book.txt.* is damaged"):
             [*file.text()]

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "generation.explain": ["terminal"],
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
+    "cli.classify": ["classifier", "weights"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": [
         "classifier",
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "training.adapter": ["tensor_file"],
     "training.snapshot": ["generation"],
     "training.checkpoint": ["model_folder"],
-    "evaluation": ["classifier", "metrics", "model", "tokenizer", "evaluation"],
+    "evaluation": ["classifier", "data", "metrics", "model", "tokenizer", "evaluation"],
     "evaluate": [
         "classifier",
         "config",

@@ -1,5 +1,6 @@
 """Batches: a function of the seed and the sequence's number, however the ranges are cut."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -56,6 +57,22 @@ def test_any_way_of_cutting_the_run_gives_the_same_rows(kind, cuts, seed, data):
     assert [row for r in ranges for row in found[r]] == expected
     for r in shuffled[:2]:
         assert whole_rows(make_batches(DATA[kind], 7, seed), *r) == found[r]
+
+
+def test_threads_in_different_epochs_do_not_disturb_one_another():
+    batches = make_batches(IDS, 7, 0)
+    numbers = [epoch * batches.sequences for epoch in range(3)]
+    expected = [batches.rows(n, 1)[0].tolist() for n in numbers]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for found in pool.map(
+                lambda _: [batches.rows(n, 1)[0].tolist() for n in numbers], range(300)
+            ):
+                assert found == expected
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("kind", DATA)

@@ -11,6 +11,7 @@ from torch import nn
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import LoRALinear, add_lora, lora_layers, merged
+from nanogpt2.weights import load_model, save_model
 
 IDS = prompts(3, 7)
 TARGETS = prompts(3, 7, seed=5)
@@ -180,3 +181,12 @@ def test_nothing_is_drawn_but_a():
     nn.init.uniform_(torch.empty(2, 6))
     assert torch.equal(torch.get_rng_state(), after)
     assert layer.weight is linear.weight and layer.bias is linear.bias
+
+
+def test_a_model_with_lora_is_not_saved_as_one_without(tmp_path):
+    model = adapted(GPT(TINY))
+    with pytest.raises(ValueError, match="the model has LoRA"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_model(merged(model), tmp_path / "model")
+    torch.testing.assert_close(load_model(tmp_path / "model")(IDS), model(IDS), atol=1e-5, rtol=0)

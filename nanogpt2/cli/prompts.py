@@ -1,7 +1,8 @@
 """Prompts are read; many of them are run, one JSON object a text, in the order of the file.
 
-The file is text, a prompt a line, or JSONL: a string or an object with "prompt". Only prompts of
-the same length in tokens are decoded together, so that none depends on what else is in the file.
+The file is text, a prompt a line, or JSONL: a string or an object with "prompt" ("text" for a
+classifier). Only prompts of the same length in tokens are decoded together, so that none depends on
+what else is in the file.
 This file does not know how tokens are chosen.
 """
 
@@ -42,20 +43,23 @@ def read_prompt(prompt: str, file: str | None) -> str:
         ) from None
 
 
-def read_prompts(source: str, skip_bad: bool) -> dict[int, str]:
+def read_prompts(source: str, skip_bad: bool, key: str = "prompt") -> dict[int, str]:
     """Read a file's prompts, or standard input's where it is -, by the numbers of their lines.
 
-    Raises ValueError that names the first broken line, unless broken lines are to be skipped: then
-    each is noted. Raises OSError for a file that cannot be read.
+    `key` is the prompt's in a JSON object. Raises ValueError that names the first broken line,
+    unless broken lines are to be skipped: then each is noted. Raises OSError for a file that cannot
+    be read.
     """
     data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    is_jsonl = _looks_like_json(lines) if source == "-" else source.lower().endswith(JSON_NAMES)
+    is_jsonl = (
+        _looks_like_json(lines, key) if source == "-" else source.lower().endswith(JSON_NAMES)
+    )
     prompts = {}
     for number, line in enumerate(lines, start=1):
         try:
             text = line.decode("utf-8")
-            prompt = _prompt(text) if is_jsonl and text.strip() else text
+            prompt = _prompt(text, key) if is_jsonl and text.strip() else text
         except (ValueError, RecursionError) as error:
             _leave_out(f"{source!r} line {number}: {error}", skip_bad)
             continue
@@ -66,20 +70,20 @@ def read_prompts(source: str, skip_bad: bool) -> dict[int, str]:
     return prompts
 
 
-def _looks_like_json(lines: list[bytes]) -> bool:
+def _looks_like_json(lines: list[bytes], key: str) -> bool:
     """Tell whether the first line that is not empty is a prompt in JSON."""
     try:
-        _prompt(next(line for line in lines if line.strip()).decode("utf-8"))
+        _prompt(next(line for line in lines if line.strip()).decode("utf-8"), key)
     except (StopIteration, ValueError, RecursionError):
         return False
     return True
 
 
-def _prompt(line: str) -> str:
+def _prompt(line: str, key: str) -> str:
     value: Any = json.loads(line)
-    prompt = value.get("prompt") if isinstance(value, dict) else value
+    prompt = value.get(key) if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise ValueError('must be a string or an object with a string "prompt"')
+        raise ValueError(f'must be a string or an object with a string "{key}"')
     return prompt
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
-from nanogpt2.config.model import DEVICES, DTYPES, check_model
+from nanogpt2.config.model import DEVICES, DTYPES, MODEL_NAMES, check_model
 from nanogpt2.flags import check, fail, flag, wrong_use
 from nanogpt2.presets import TASKS
 
@@ -33,11 +33,25 @@ NEUTRAL_FLAGS = (
     "output_scores",
 )
 DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)
+# what means something to a classifier
+CLASSIFY_FLAGS = (
+    "classify",
+    "prompt",
+    "prompt_file",
+    "prompts",
+    "batch_size",
+    "skip_bad",
+    "model",
+    "device",
+    "dtype",
+    "json",
+    "list_presets",
+)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """python sample.py [PROMPT] [flags]: continue a text with a GPT-2.
+    """python sample.py [PROMPT] [flags]: continue a text with a GPT-2, or label it.
 
     With no decoding flag it samples with temperature 0.8, top_k 50 and top_p 0.95. A decoding flag
     switches to transformers' meanings and defaults.
@@ -58,6 +72,7 @@ class SampleConfig:
     unique: bool = flag(False, "with --prompts: no text twice for a prompt")
     skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
     # another look
+    classify: bool = flag(False, "label the text, by a model that was trained to classify")
     interactive: bool = flag(False, "write together with the model; :help lists the commands")
     compare: str | None = flag(None, "another model: the same prompt and chance through both")
     explain: bool = flag(False, "for each token, what each option did to it and its rivals")
@@ -87,6 +102,8 @@ class SampleConfig:
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the flags that were given, filling in what they imply."""
+        if given.get("classify"):
+            _check_classify(given)
         for name in ("unique", "skip_bad", "batch_size"):
             if name in given and "prompts" not in given:
                 fail(f"--{name} must come with --prompts")
@@ -121,12 +138,26 @@ class SampleConfig:
             raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
 
 
+def _check_classify(given: dict[str, Any]) -> None:
+    """Raise ValueError for a flag that would change nothing, and for what is no classifier."""
+    for name in given:
+        if name not in CLASSIFY_FLAGS:
+            raise ValueError(f"{name} must be left out where --classify is given")
+    if not any(given.get(name) for name in ("prompt", "prompt_file", "prompts")):
+        fail("PROMPT is missing: --classify needs a text, --prompt_file or --prompts")
+    if given.get("model", "gpt2") in MODEL_NAMES:
+        raise ValueError(
+            "model must be the path of a classifier with --classify (train.py makes one)"
+        )
+
+
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
     """Raise ValueError for a flag that would change nothing beside the others."""
     if not options.get("do_sample"):
+        contrastive = options.get("penalty_alpha") is not None
         for name in SAMPLING_FLAGS:
             # contrastive search has candidates too
-            if name in given and (name, "penalty_alpha" in given) != ("top_k", True):
+            if name in given and (name, contrastive) != ("top_k", True):
                 raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
     for name in ("length_penalty", "early_stopping"):
         if name in given and options.get("num_beams", 1) == 1:

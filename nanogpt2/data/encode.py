@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from nanogpt2.tokenizer import Tokenizer
 
 END = np.int32(-(2**31))
-# as far as the last white space that follows something else
-SAFE = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+SAFE = re.compile(r"(?<=\S)[ \n]")
 
 
 def safe_pieces(parts: Iterable[str]) -> Iterator[str]:
@@ -27,12 +26,11 @@ def safe_pieces(parts: Iterable[str]) -> Iterator[str]:
     """
     held: list[str] = []
     for part in parts:
-        safe = SAFE.match(part)
-        cut = safe.end() if safe else 0
-        if cut:
-            yield "".join([*held, part[:cut]])
-            held = []
-        held.append(part[cut:])
+        cut = SAFE.search(part)
+        if held and cut:
+            yield "".join([*held, part[: cut.start()]])
+            held, part = [], part[cut.start() :]
+        held.append(part)
     yield "".join(held)
 
 

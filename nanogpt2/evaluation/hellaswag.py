@@ -20,12 +20,11 @@ equal endings the first is chosen. Source: Zellers et al. 2019.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from nanogpt2.data.records import Record, excerpt
 from nanogpt2.evaluation.continuations import Continuation, score
 from nanogpt2.evaluation.perplexity import unheard
-from nanogpt2.evaluation.records import read_records, text_of
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -39,49 +38,44 @@ class Question:
     label: int
 
 
-def read_hellaswag(path: Path, limit: int | None = None) -> dict[str, list[Question]]:
-    """Read the questions by reading: plain, and harness where the file allows it.
+def read_hellaswag(records: Sequence[Record]) -> dict[str, list[Question]]:
+    """Make the questions of each reading: plain, and harness where every record allows it.
 
-    Raises ValueError for a line that is no question.
+    Raises ValueError for a record that is no question.
     """
     plain, harness = [], []
-    for number, record in read_records(path, limit):
-        endings, label = _endings(record, number), _label(record, number)
-        if not 0 <= label < len(endings):
-            raise ValueError(f"line {number}: 'label' must be 0 to {len(endings) - 1}, not {label}")
+    for record in records:
+        endings, there = _endings(record), record.values.keys()
+        label = record.label("label")
+        if label not in map(str, range(len(endings))):
+            raise ValueError(
+                f"{record.where}: 'label' must be 0 to {len(endings) - 1}, not {excerpt(label)}"
+            )
         parts = []
-        if {"ctx_a", "ctx_b"} <= record.keys():
-            parts = [text_of(record, name, number) for name in ("ctx_a", "ctx_b")]
-        joined = " ".join(part for part in parts if part)
-        context = text_of(record, "ctx", number) if "ctx" in record or not parts else joined
-        if not context.strip():
-            raise ValueError(f"line {number} has an empty context")
-        plain.append(Question(context, endings, label))
-        if parts and "activity_label" in record:
-            activity = text_of(record, "activity_label", number)
+        if {"ctx_a", "ctx_b"} <= there:
+            # the second part is empty where the first is a whole sentence
+            parts = [record.text("ctx_a"), record.values["ctx_b"] and record.text("ctx_b")]
+        if "ctx" in there or not parts:
+            context = record.text("ctx")
+        else:
+            context = " ".join(part for part in parts if part)
+        plain.append(Question(context, endings, int(label)))
+        if parts and "activity_label" in there:
             # str.capitalize lowers the other letters, as the harness does
-            context = clean(f"{activity}: {parts[0]} {parts[1].capitalize()}")
-            harness.append(Question(context, tuple(map(clean, endings)), label))
-    if not plain:
-        raise ValueError("is empty: there is no question in it")
+            rest = f"{parts[0]} {(parts[1] or '').capitalize()}"
+            context = clean(f"{record.text('activity_label')}: {rest}")
+            harness.append(Question(context, tuple(map(clean, endings)), int(label)))
     return {"plain": plain} | ({"harness": harness} if len(harness) == len(plain) else {})
 
 
-def _endings(record: dict[str, Any], number: int) -> tuple[str, ...]:
-    endings = record.get("endings")
+def _endings(record: Record) -> tuple[str, ...]:
+    endings = record.value("endings")
     several = endings if isinstance(endings, list) and len(endings) > 1 else [None]
     if not all(isinstance(ending, str) and ending.strip() for ending in several):
-        raise ValueError(f"line {number}: 'endings' must be two texts or more, not {endings!r}")
+        raise ValueError(
+            f"{record.where}: 'endings' must be two texts or more, not {excerpt(endings)}"
+        )
     return tuple(several)
-
-
-def _label(record: dict[str, Any], number: int) -> int:
-    label = record.get("label")
-    if isinstance(label, str) and label.isascii() and label.isdigit():
-        label = int(label)
-    if type(label) is not int:
-        raise ValueError(f"line {number}: 'label' must be an ending's number, not {label!r}")
-    return label
 
 
 def clean(text: str) -> str:

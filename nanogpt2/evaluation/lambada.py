@@ -17,13 +17,12 @@ before the last space, the target the space and the last word.
 Sources: Paperno et al. 2016; Radford et al. 2019, section 3.3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from nanogpt2.data.records import Record, excerpt
 from nanogpt2.evaluation.continuations import Continuation, score
 from nanogpt2.evaluation.perplexity import unheard
-from nanogpt2.evaluation.records import read_records, text_of
 from nanogpt2.metrics import perplexity
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -49,17 +48,15 @@ class Lambada:
     token_perplexity: float
 
 
-def read_lambada(path: Path, tokenizer: Tokenizer, limit: int | None = None) -> list[Continuation]:
-    """Read the passages. Raises ValueError for a line that has no last word."""
+def read_lambada(records: Sequence[Record], tokenizer: Tokenizer) -> list[Continuation]:
+    """Split the passages. Raises ValueError for a record that has no last word."""
     found = []
-    for number, record in read_records(path, limit):
-        text = text_of(record, "text", number).rstrip()
+    for record in records:
+        text = record.text("text").rstrip()
         context, space, word = text.rpartition(" ")
-        if not context.strip() or not word:
-            raise ValueError(f"line {number} must hold two words or more, not {text[:40]!r}")
+        if not context.strip():
+            raise ValueError(f"{record.where} must hold two words or more, not {excerpt(text)}")
         found.append(Continuation(tokenizer.encode(context), tokenizer.encode(space + word)))
-    if not found:
-        raise ValueError("is empty: there is no passage in it")
     return found
 
 

@@ -13,7 +13,8 @@ leave tokens out and is refused. No <|endoftext|> is put before the text.
 
     nats_per_token     mean of -log p(x_i | context), i = 1 .. N-1
     perplexity         exp of it; depends on the tokenizer
-    bits_per_byte      the nats / ln 2 / UTF-8 bytes of x_1 .. x_{N-1}; does not
+    bits_per_byte      the nats / ln 2 / UTF-8 bytes of x_1 .. x_{N-1}; does not; <|endoftext|>,
+                       which stands between texts, has no bytes
     word_perplexity    exp(the nats / words between white space in the whole text), as the
                        evaluation harness of EleutherAI counts them
 
@@ -72,8 +73,9 @@ def measure_perplexity(
         total += model(inputs.to(device), targets.to(device)).item() * count
         advance(count)
     count = len(ids) - 1
-    scored_bytes = len(tokenizer.decode_bytes(ids[1:]))
-    words = len(tokenizer.decode(ids).split())
+    written = [i for i in ids[1:] if i != tokenizer.end_of_text]
+    scored_bytes = max(1, len(tokenizer.decode_bytes(written)))
+    words = len(tokenizer.decode([*ids[:1], *written]).split())
     return Perplexity(
         tokens=count,
         nats_per_token=total / count,

@@ -61,14 +61,22 @@ class BeamTree:
 
     def draw(self, tokenizer: Tokenizer) -> str:
         """The tree, best first, runs of tokens without a split on one line."""
-        return terminal.tree(
-            [self._node(place, tokenizer) for place in self._best_first(self._root)]
-        )
+        nodes: list[terminal.Node] = []
+        # no recursion: a text may be longer than Python's stack is deep
+        waiting = [(self._root, nodes)]
+        while waiting:
+            place, siblings = waiting.pop()
+            for child in self._best_first(place):
+                label, end = self._line(child, tokenizer)
+                siblings.append(terminal.Node(label, []))
+                waiting.append((end, siblings[-1].children))
+        return terminal.tree(nodes)
 
     def _best_first(self, place: _Place) -> list[_Place]:
         return sorted(place.children.values(), key=lambda child: child.rank, reverse=True)
 
-    def _node(self, place: _Place, tokenizer: Tokenizer) -> terminal.Node:
+    def _line(self, place: _Place, tokenizer: Tokenizer) -> tuple[str, _Place]:
+        """What is written without a split from here on, and where that leads to."""
         tokens = [place.token]
         while place.final is None and len(place.children) == 1:
             (place,) = place.children.values()
@@ -79,5 +87,4 @@ class BeamTree:
         elif not place.children:
             fate = "running" if place.last_step == self._step else f"pruned at {place.last_step}"
             label += f"  {fate}, sum {place.score:.3f}"
-        children = [self._node(child, tokenizer) for child in self._best_first(place)]
-        return terminal.Node(label, children)
+        return label, place

@@ -9,7 +9,8 @@ This file does not know the data or the loop.
 Sources: Li et al. 2020 (DDP); Zhao et al. 2023 (FSDP); torch.distributed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,15 @@ class World:
         found = [torch.empty_like(tensor, device=self.device) for _ in range(self.size)]
         dist.all_gather(found, tensor.to(self.device))
         return [each.cpu() for each in found]
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The others wait outside until the first process is through: they find what it made."""
+        if not self.is_first:
+            dist.barrier()
+        yield
+        if self.is_first and self.size > 1:
+            dist.barrier()
 
     def leave(self) -> None:
         """Say goodbye, so that the others are not kept waiting."""

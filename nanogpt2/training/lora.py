@@ -34,9 +34,8 @@ from torch.nn import functional as F
 
 from nanogpt2 import ops
 from nanogpt2.classifier import GPTClassifier, Model
-from nanogpt2.model import GPT
 
-M = TypeVar("M", bound=GPT | GPTClassifier)
+M = TypeVar("M", bound=Model)
 
 
 class LoRALinear(nn.Linear):

@@ -98,6 +98,7 @@ def describe(
         dtype=config.dtype,
         device=learner.world.kind,
         grad_accum=config.grad_accum,
+        labels=len(getattr(learner.model, "labels", ())),
     )
     in_a_step = config.batch_size * config.grad_accum
     lines = [

@@ -1,0 +1,71 @@
+"""sample.py --classify: texts in, their labels out, as a table or as one JSON object a text.
+
+This file does not know where the texts come from.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from nanogpt2 import terminal
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.cli.text import as_line
+from nanogpt2.config import SampleConfig, fail, wrong_use
+from nanogpt2.tokenizer import Tokenizer
+from nanogpt2.weights import load_classifier, load_tokenizer
+
+
+def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
+    """Load the classifier and print what it makes of each text."""
+    if not all(texts):
+        fail("PROMPT is empty: there is nothing to classify")
+    with wrong_use("--model"):
+        tokenizer = load_tokenizer(config.model)
+        model = load_classifier(config.model, device, config.dtype)
+    show = as_line if config.json or config.prompts else draw
+    try:
+        for found in classify(model, tokenizer, texts, config.batch_size):
+            terminal.write(show(found))
+    except FloatingPointError as error:
+        fail(str(error), code=1)
+    except RuntimeError as error:
+        # on a CPU torch has no class of its own for this
+        if "allocate" not in str(error):
+            raise
+        fail("out of memory: lower --batch_size or the texts' length", code=1)
+
+
+def classify(
+    model: GPTClassifier, tokenizer: Tokenizer, texts: list[str], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Yield {"text", "label", "probabilities"} of each text in order, the likeliest label first.
+
+    No text may be empty. Raises FloatingPointError for a model whose scores are no numbers.
+    """
+    rows = [tokenizer.encode(text) for text in texts]
+    size = model.config.block_size
+    if long := sum(len(row) > size for row in rows):
+        terminal.note(
+            f"note: {long} of {len(rows)} texts are longer than the context of {size} tokens: "
+            "only their start counts"
+        )
+    for start in range(0, len(rows), batch_size):
+        batch = slice(start, start + batch_size)
+        probabilities = model.classify(rows[batch])  # (B, L)
+        if not torch.isfinite(probabilities).all():
+            raise FloatingPointError(
+                "the model's scores are not finite numbers: are its weights damaged, or its dtype "
+                "too narrow?"
+            )
+        for text, row in zip(texts[batch], probabilities.tolist(), strict=True):
+            # digits beyond these depend on the texts beside it
+            pairs = zip(model.labels, (round(p, 5) for p in row), strict=True)
+            ranked = dict(sorted(pairs, key=lambda pair: -pair[1]))
+            yield {"text": text, "label": next(iter(ranked)), "probabilities": ranked}
+
+
+def draw(record: dict[str, Any]) -> str:
+    """The labels and their probabilities, one under another."""
+    figures = [[label, f"{p:.4f}"] for label, p in record["probabilities"].items()]
+    return terminal.table([["label", "probability"], *figures]) + "\n"

@@ -1,0 +1,73 @@
+"""A classifier's predictions compared with the labels of texts it has not seen.
+
+    accuracy   share of texts whose most likely label is theirs
+    macro_f1   mean F1 over the labels that occur, each alike (see metrics.py)
+    classes    precision, recall, F1 and number of texts of each label
+    confusion  row: the text's label, column: the label it was taken for
+
+This file does not know how the classifier works.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.data.records import Record
+from nanogpt2.evaluation.perplexity import unheard
+from nanogpt2.metrics import accuracy, class_scores, confusion, macro_f1
+from nanogpt2.tokenizer import Tokenizer
+
+
+def predict(
+    model: GPTClassifier,
+    texts: Sequence[Sequence[int]],
+    batch_size: int,
+    block_size: int,
+    advance: Callable[[int], object] = unheard,
+) -> list[str]:
+    """Return the most likely label of each text, judged by its first `block_size` tokens."""
+    found: dict[int, str] = {}
+    # texts of like lengths side by side: little is spent on the fill
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        best = model.classify([texts[i][:block_size] for i in chosen]).argmax(dim=1)
+        found |= {i: model.labels[j] for i, j in zip(chosen, best.tolist(), strict=True)}
+        advance(len(chosen))
+    return [found[i] for i in range(len(texts))]
+
+
+def measure_classification(
+    model: GPTClassifier,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    columns: tuple[str, str],
+    batch_size: int,
+    block_size: int,
+    advance: Callable[[int], object] = unheard,
+) -> dict[str, Any]:
+    """Classify the texts of the first of `columns`, and compare with the labels of the second.
+
+    Raises ValueError for a label that is none of the classifier's.
+    """
+    targets = [record.label(columns[1]) for record in records]
+    for record, target in zip(records, targets, strict=True):
+        if target not in model.labels:
+            known = ", ".join(map(repr, model.labels))
+            raise ValueError(f"{record.where}: the model knows no label {target!r} ({known})")
+    texts = [tokenizer.encode(record.text(columns[0])) for record in records]
+    predictions = predict(model, texts, batch_size, block_size, advance)
+    scores = class_scores(targets, predictions, model.labels)
+    return {
+        "examples": len(records),
+        "accuracy": accuracy(targets, predictions),
+        "macro_f1": macro_f1(targets, predictions),
+        "classes": {label: asdict(score) for label, score in scores.items()},
+        "confusion": {
+            label: dict(zip(model.labels, row, strict=True))
+            for label, row in zip(
+                model.labels, confusion(targets, predictions, model.labels), strict=True
+            )
+        },
+    }

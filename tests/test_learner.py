@@ -1,0 +1,273 @@
+"""A run stopped at any step goes on as if it had not been: to the bit, whatever it trains."""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reference import TINY, settings
+from torch.optim.swa_utils import AveragedModel
+from transformers import GPT2LMHeadModel
+
+import train
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.config import TrainConfig, parse
+from nanogpt2.model import GPT
+from nanogpt2.training.distributed import World
+from nanogpt2.training.learner import Learner
+from nanogpt2.training.run_folder import RunFolder
+from nanogpt2.weights import load_model, new_model, save_model
+
+STEPS = 60
+WAYS = {"full": [], "lora": ["--lora_rank", "2"], "classify": ["--task", "classify"]}
+SETTINGS = [
+    (dtype, dropout, accumulation, way, optimizer)
+    for dtype, dropout, accumulation, way, optimizer in itertools.product(
+        ("float32", "bfloat16"), ("0", "0.1"), ("1", "4"), WAYS, ("adamw", "muon")
+    )
+]
+# each value of each setting with each of the next one's
+SOME = [
+    ("float32", "0.1", "1", "full", "muon"),
+    ("bfloat16", "0.1", "4", "lora", "adamw"),
+    ("bfloat16", "0", "1", "classify", "muon"),
+    ("float32", "0", "4", "classify", "adamw"),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A small model to begin with, a text and labelled texts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(1)
+    shape = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
+    save_model(new_model(train.GPTConfig(**(TINY.__dict__ | shape))), folder / "init")
+    sheep = [f"{i} sheep jumped over the fence. " for i in range(150)]
+    (folder / "book.txt").write_text("".join(sheep))
+    records = [{"text": line, "label": "odd" if i % 2 else "even"} for i, line in enumerate(sheep)]
+    (folder / "sheep.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def command(inputs, out, dtype, dropout, accumulation, way, optimizer, *more):
+    data = inputs / ("sheep.jsonl" if way == "classify" else "book.txt")
+    argv = [str(data), "--init", str(inputs / "init"), "--out", str(out), *WAYS[way]]
+    argv += ["--dtype", dtype, "--dropout", dropout, "--grad_accum", accumulation]
+    argv += ["--optimizer", optimizer, "--batch_size", "2", "--block_size", "8", "--lr", "0.01"]
+    return [*argv, "--steps", str(STEPS), "--eval_every", "20", *more]
+
+
+def run(*argv):
+    """train.py in this process; its exit code."""
+    try:
+        config = RunFolder(Path(argv[argv.index("--out") + 1])).check(parse(TrainConfig, argv))
+        train.main(config)
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def stop_after(monkeypatch, steps):
+    """Have a signal arrive as the loop has come to this step of its own."""
+
+    class Stop:
+        def __init__(self):
+            self.left = steps
+
+        @property
+        def received(self):
+            self.left -= 1
+            return None if self.left > 0 else 15
+
+    monkeypatch.setattr(train.terminal, "Signals", Stop)
+
+
+def outcome(out):
+    """All that a run computed: hex floats, and the digests of the weights it left."""
+    kept = ("step", "loss", "lr", "grad_norm", "val_loss", "val_accuracy")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [[float(line[k]).hex() for k in kept if line.get(k) is not None] for line in lines]
+    weights = (out / "model.safetensors").read_bytes()
+    return rows, hashlib.sha256(weights).hexdigest()
+
+
+def stopped_twenty_times(inputs, out, monkeypatch, setting, *more):
+    """Run to the end with twenty stops at random steps."""
+    rng = random.Random(repr(setting))
+    stops = sorted(rng.sample(range(1, STEPS), 20))
+    done = 0
+    for stop in stops:
+        stop_after(monkeypatch, stop - done)
+        resume = ["--resume"] if done else []
+        assert run(*command(inputs, out, *setting, *more, *resume)) == 143
+        done = stop
+    monkeypatch.undo()
+    assert run(*command(inputs, out, *setting, *more, "--resume")) == 0
+
+
+@pytest.mark.parametrize("setting", SOME, ids="-".join)
+def test_twenty_stops_change_no_bit(inputs, tmp_path, monkeypatch, setting):
+    assert run(*command(inputs, tmp_path / "whole", *setting)) == 0
+    stopped_twenty_times(inputs, tmp_path / "stopped", monkeypatch, setting)
+    rows, digest = outcome(tmp_path / "whole")
+    assert len(rows) == STEPS
+    assert outcome(tmp_path / "stopped") == (rows, digest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting", [s for s in SETTINGS if s not in SOME], ids=lambda setting: "-".join(setting)
+)
+def test_twenty_stops_change_no_bit_whatever_is_trained(inputs, tmp_path, monkeypatch, setting):
+    assert run(*command(inputs, tmp_path / "whole", *setting)) == 0
+    stopped_twenty_times(inputs, tmp_path / "stopped", monkeypatch, setting)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+MORE = [
+    ["--ema", "0.9"],
+    ["--ema", "0.9", "--lora_rank", "2"],
+    ["--schedule", "wsd", "--warmup", "9"],
+    ["--activation_checkpointing"],
+]
+
+
+@pytest.mark.parametrize("more", MORE, ids=" ".join)
+def test_stops_change_no_bit_of_what_else_there_is(inputs, tmp_path, monkeypatch, more):
+    setting = ("float32", "0.1", "1", "full", "adamw")
+    assert run(*command(inputs, tmp_path / "whole", *setting, *more)) == 0
+    stopped_twenty_times(inputs, tmp_path / "stopped", monkeypatch, setting, *more)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def without(prefix):
+    """restore() that does not see the tensors of one kind."""
+    restore = Learner.restore
+
+    def forgetful(self, tensors, micro_batch):
+        kept = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+        restore(self, kept, micro_batch)
+
+    return forgetful
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "generators", "data position", "schedule"])
+def test_what_is_not_restored_shows(inputs, tmp_path, monkeypatch, forgotten):
+    """The controls: were one of these left out, the comparison above would fail."""
+    setting = ("float32", "0.1", "1", "full", "adamw")
+    assert run(*command(inputs, tmp_path / "whole", *setting)) == 0
+    stop_after(monkeypatch, 25)
+    assert run(*command(inputs, tmp_path / "stopped", *setting)) == 143
+    monkeypatch.undo()
+    if forgotten == "optimizer":
+        monkeypatch.setattr(Learner, "restore", without("optimizer."))
+    elif forgotten == "generators":
+        monkeypatch.setattr(Learner, "restore", without("rng."))
+    elif forgotten == "data position":
+        rows = train.make_batches
+
+        class FromTheStart:
+            def __init__(self, *arguments):
+                self.batches = rows(*arguments)
+                self.sequences = self.batches.sequences
+
+            def rows(self, first, count):
+                return self.batches.rows(first - 25 * 2, count)
+
+        monkeypatch.setattr(train, "make_batches", FromTheStart)
+    else:
+        rate = train.learning_rate
+        monkeypatch.setattr(train, "learning_rate", lambda step, *others: rate(step - 25, *others))
+    assert run(*command(inputs, tmp_path / "stopped", *setting, "--resume")) == 0
+    assert outcome(tmp_path / "stopped") != outcome(tmp_path / "whole")
+
+
+def learner_of(model=None, **options):
+    torch.manual_seed(0)
+    return Learner(settings(**options), model or GPT(TINY), World("cpu"))
+
+
+def batch(rows=2):
+    ids = torch.randint(TINY.vocab_size, (rows, 6))
+    return ids[:, :-1], ids[:, 1:].clone()
+
+
+def test_the_average_is_kept_and_exported():
+    learner = learner_of(ema=0.75)
+    expected = None
+    for _ in range(4):
+        learner.backward(*batch(), 1.0, last=True)
+        learner.step(lr=0.1)
+        state = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+        # the first update is taken as it is
+        expected = expected or state
+        expected = {n: 0.75 * p + 0.25 * state[n] for n, p in expected.items()}
+    assert isinstance(learner.average, AveragedModel)
+    for name, parameter in learner.exported().named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
+        assert not torch.equal(parameter, learner.model.get_parameter(name)), name
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    x, y = batch()
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        model = GPT(replace(TINY, dropout=0.5))
+        learner = learner_of(model, activation_checkpointing=recompute)
+        learner.backward(x, y, 1.0, last=True)
+        grads.append([p.grad for p in learner.parameters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_float16_survives_an_overflow():
+    learner = learner_of(dtype="float16")
+    x, y = batch()
+    learner.backward(x, y, 1.0, last=True)
+    assert 0 < learner.gradient_norm() < 100
+    learner.step(lr=0.0)
+    scale = learner.scaler.get_scale()
+    weights = [p.detach().clone() for p in learner.parameters.values()]
+    learner.backward(x, y, 1e6, last=True)
+    assert not math.isfinite(learner.gradient_norm())
+    learner.step(lr=1.0, apply=False)
+    assert learner.scaler.get_scale() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(weights, learner.parameters.values(), strict=True))
+
+
+def test_float16_gradients_are_those_of_float32():
+    x, y = batch(rows=7)
+    grads = []
+    for dtype in ("float32", "float16"):
+        torch.manual_seed(3)
+        learner = learner_of(GPT(TINY), dtype=dtype)
+        learner.backward(x, y, 1.0, last=True)
+        learner.gradient_norm()
+        grads.append(torch.cat([p.grad.flatten() for p in learner.parameters.values()]))
+    # 11 bits of mantissa
+    assert (grads[0] - grads[1]).norm() < 2e-3 * grads[0].norm()
+
+
+def test_what_is_exported_after_lora_is_plain(tmp_path):
+    learner = learner_of(lora_rank=2)
+    learner.backward(*batch(), 1.0, last=True)
+    learner.step(lr=0.1)
+    save_model(learner.exported(), tmp_path)
+    ids = batch()[0]
+    learner.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path)(ids), learner.model(ids))
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits
+        torch.testing.assert_close(theirs, learner.model(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_classifier_learns_with_lora_head_included():
+    torch.manual_seed(0)
+    learner = learner_of(GPTClassifier(GPT(TINY), ("a", "b")), lora_rank=2)
+    assert "score.weight" in learner.parameters
+    assert all("lora_" in n or n == "score.weight" for n in learner.parameters)
