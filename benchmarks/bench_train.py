@@ -58,7 +58,9 @@ class RandomBatches:
 class Ours:
     """train.py's own step, with its flags' defaults."""
 
-    def __init__(self, folder: Path, device: str, batch_size: int, block_size: int) -> None:
+    def __init__(
+        self, folder: Path, device: str, batch_size: int, block_size: int, recompute: bool
+    ) -> None:
         self.config = TrainConfig(
             data="pydocs",
             init=str(folder),
@@ -70,6 +72,7 @@ class Ours:
             schedule="constant",
             device=device,
             dtype="float32",
+            activation_checkpointing=recompute,
         )
         world = distributed.join(device)
         self.learner = Learner(self.config, load_model(folder, device), world)
@@ -82,8 +85,8 @@ def make_arm(name: str, folder: Path, shape: str, device: str) -> Callable[[], f
     """A function that takes the next step and returns its loss."""
     model, batch_size, block_size = SHAPES[shape]
     batches, state = RandomBatches(model.vocab_size, block_size), {"step": 0}
-    if name == "ours":
-        ours = Ours(folder, device, batch_size, block_size)
+    if name.startswith("ours"):
+        ours = Ours(folder, device, batch_size, block_size, recompute=name != "ours")
     elif name == "nanoGPT's recipe":
         peer: peers.Peer = peers.NanoGPT(folder, device)
     else:
@@ -91,7 +94,7 @@ def make_arm(name: str, folder: Path, shape: str, device: str) -> Callable[[], f
 
     def step() -> float:
         state["step"] += 1
-        if name == "ours":
+        if name.startswith("ours"):
             return ours.step(batches, state["step"])
         x, y = batches.rows((state["step"] - 1) * batch_size, batch_size)
         return peer.step(x.to(device), y.to(device), RATE)
@@ -99,7 +102,13 @@ def make_arm(name: str, folder: Path, shape: str, device: str) -> Callable[[], f
     return step
 
 
-ARMS = ("ours", "transformers", "transformers, fused AdamW", "nanoGPT's recipe")
+ARMS = (
+    "ours",
+    "ours, --activation_checkpointing",
+    "transformers",
+    "transformers, fused AdamW",
+    "nanoGPT's recipe",
+)
 
 
 def measure_memory(name: str, folder: Path, shape: str, device: str) -> dict:
@@ -162,15 +171,13 @@ def main(argv: list[str]) -> None:
     ]
     header = ["arm", "seconds a step (least-most)", "tokens/s", "speed", "peak memory", "memory"]
     body = (
-        f"A step of {batch_size} x {block_size} tokens, {shape}, float32, AdamW, gradients clipped; "
-        f"median of {args.rounds} rounds, the arms taking turns in one process. Ratios are against "
+        f"A step of {batch_size} x {block_size} tokens, {shape}, float32, AdamW, clipped: "
+        f"median of {args.rounds} rounds, the arms taking turns in one process. Ratios against "
         f"{AGAINST}. The first {CHECKED} losses agree within {apart:.1e}. Peak memory: each arm in "
         f"a process of its own, above its imports.\n\n{harness.table(header, rows)}"
     )
     raw = {"shape": shape, "seconds": times, "memory": memory, "losses": losses}
-    harness.report(
-        f"train_{args.device}", "A training step", rig, body, raw, keep=not args.quick
-    )
+    harness.report(f"train_{args.device}", "A training step", rig, body, raw, keep=not args.quick)
 
 
 def profile(step: Callable[[], float]) -> None:

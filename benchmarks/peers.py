@@ -2,14 +2,13 @@
 
 Each peer starts from the weights of a folder, in dropout-free float32, and offers what ours does:
 
-    step(x, y, lr)      one update by the mean cross-entropy of y after x; returns that loss
-    losses(x, y)        without an update: the sum of the losses, the number of targets, the answers
+    step(x, y, lr)              one update by the mean cross-entropy of y after x; that loss
+    validation_loss(batches)    the mean over all targets
 
 so that all can take the same batches in the same order. None of ours is called here but to read
 the folder. Source of the recipe: karpathy/nanoGPT, its README and the options of its train.py.
 """
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 

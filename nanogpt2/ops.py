@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# logits that are alive at once in linear_cross_entropy, if not more by its rows: 32 MiB in fp32 stay
-# near a CPU's caches, 1 GiB keeps a GPU busy
+# logits that linear_cross_entropy makes at once at least: 32 MiB in fp32 stay near a CPU's caches,
+# 1 GiB keeps a GPU busy
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ELSEWHERE = 2**28
 TOKENS = 2**13  # of the vocabulary, whose share of the weight's gradient is made at once
@@ -27,7 +27,7 @@ def chunk_rows(vocab_size: int, width: int, device: str) -> int:
     return max(width // 2, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE) // vocab_size)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) -> (..., N), for a weight (N, K)."""
     # while training only: what is generated equals transformers' to the last bit
     if torch.is_grad_enabled() and _by_onednn(x):
@@ -108,7 +108,7 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b: dx = dy W, dW = dy^T x, db = the sum of dy's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _product(x, weight.t(), bias)
 
@@ -147,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_dx else None
         # in fp32 whatever the input: it is a sum over all chunks
         dw = torch.zeros_like(weight, dtype=torch.float32) if needs_dw else None
-        chunks = -(-len(x) // chunk_rows(*weight.shape, x.device.type))
+        chunks = -(-len(x) // chunk_rows(len(weight), weight.size(1), x.device.type))
         rows = -(-len(x) // max(1, chunks))
         for start in range(0, len(x), rows):
             # the last chunk's memory is free for this one
@@ -169,17 +169,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # some tokens at a time, or the product would be as large again as dw
                 for some, columns in zip(dw.split(TOKENS), dz.split(TOKENS, 1), strict=True):
                     some += _product(columns.t(), x[chunk])
-        ctx.gradients, ctx.count, ctx.weight_dtype = (dx, dw), count, weight.dtype
+        ctx.save_for_backward(dx, dw, count)
+        ctx.weight_dtype = weight.dtype
         return loss / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # scaled in place: they are as large as the embedding, and nobody asks for them twice
-        dx, dw = ctx.gradients
-        del ctx.gradients
-        grad = grad / ctx.count
+        dx, dw, count = ctx.saved_tensors
+        grad = grad / count
         # in float32: grad may be larger than float16 can hold
-        dx = None if dx is None else dx.float().mul_(grad).to(dx.dtype)
-        dw = None if dw is None else dw.mul_(grad).to(ctx.weight_dtype)
+        dx = None if dx is None else (dx.float() * grad).to(dx.dtype)
+        dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
         return dx, dw, None, None, None
