@@ -3,6 +3,8 @@
     python -m benchmarks.bench_train            124M parameters, batch 4 x 256 tokens, AdamW
     python -m benchmarks.bench_train --quick    a small shape, one minute; writes nothing
 
+On a machine that does other work too, OMP_NUM_THREADS=1 and the CPU seconds tell more.
+
 Ours is `take_step` of train.py, all that the script does in a step. Beside it, on the same random
 weights and the same batches: a plain loop on transformers' GPT-2, with AdamW as it comes and fused,
 and nanoGPT's recipe (see peers.py). All clip the gradients. The first steps' losses must be equal
@@ -164,12 +166,15 @@ def main(argv: list[str]) -> None:
             harness.spread(times[name]),
             f"{batch_size * block_size / times[name].median:,.0f}",
             f"{times[AGAINST].median / times[name].median:.2f}x",
+            f"{times[name].cpu:.2f}",
+            f"{times[AGAINST].cpu / times[name].cpu:.2f}x",
             f"{memory[name] / 1e9:.2f} GB",
             f"{memory[name] / memory[AGAINST]:.2f}x",
         )
         for name in ARMS
     ]
-    header = ["arm", "seconds a step (least-most)", "tokens/s", "speed", "peak memory", "memory"]
+    header = ["arm", "seconds a step (least-most)", "tokens/s", "speed"]
+    header += ["CPU seconds", "speed by them", "peak memory", "memory"]
     body = (
         f"A step of {batch_size} x {block_size} tokens, {shape}, float32, AdamW, clipped: "
         f"median of {args.rounds} rounds, the arms taking turns in one process. Ratios against "

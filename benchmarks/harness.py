@@ -31,12 +31,17 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one arm's work over all rounds."""
+    """Seconds of one arm's work over all rounds.
+
+    Other programs on the machine prolong the time by the clock, but hardly that of the processor,
+    which is comparable where one thread works.
+    """
 
     median: float
     least: float
     most: float
     rounds: int
+    cpu: float  # median of the processor's seconds, all threads'
 
 
 def assert_equal(found: Mapping[str, Sequence[float]], against: str, tolerance: float) -> float:
@@ -56,20 +61,22 @@ def interleave(
     arms: Mapping[str, Work], rounds: int = 5, synchronize: Work = lambda: None
 ) -> dict[str, Timing]:
     """Time each arm once a round, in an order drawn anew; the callers have warmed them up."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     order, rng = list(arms), random.Random(0)
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
             synchronize()
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             arms[name]()
             synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return {
-        name: Timing(statistics.median(all_), min(all_), max(all_), rounds)
-        for name, all_ in seconds.items()
-    }
+            seconds[name].append((time.perf_counter() - started, time.process_time() - used))
+    timings = {}
+    for name, pairs in seconds.items():
+        clock, cpu = zip(*pairs, strict=True)
+        median = statistics.median(clock)
+        timings[name] = Timing(median, min(clock), max(clock), rounds, statistics.median(cpu))
+    return timings
 
 
 def memory_of_this_process() -> tuple[int, int]:
