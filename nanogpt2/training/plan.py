@@ -16,6 +16,7 @@ from nanogpt2.training.learner import Learner
 # on a GPU a step takes more sequences where the data has enough for so many steps
 STEP_TOKENS = 2**15
 FEWEST_STEPS = 200
+FEWEST_TOKENS = 8  # in a sequence
 
 
 def block_size(config: TrainConfig, model: GPTConfig, world: World, room: int) -> int:
@@ -25,7 +26,12 @@ def block_size(config: TrainConfig, model: GPTConfig, world: World, room: int) -
     """
     given = config.block_size
     if given is None:
-        return min(model.block_size, room, 1024 if world.kind == "cuda" else 256)
+        if config.task == "lm" and room < FEWEST_TOKENS:
+            raise ValueError(
+                f"must be >= {FEWEST_TOKENS}; the text to train or to validate on fills {room} only"
+            )
+        # what is padded to its longest text may be shorter than a block
+        return min(model.block_size, max(room, FEWEST_TOKENS), 1024 if world.kind == "cuda" else 256)
     if given > model.block_size:
         raise ValueError(f"must be <= {model.block_size}, the model's context, not {given}")
     if given > room and config.task == "lm":
