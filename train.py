@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import GPTConfig, TrainConfig, fail, parse, wrong_use
+from nanogpt2.config import TrainConfig, fail, parse, wrong_use
 from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
@@ -58,29 +58,29 @@ class Run:
 def main(config: TrainConfig) -> None:
     """Make everything ready, then train: what cannot work is said before anything is written."""
     folder = RunFolder(Path(config.out))
-    with wrong_use("--resume"):
-        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
-    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
-    if state.get("finished"):
-        terminal.note(f"the run in {folder.path} is finished: nothing to resume")
-        return
     with wrong_use("--device"):
         world = distributed.join(config.device)
     folder.writes = world.is_first
     terminal.speak(world.is_first)
     try:
+        with wrong_use("--resume"):
+            checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+        tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+        if state.get("finished") and "after" in folder.record():
+            terminal.note(f"the run in {folder.path} is finished: nothing to resume")
+            return
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
         with wrong_use("DATA"), world.first_before_others():
             corpus = read_data(config, model, tokenizer)
+        with wrong_use("--resume"):
             init = {"init": model_digest(config.init)} if config.lora_rank else {}
             folder.hold_to(config, data=corpus.sha256, **init)
         if config.task == "classify" and not isinstance(model, GPTClassifier):
             model = GPTClassifier(model, corpus.labels)
-        with wrong_use("--block_size"):
-            block_size = plan.block_size(config, model.config, world, corpus.room)
+        with wrong_use():
+            block_size = plan.block_size(config, model.config, world, corpus.rooms)
             batches = make_batches(corpus.train, block_size, config.seed)
-        with wrong_use("--batch_size"):
             config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
         validation = validation_batches(corpus.validation, config.batch_size, block_size)
         learner = Learner(config, model, world)
@@ -113,14 +113,7 @@ def make_model(
     device = "cpu" if config.fsdp else device
     if config.init == "scratch" and checkpoint is None:
         tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
-        end = tokenizer.end_of_text
-        shape = GPTConfig(
-            vocab_size=tokenizer.vocab_size,
-            block_size=config.block_size or 256,
-            **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout")},
-            bos_token_id=end,
-            eos_token_id=end,
-        )
+        shape = config.shape(tokenizer.vocab_size, tokenizer.end_of_text)
         return weights.new_model(shape, device), tokenizer
     # adapters are trained beside the weights that the run began with
     source = config.init if checkpoint is None or config.lora_rank else checkpoint
@@ -154,6 +147,8 @@ def train(run: Run, state: dict[str, Any]) -> None:
     else:
         before = Snapshot(**folder.record()["before"])
         folder.cut_metrics(state["step"])
+        if learner.world.is_first:
+            store.settle(folder.path, state, config.keep)
         terminal.note(f"resuming after step {state['step']}")
     if config.tensorboard and learner.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
@@ -162,31 +157,32 @@ def train(run: Run, state: dict[str, Any]) -> None:
     signals, stopped = terminal.Signals(), 0
     with terminal.Progress(config.steps, state["step"], "step") as bar:
         while not (state["finished"] or stopped):
-            step = state["step"] = state["step"] + 1
+            step = state["step"] + 1
             figures = take_step(config, learner, run.batches, step)
-            is_best = False
+            state |= {"step": step, "figures": figures, "is_best": False}
             if step % config.eval_every == 0 or step == config.steps:
                 figures |= validate(learner, run.validation)
-                is_best = figures["val_loss"] < state["best"]
+                state["is_best"] = figures["val_loss"] < state["best"]
                 state["best"] = min(figures["val_loss"], state["best"])
-                state["stale"] = 0 if is_best else state["stale"] + 1
+                state["stale"] = 0 if state["is_best"] else state["stale"] + 1
             state["finished"] = step == config.steps or state["stale"] == config.patience
             stopped = learner.world.largest(signals.received or 0)
             folder.log(figures)
             bar.show(figures)
-            if is_best or stopped or state["finished"] or step % config.save_every == 0:
-                save(run, state, is_best)
+            if stopped or state["finished"] or state["is_best"] or step % config.save_every == 0:
+                save(run, state)
             if config.sample_every and step % config.sample_every == 0:
                 terminal.note(f"step {step}:\n{snapshot(run, figures).sample}")
 
     if not state["finished"]:
         terminal.note(f"stopped after step {step}: --resume goes on")
         sys.exit(128 + stopped)
-    after = snapshot(run, figures)
+    after = snapshot(run, state["figures"])
     if learner.world.is_first:
         if config.lora_rank:
             save_adapter(learner.view, folder.path / "adapter", config.init)
         finish(folder.path, before, after, state["best"], config.task)
+        folder.end(after=asdict(after))
 
 
 def take_step(config: TrainConfig, learner: Learner, batches: Batches, step: int) -> dict[str, Any]:
@@ -229,21 +225,19 @@ def take_step(config: TrainConfig, learner: Learner, batches: Batches, step: int
     return figures | {"tokens_per_second": speed} | learner.meter(speed)
 
 
-def save(run: Run, state: dict[str, Any], is_best: bool) -> None:
+def save(run: Run, state: dict[str, Any]) -> None:
     """Commit a checkpoint: every process brings its share, the first one writes."""
     model, tensors = run.learner.exported(), run.learner.tensors()
     state["micro_batch"] = run.learner.micro_batch
     if run.learner.world.is_first:
         run.folder.sync_metrics()
-        made = (model, run.tokenizer, tensors, state)
-        store.commit(run.folder.path, *made, is_best=is_best, keep=run.config.keep)
+        store.commit(run.folder.path, model, run.tokenizer, tensors, state, run.config.keep)
 
 
 def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:
     """How the model is now: every process takes part, the first one's writes a sample."""
-    model = run.learner.exported()
     prompt = run.prompt if run.learner.world.is_first else []
-    return take_snapshot(model, run.tokenizer, prompt, run.config.seed, figures)
+    return take_snapshot(run.learner.exported(), run.tokenizer, prompt, run.config.seed, figures)
 
 
 if __name__ == "__main__":

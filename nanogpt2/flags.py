@@ -11,7 +11,10 @@ import difflib
 import json as json_module
 import math
 import operator
+import os
+import signal
 import sys
+import time
 import types
 import typing
 from collections import deque
@@ -31,6 +34,7 @@ class FromFlags(Protocol):
 
 MOST = 2**31 - 1  # no number but a seed is larger
 MAX_SEED = 2**63 - 1
+OTHERS_WAIT = 2  # seconds
 
 T = TypeVar("T", bound=FromFlags)
 
@@ -152,18 +156,26 @@ def parse(cls: type[T], argv: Sequence[str]) -> T:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print `error: message` as one line of at most 200 characters on stderr and exit."""
+    if os.environ.get("RANK", "0") != "0":
+        # torchrun's first process speaks for all, and its end ends the others; where it has nothing
+        # to say, this one has
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(OTHERS_WAIT)
     line = " ".join(f"error: {message}".split())
     print(line if len(line) <= 200 else line[:197] + "...", file=sys.stderr)
     raise SystemExit(code)
 
 
 @contextmanager
-def wrong_use(flag: str) -> Iterator[None]:
-    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2."""
+def wrong_use(flag: str = "") -> Iterator[None]:
+    """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2.
+
+    Without a flag the error starts with the name of one.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(f"{flag} {error}")
+        fail(f"{flag} {error}" if flag else f"--{error}")
 
 
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:

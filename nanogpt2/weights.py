@@ -182,7 +182,7 @@ def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: flo
                 gpt = GPT(config)
                 model = GPTClassifier(gpt, labels) if labels else gpt
             if not isinstance(model, kind):
-                is_one = "a classifier: it labels texts (--classify) and writes none"
+                is_one = "a classifier, which writes no texts: --classify, --task classify"
                 is_none = f"no classifier: it has no tensor {SCORE}"
                 raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
             _check_tensors(stored, model, opened[0].path)

@@ -235,7 +235,7 @@ def test_a_classifier_and_a_model_are_not_confused(tmp_path):
     save_model(byte_classifier(), tmp_path / "classifier", byte_tokenizer())
     save_model(GPT(WORDS), tmp_path / "gpt", byte_tokenizer())
     assert is_classifier(tmp_path / "classifier") and not is_classifier(tmp_path / "gpt")
-    with pytest.raises(ValueError, match="classifier' is a classifier: it labels texts"):
+    with pytest.raises(ValueError, match="classifier' is a classifier, which writes no texts"):
         load_model(tmp_path / "classifier")
     with pytest.raises(ValueError, match="gpt' is no classifier: it has no tensor score"):
         load_classifier(tmp_path / "gpt")

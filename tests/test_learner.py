@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 import train
 from nanogpt2.classifier import GPTClassifier
-from nanogpt2.config import TrainConfig, parse
+from nanogpt2.config import GPTConfig, TrainConfig, parse
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World
 from nanogpt2.training.learner import Learner
@@ -46,7 +46,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(1)
     shape = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256}
-    save_model(new_model(train.GPTConfig(**(TINY.__dict__ | shape))), folder / "init")
+    save_model(new_model(GPTConfig(**(TINY.__dict__ | shape))), folder / "init")
     sheep = [f"{i} sheep jumped over the fence. " for i in range(150)]
     (folder / "book.txt").write_text("".join(sheep))
     records = [{"text": line, "label": "odd" if i % 2 else "even"} for i, line in enumerate(sheep)]

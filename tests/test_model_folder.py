@@ -239,8 +239,8 @@ def test_an_empty_name_is_wrong_use(name):
 @pytest.fixture
 def run(tmp_path):
     model = GPT(BYTES)
-    made = (model, byte_tokenizer(), {}, {"step": 1})
-    checkpoint.commit(tmp_path / "run", *made, is_best=True, keep=1)
+    made = (model, byte_tokenizer(), {}, {"step": 1, "is_best": True})
+    checkpoint.commit(tmp_path / "run", *made, keep=1)
     return tmp_path / "run"
 
 

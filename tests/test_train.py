@@ -325,5 +325,5 @@ def test_the_shortest_text(book, capsys):
     Path("held_out.txt").write_text("x" * 5)
     argv = ["short.txt", "--validation", "held_out.txt", *TINY_MODEL, "--out", "other"]
     assert run(*argv) == 2
-    error = "error: --block_size must be >= 8; the text to train or to validate on fills 5 only\n"
+    error = "error: --block_size must be <= 5, all that 'held_out.txt' can fill, not 89\n"
     assert capsys.readouterr().err.endswith(error) and not Path("other").exists()

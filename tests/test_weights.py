@@ -469,8 +469,8 @@ def three_homes(tmp_path):
     torch.manual_seed(3)
     model = GPT(SMALL)
     tokenizer = byte_tokenizer()
-    made = (model, tokenizer, {}, {"step": 1})
-    checkpoint.commit(tmp_path / "run", *made, is_best=True, keep=1)
+    state = {"step": 1, "is_best": True}
+    checkpoint.commit(tmp_path / "run", model, tokenizer, {}, state, keep=1)
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(tmp_path / "run/config.json", bare)

@@ -5,12 +5,13 @@ opens no file.
 """
 
 import glob
+import os
 from dataclasses import MISSING, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanogpt2.config.model import DEVICES, DTYPES, MOST_LAYERS, check_model
+from nanogpt2.config.model import DEVICES, DTYPES, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.flags import MAX_SEED, check, flag, show, wrong_use
 
 DATA_NAMES = ("pydocs", "shakespeare")
@@ -102,6 +103,13 @@ class TrainConfig:
             )
         if self.steps is not None and (self.warmup or 0) > self.steps:
             raise ValueError(f"warmup must be <= steps ({self.steps}), not {self.warmup}")
+        if self.steps is not None and self.eval_every is not None and self.patience is not None:
+            evaluations = -(-self.steps // self.eval_every)
+            if self.patience >= evaluations:
+                raise ValueError(
+                    f"patience must be < {evaluations}, the evaluations in {self.steps} steps with "
+                    f"--eval_every {self.eval_every}, not {self.patience}"
+                )
         if self.init == "scratch" and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
@@ -112,6 +120,8 @@ class TrainConfig:
             self._check_fsdp()
 
     def _check_fsdp(self) -> None:
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("fsdp must come with torchrun --nproc_per_node=N train.py, not python")
         for name, plain in (
             ("lora_rank", 0),
             ("ema", 0),
@@ -121,6 +131,19 @@ class TrainConfig:
                 raise ValueError(f"{name} must be {plain} with --fsdp, not {getattr(self, name)!r}")
         if self.dtype == "float16":
             raise ValueError("dtype must be float32 or bfloat16 with --fsdp, not 'float16'")
+
+    def shape(self, vocab_size: int, end_of_text: int) -> GPTConfig:
+        """The shape of a model from scratch, for a vocabulary and the id that ends its texts."""
+        return GPTConfig(
+            vocab_size=vocab_size,
+            block_size=self.block_size or 256,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            dropout=self.dropout,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+        )
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
@@ -141,8 +164,13 @@ class TrainConfig:
             raise ValueError("lora_alpha must come with lora_rank")
         if "label_column" in given and given.get("task") != "classify":
             raise ValueError("label_column must come with --task classify")
-        if "prompt" in given and given.get("task") == "classify":
-            raise ValueError("prompt must be left out with --task classify, which writes nothing")
+        for name in ("prompt", "sample_every"):
+            if name in given and given.get("task") == "classify":
+                raise ValueError(
+                    f"{name} must be left out with --task classify, which writes nothing"
+                )
+        if "text_column" in given and given.get("task") == "chat":
+            raise ValueError("text_column must be left out with --task chat, whose columns are set")
         with wrong_use("DATA"):
             check_data(given["data"])
         if given.get("validation") is not None:

@@ -36,11 +36,11 @@ class Corpus:
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
 
     @property
-    def room(self) -> int:
-        """Tokens of the longest sequence that the data can fill."""
+    def rooms(self) -> tuple[int, int]:
+        """Tokens of the longest sequences that can be trained and validated on."""
         if isinstance(self.train, Examples):
-            return self.train.longest
-        return min(len(self.train), len(self.validation)) - 1
+            return self.train.longest, self.train.longest
+        return len(self.train) - 1, len(self.validation) - 1
 
     def prompt(self, tokenizer: Tokenizer) -> list[int]:
         """What a sample may go on from: the first words that are held out; a chat's first turn."""

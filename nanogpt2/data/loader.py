@@ -44,8 +44,7 @@ class WindowBatches:
     def __init__(self, ids: Ids, block_size: int, seed: int) -> None:
         if len(ids) < block_size + 1:
             raise ValueError(
-                f"is too short: {len(ids)} tokens to train on, block_size {block_size} needs "
-                f"{block_size + 1}"
+                f"block_size must be < {len(ids)}, the tokens to train on, not {block_size}"
             )
         self.ids = ids
         self.block_size = block_size

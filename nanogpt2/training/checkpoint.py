@@ -8,7 +8,9 @@ A checkpoint is a folder `step-N`:
     manifest.json                         {file: {size, sha256}} of all of these
 
 It is written aside as `step-N.tmp`, the manifest last, synced to the disk, and only then renamed; a
-reader trusts a folder only if its manifest holds. No pickle.
+reader trusts a folder only if its manifest holds. What follows from its being there (it is the
+best, its model is the run's, older ones go) is done after that, and done again by whoever resumes
+from it: a kill in between leaves nothing undone. No pickle.
 
 This file does not know the loop, the schedule or what the tensors mean.
 """
@@ -29,6 +31,7 @@ from nanogpt2 import terminal
 from nanogpt2.classifier import Model
 from nanogpt2.model_folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.tokenizer import Tokenizer
+from nanogpt2.training.run_folder import sync
 from nanogpt2.weights import save_model
 
 STATE, TENSORS = "state.json", "training.safetensors"
@@ -40,7 +43,6 @@ def commit(
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
-    is_best: bool,
     keep: int,
 ) -> None:
     """Save a run under `out`/checkpoints as step-`state["step"]`; make its model the one of `out`.
@@ -48,12 +50,17 @@ def commit(
     Older checkpoints than the newest `keep` and the best are removed last. Raises OSError, leaving
     every checkpoint committed before intact.
     """
-    folder = out / "checkpoints"
-    saved = save_checkpoint(folder, model, tokenizer, tensors, state)
-    if is_best:
+    save_checkpoint(out / "checkpoints", model, tokenizer, tensors, state)
+    settle(out, state, keep)
+
+
+def settle(out: Path, state: dict[str, Any], keep: int) -> None:
+    """Do what follows from the checkpoint of `state` being there; once more changes nothing."""
+    saved = out / "checkpoints" / f"step-{state['step']}"
+    if state["is_best"]:
         mark_best(saved)
     publish(saved, out)
-    prune(folder, keep)
+    prune(saved, keep)
 
 
 def save_checkpoint(
@@ -80,12 +87,12 @@ def save_checkpoint(
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(_manifest_text(entries), encoding="utf-8")
     for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
+        sync(file)
+    sync(partial)
     # a damaged folder of this step gives way
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _sync(folder)
+    sync(folder)
     return final
 
 
@@ -138,18 +145,21 @@ def publish(path: Path, out: Path) -> None:
     lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, TENSORS)}
     partial = out / f".{MANIFEST}.tmp"
     partial.write_text(_manifest_text(lasting), encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     partial.replace(out / MANIFEST)
     for file in path.iterdir():
         if file.name in (MANIFEST, STATE, TENSORS):
             continue
         partial = out / f".{file.name}.tmp"
+        # what a killed run left may be a name of a checkpoint's file: not to be written to
         partial.unlink(missing_ok=True)
         # the weights are large; what a person may edit must not be the checkpoint's own
         (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
-        _sync(partial)
+        sync(partial)
         partial.replace(out / file.name)
-    _sync(out)
+        # two names of one file: then replacing does nothing
+        partial.unlink(missing_ok=True)
+    sync(out)
 
 
 def _link(file: Path, target: Path) -> None:
@@ -166,12 +176,18 @@ def mark_best(path: Path) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(path.name)
     partial.replace(path.parent / "best")
+    sync(path.parent)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the best, and what a killed save left."""
+def prune(saved: Path, keep: int) -> None:
+    """Remove the checkpoints before the `keep` up to `saved`, but the best; and killed saves.
+
+    Those after `saved` are damaged, since the run went on from one before them: they do not count.
+    """
+    folder = saved.parent
     best = (folder / "best").resolve()
-    for path in checkpoints(folder)[:-keep]:
+    found = checkpoints(folder)
+    for path in found[: found.index(saved) + 1][:-keep]:
         if path.resolve() != best:
             shutil.rmtree(path)
     for path in folder.glob("step-*.tmp"):
@@ -187,12 +203,3 @@ def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": sha256}
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file or a folder, not only the kernel."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -70,9 +70,12 @@ class World:
         """The others wait outside until the first process is through: they find what it made."""
         if not self.is_first:
             dist.barrier()
-        yield
-        if self.is_first and self.size > 1:
-            dist.barrier()
+        try:
+            yield
+        finally:
+            # what the first one could not do, the others try themselves
+            if self.is_first and self.size > 1:
+                dist.barrier()
 
     def leave(self) -> None:
         """Say goodbye, so that the others are not kept waiting."""

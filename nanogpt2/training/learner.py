@@ -63,6 +63,9 @@ class Learner:
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
             self.parallel = DistributedDataParallel(model)
+        if world.size > 1:
+            # each process drops other activations
+            torch.manual_seed(config.seed + world.rank)
         self.forward: Callable[[Tensor, Tensor], Tensor] = self.parallel
         if config.compile:
             self.forward = torch.compile(self.parallel)
@@ -128,8 +131,12 @@ class Learner:
         """Halve the micro-batch where `error` says that memory ran out; raise any other.
 
         The step is to be taken again; which sequences it takes does not change. Raises
-        OutOfMemoryError with advice where nothing is left to halve.
+        OutOfMemoryError with advice where nothing is left to halve, OSError where torch.compile
+        cannot work.
         """
+        if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            what, *_ = str(error).splitlines()
+            raise OSError(f"--compile does not work here; leave it out: {what}") from None
         if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
             raise error
         self.drop_gradients()
@@ -162,6 +169,8 @@ class Learner:
     def _gathered(self) -> Model:
         """A copy on the CPU of the model that is shared out."""
         plain = _blank(self.model)
+        # after an evaluation the outermost tensors are still together, in memory that is to go
+        cast(FSDPModule, self.model).reshard()
         state = {name: whole(p.detach()).cpu() for name, p in self.model.named_parameters()}
         plain.load_state_dict(state, assign=True)
         return plain.eval()

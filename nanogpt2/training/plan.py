@@ -16,29 +16,29 @@ from nanogpt2.training.learner import Learner
 # on a GPU a step takes more sequences where the data has enough for so many steps
 STEP_TOKENS = 2**15
 FEWEST_STEPS = 200
-FEWEST_TOKENS = 8  # in a sequence
+FEWEST_TOKENS = 8  # in a sequence; shorter examples are padded
 
 
-def block_size(config: TrainConfig, model: GPTConfig, world: World, room: int) -> int:
-    """Tokens in a sequence; room: those of the longest sequence that the data can fill.
+def block_size(config: TrainConfig, model: GPTConfig, world: World, rooms: tuple[int, int]) -> int:
+    """Tokens in a sequence; rooms: those of the longest that can be trained and validated on.
 
-    Raises ValueError where more are asked for than the model or the text has.
+    Raises ValueError where more are asked for than the model or a text has. A text of one's own to
+    validate on is too short, rather than that the sequences become as short.
     """
-    given = config.block_size
-    if given is None:
-        if config.task == "lm" and room < FEWEST_TOKENS:
-            raise ValueError(
-                f"must be >= {FEWEST_TOKENS}; the text to train or to validate on fills {room} only"
-            )
-        # what is padded to its longest text may be shorter than a block
-        return min(model.block_size, max(room, FEWEST_TOKENS), 1024 if world.kind == "cuda" else 256)
-    if given > model.block_size:
-        raise ValueError(f"must be <= {model.block_size}, the model's context, not {given}")
-    if given > room and config.task == "lm":
+    default = min(1024 if world.kind == "cuda" else 256, model.block_size, rooms[0])
+    if config.validation is None and config.task == "lm":
+        default = min(default, rooms[1])
+    wanted = config.block_size or max(default, FEWEST_TOKENS)
+    if wanted > model.block_size:
         raise ValueError(
-            f"must be <= {room}, all that the text to train or to validate on can fill, not {given}"
+            f"block_size must be <= {model.block_size}, the model's context, not {wanted}"
         )
-    return given
+    if wanted > min(rooms) and config.task == "lm":
+        source = config.data if rooms[0] < rooms[1] else config.validation or config.data
+        raise ValueError(
+            f"block_size must be <= {min(rooms)}, all that {source!r} can fill, not {wanted}"
+        )
+    return wanted
 
 
 def fill_in(
@@ -58,7 +58,7 @@ def fill_in(
     in_a_step = batch_size * config.grad_accum
     if in_a_step % world.size:
         raise ValueError(
-            f"x --grad_accum must be a multiple of the {world.size} processes, not "
+            f"batch_size x --grad_accum must be a multiple of the {world.size} processes, not "
             f"{batch_size} x {config.grad_accum}"
         )
     steps = config.steps or math.ceil(config.epochs * sequences / in_a_step)
@@ -116,5 +116,7 @@ def describe(
     if figures is not None:
         speed = figures["tokens_per_second"]
         minutes = config.steps * in_a_step * config.block_size / speed / 60
-        lines.append(f"about {minutes:,.1f} minutes at {speed:,.0f} tokens/s, and the evaluations'")
+        lines.append(
+            f"about {minutes:,.1f} minutes at {speed:,.0f} tokens/s, without the evaluations"
+        )
     return "\n".join(lines)

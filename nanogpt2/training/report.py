@@ -6,7 +6,6 @@ loop. matplotlib and tensorboard are extras, imported where they are used.
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -73,7 +72,7 @@ def plot_losses(metrics_path: Path, png_path: Path) -> bool:
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    partial = png_path.with_name(f".{png_path.name}.{os.getpid()}.tmp")
+    partial = png_path.with_name(f".{png_path.name}.tmp")
     try:
         # no version of the drawing program: the same run gives the same bytes
         figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})

@@ -30,13 +30,14 @@ MODEL_FILES = (
     "manifest.json",
 )
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", *MODEL_FILES)
-# settings that do not change a run's numbers; a resumed run may differ in them
+# settings that change a run's numbers by no more than rounding; a resumed run may differ in them
 FREE_ON_RESUME = {
     "data",
     "out",
     "resume",
     "overwrite",
     "device",
+    "fsdp",
     "eval_every",
     "save_every",
     "sample_every",
@@ -159,10 +160,13 @@ class RunFolder:
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
-        partial = self.path / ".run.json.tmp"
         record = {"config": settings, "digests": self._digests, "before": before}
-        partial.write_text(json.dumps(record, indent=2), encoding="utf-8")
-        partial.replace(self.path / "run.json")
+        self._replace("run.json", json.dumps(record, indent=2))
+        sync(self.path.absolute().parent)
+
+    def end(self, after: dict[str, Any]) -> None:
+        """Note that all is done: there is nothing to resume any more."""
+        self._replace("run.json", json.dumps(self.record() | {"after": after}, indent=2))
 
     def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
@@ -180,6 +184,7 @@ class RunFolder:
         """Have the disk hold metrics.jsonl: to be called before a checkpoint commits."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
+            sync(self.path)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and one that a kill left unfinished."""
@@ -188,6 +193,21 @@ class RunFolder:
             return
         # a line that a kill left unfinished may end within a character
         kept = path.read_bytes().decode("utf-8", "replace").splitlines()[:step]
-        partial = self.path / ".metrics.jsonl.tmp"
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        self._replace("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def _replace(self, name: str, text: str) -> None:
+        """Write a file in one step: what was there, or all of `text`."""
+        partial = self.path / f".{name}.tmp"
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(self.path / name)
+        sync(self.path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file or a folder, not only the kernel."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,263 @@
+"""Several processes: torchrun on the CPU, as its users start it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reference import ROOT, TINY, settings
+from test_train import SMALL, book, metrics, numbers, run
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from nanogpt2.config import TrainConfig, fail
+from nanogpt2.model import GPT
+from nanogpt2.training.distributed import World
+from nanogpt2.training.learner import Learner
+from nanogpt2.weights import load_classifier, load_model
+
+__all__ = ["book"]  # the fixture
+
+BASE = [*SMALL, "--lr", "0.01"]
+
+
+def torchrun(*argv, script="train.py", **environment):
+    """Two processes, started and not waited for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    starter = ["torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *starter, f"--master_port={port}", str(ROOT / script), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        text=True,
+    )
+
+
+def finished(process, timeout=100):
+    """The exit code, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # it ends the others, too
+        process.terminate()
+        raise AssertionError(process.communicate()) from None
+    return process.returncode, out, err
+
+
+def assert_same_run(a, b, rel=1e-5):
+    """Every loss and gradient norm of two runs, as far as rounding allows."""
+    for one, other in zip(metrics(a), metrics(b), strict=True):
+        for name in ("loss", "grad_norm", "val_loss", "val_accuracy"):
+            assert (name in one) == (name in other)
+            if name in one:
+                # norms are roots of sums: they round more
+                allowed = rel * (10 if name == "grad_norm" else 1)
+                assert one[name] == pytest.approx(other[name], rel=allowed), (name, one, other)
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Of a chat and of a classification, as uneven as can be; 9 or 13 are held out."""
+    chat = [
+        {"prompt": f"How many sheep after {i}?", "completion": " " + "baa " * (1 + i % 7 * i % 5)}
+        for i in range(90)
+    ]
+    labelled = [
+        {"text": ("good " if i % 3 else "bad ") * (1 + i % 4) + str(i), "label": "yn"[i % 3 == 0]}
+        for i in range(130)
+    ]
+    for name, rows in (("chat", chat), ("classify", labelled)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def data(task):
+    return ["book.txt"] if task == "lm" else [f"{task}.jsonl", "--task", task]
+
+
+def fast_and_slow(*slow):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("lm", []),
+        ("chat", ["--fsdp"]),
+        *fast_and_slow(
+            ("classify", []),
+            ("lm", ["--fsdp"]),
+            ("chat", []),
+            ("classify", ["--fsdp"]),
+            ("chat", ["--fsdp", "--activation_checkpointing"]),
+        ),
+    ],
+)
+def test_two_processes_train_as_one_does(book, records, task, flags):
+    # a process has 10 sequences in a step, in batches of 4, 4 and 2; 3 or 4 batches validate
+    Path("val.txt").write_text("9 sheep jumped over the fence. " * 5)
+    held_out = ["--validation", "val.txt"] if task == "lm" else []
+    argv = [*data(task), *held_out, *BASE, "--steps", "5", "--grad_accum", "5", "--eval_every", "2"]
+    assert run(*argv, "--out", "one") == 0
+    code, out, err = finished(torchrun(*argv, *flags, "--out", "two"))
+    assert code == 0, err
+    assert_same_run("one", "two")
+
+    # one process alone speaks and writes
+    said = [line for line in (out + err).splitlines() if line.strip()]
+    assert "now try: python sample.py" in out and err.count("step 2: loss") == 1
+    assert len({line for line in said if "loss" in line}) == sum("loss" in line for line in said)
+    assert "Traceback" not in err and "Warning" not in err
+    files = [sorted(str(p.relative_to(d)) for p in Path(d).rglob("*")) for d in ("one", "two")]
+    assert files[0] == files[1] and not any("tmp" in name for name in files[1])
+    assert [row["step"] for row in metrics("two")] == [1, 2, 3, 4, 5]
+
+    ids = torch.randint(256, (2, 9))
+    cls = GPT2ForSequenceClassification if task == "classify" else GPT2LMHeadModel
+    theirs, info = cls.from_pretrained("two", output_loading_info=True)
+    assert not any(info.values())
+    load = load_classifier if task == "classify" else load_model
+    with torch.no_grad():
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        torch.testing.assert_close(
+            load("one").state_dict(), load("two").state_dict(), rtol=1e-2, atol=1e-4
+        )
+        if task != "classify":
+            torch.testing.assert_close(theirs.eval()(ids).logits, load("two")(ids), **close)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropout"),
+    [([], "0.1"), *fast_and_slow((["--fsdp"], "0.1"), ([], "0"), (["--fsdp"], "0"))],
+)
+def test_two_processes_are_stopped_and_go_on_bit_for_bit(book, flags, dropout):
+    argv = ["book.txt", *BASE, *flags, "--steps", "150", "--dropout", dropout, "--grad_accum", "2"]
+    argv += ["--eval_every", "50"]
+    whole = torchrun(*argv, "--out", "whole")
+    process = torchrun(*argv, "--out", "stopped")
+    while not Path("stopped/metrics.jsonl").exists() or len(metrics("stopped")) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finished(process)
+    assert code not in (0, None) and err.count("--resume goes on") == 1, err
+    assert "train.py" not in err  # in a traceback
+    done = len(metrics("stopped"))
+    assert 5 <= done < 150 and Path(f"stopped/checkpoints/step-{done}").exists()
+    assert finished(whole)[0] == 0
+
+    shutil.copytree("stopped", "alone", symlinks=True)
+    code, _, err = finished(torchrun(*argv, "--out", "stopped", "--resume"))
+    assert code == 0 and f"resuming after step {done}" in err, err
+    assert numbers("stopped") == numbers("whole")
+
+    # one process goes on too; without dropout it computes the same, but for rounding
+    if flags:
+        argv.remove("--fsdp")
+        argv.append("--no_fsdp")
+    assert run(*argv, "--out", "alone", "--resume") == 0
+    if dropout == "0":
+        assert_same_run("alone", "whole", rel=1e-3)
+    assert [row["step"] for row in metrics("alone")] == list(range(1, 151))
+
+
+def test_processes_drop_other_activations(monkeypatch):
+    monkeypatch.setattr("nanogpt2.training.learner.DistributedDataParallel", lambda model: model)
+    draws = []
+    for rank in range(3):
+        torch.manual_seed(5)
+        Learner(settings(seed=5), GPT(TINY), World("cpu", rank, 3))
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 3
+
+
+def test_wrong_use_is_said_once(book):
+    before = sorted(Path().rglob("*"))
+    code, out, err = finished(torchrun("book.txt", *BASE, "--steps", "0"))
+    assert code != 0 and out == ""
+    assert err.count("error: --steps must be") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["book.txt", *BASE, "--batch_size", "3"],
+            "--batch_size x --grad_accum must be a ",
+        ),
+        (["short.txt", *BASE], "DATA 'short.txt' is too short"),
+        (["book.txt", *BASE, "--device", "cuda"], "--device 'cuda' is not on this machine"),
+    ],
+    ids=str,
+)
+def test_wrong_use_found_later_is_said_once(book, argv, said):
+    Path("short.txt").write_text("too short")
+    code, out, err = finished(torchrun(*argv))
+    assert code != 0 and out == ""
+    assert err.count("error: ") == 1 and f"error: {said}" in err and 'train.py", line' not in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_said_once(book):
+    argv = ["book.txt", *BASE, "--steps", "2"]
+    assert run(*argv) == 0
+    code, _, err = finished(torchrun(*argv, "--resume"))
+    assert code == 0 and err.count("is finished: nothing to resume") == 1
+
+
+def test_an_error_in_one_process_ends_both(book):
+    script = Path("broken.py")
+    script.write_text(
+        "import os, sys, runpy, torch\n"
+        "from nanogpt2.model import GPT\n"
+        "forward, calls = GPT.forward, []\n"
+        "def broken(self, idx, targets=None):\n"
+        "    calls.append(self.training)\n"
+        "    if os.environ['RANK'] == '1' and sum(calls) == 3:\n"
+        "        raise torch.OutOfMemoryError('all is taken')\n"
+        "    return forward(self, idx, targets)\n"
+        "GPT.forward = broken\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    argv = ["book.txt", *BASE, "--steps", "2000", "--eval_every", "1000", "--save_every", "1"]
+    code, _, err = finished(torchrun(*argv, script=script.absolute()), timeout=60)
+    assert code != 0
+    assert err.count("error: out of memory with 4 x 16 tokens at a time: try") == 1
+    assert 1 <= len(metrics()) < 10
+    assert load_model("out")
+
+
+def test_the_first_of_several_processes_speaks_for_all(capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr("nanogpt2.flags.time.sleep", slept.append)
+    monkeypatch.setattr("nanogpt2.flags.signal.signal", lambda *args: slept.append(args))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            fail("--steps is wrong")
+        assert bool(slept) == (rank == "1")
+    # where it has nothing to say, the others have
+    assert capsys.readouterr().err == "error: --steps is wrong\n" * 2
+
+
+def test_fsdp_without_torchrun_is_wrong_use(book, capsys, monkeypatch):
+    assert run("book.txt", *BASE, "--fsdp") == 2
+    assert "--fsdp must come with torchrun" in capsys.readouterr().err
+    assert not Path("out").exists()
+    with pytest.raises(ValueError, match="torchrun"):
+        TrainConfig(data="book.txt", fsdp=True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for flag in ("--lora_rank=4", "--ema=0.5", "--optimizer=muon", "--dtype=float16"):
+        assert run("book.txt", *[f for f in BASE if "scratch" not in f], "--fsdp", flag) == 2
