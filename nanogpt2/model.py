@@ -23,6 +23,14 @@ from nanogpt2.config import GPTConfig
 from nanogpt2.kv_cache import KVCache
 
 
+class Linear(nn.Linear):
+    """Each position's numbers, weighed anew: x W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return ops.linear(x, self.weight, self.bias)
+
+
 class LayerNorm(nn.Module):
     """Each position brought to mean 0 and variance 1, then scaled and shifted."""
 
@@ -45,8 +53,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
@@ -71,8 +79,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""

@@ -1,6 +1,6 @@
 """The seam between the model and what computes it: each operation of GPT-2, by PyTorch.
 
-`model.py` calls these five functions and nothing below them, so a faster kernel is one `if` here
+`model.py` calls these six functions and nothing below them, so a faster kernel is one `if` here
 and no line there. This file does not know what a transformer is.
 """
 
@@ -11,10 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# logits that are alive at once in linear_cross_entropy: 32 MiB in fp32 stay near a CPU's caches,
+# logits that linear_cross_entropy makes at once at least: 32 MiB in fp32 stay near a CPU's caches,
 # 1 GiB keeps a GPU busy
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ELSEWHERE = 2**28
+TOKENS = 2**13  # of the vocabulary, whose share of the weight's gradient is made at once
+
+
+def chunk_rows(vocab_size: int, width: int, device: str) -> int:
+    """Rows at a time in linear_cross_entropy.
+
+    Each chunk's share is added to the weight's gradient, which with C / 2 rows takes no longer than
+    the chunk's logits.
+    """
+    return max(width // 2, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE) // vocab_size)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: (..., K) -> (..., N), for a weight (N, K)."""
+    # while training only: what is generated equals transformers' to the last bit
+    if torch.is_grad_enabled() and _by_onednn(x):
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -66,6 +84,45 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, torch.is_grad_enabled())
 
 
+def _by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies: in float32 on a CPU, where it has AVX-512 on AMD's too.
+
+    PyTorch itself gives such products to MKL, which was measured at half the rate there.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b + bias: (..., K) and (K, N) -> (..., N)."""
+    if _by_onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return F.linear(a, b.t(), bias)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b: dx = dy W, dW = dy^T x, db = the sum of dy's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        rows = dy.flatten(0, -2)  # (M, N)
+        dx = _product(dy, weight) if needs_dx else None
+        dw = _product(rows.t(), x.flatten(0, -2)) if needs_dw else None
+        return dx, dw, rows.sum(0) if needs_db else None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """z = x W^T, p = softmax(z); dz = p - onehot(target), dx = dz W / count, dW = dz^T x / count.
 
@@ -90,25 +147,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_dx else None
         # in fp32 whatever the input: it is a sum over all chunks
         dw = torch.zeros_like(weight, dtype=torch.float32) if needs_dw else None
-        rows = max(1, CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
+        chunks = -(-len(x) // chunk_rows(len(weight), weight.size(1), x.device.type))
+        rows = -(-len(x) // max(1, chunks))
         for start in range(0, len(x), rows):
             # the last chunk's memory is free for this one
             logits = dz = None
             chunk = slice(start, start + rows)
-            target = targets[chunk, None]  # (rows, 1)
-            logits = (x[chunk] @ weight.t()).float()  # (rows, V)
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((lse - logits.gather(1, target)).squeeze(1) * counted[chunk]).sum()
+            target, weighs = targets[chunk, None], counted[chunk, None].float()  # (rows, 1)
+            logits = _product(x[chunk], weight.t()).float()  # (rows, V)
+            logits -= logits.amax(dim=-1, keepdim=True)
+            right = logits.gather(1, target)
+            # the logits' buffer becomes exp(z), then their gradient
+            total = logits.exp_().sum(dim=-1, keepdim=True)
+            loss += ((total.log() - right) * weighs).sum()
             if not (needs_dx or needs_dw):
                 continue
-            # the logits' buffer becomes their gradient
-            dz = logits.sub_(lse).exp_()
-            dz.scatter_add_(1, target, dz.new_full((), -1.0).expand_as(target))
-            dz = dz.mul_(counted[chunk, None]).to(x.dtype)
+            dz = logits.mul_(weighs / total).scatter_add_(1, target, -weighs).to(x.dtype)
             if dx is not None:
-                torch.mm(dz, weight, out=dx[chunk])
+                dx[chunk] = _product(dz, weight)
             if dw is not None:
-                dw += dz.t() @ x[chunk]
+                # some tokens at a time, or the product would be as large again as dw
+                for some, columns in zip(dw.split(TOKENS), dz.split(TOKENS, 1), strict=True):
+                    some += _product(columns.t(), x[chunk])
         ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
         return loss / count

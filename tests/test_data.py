@@ -46,7 +46,7 @@ def test_an_empty_corpus(here, text):
 def test_a_corpus_too_short(here):
     path = here / "book.txt"
     path.write_text("x" * (SHORTEST - 2))
-    with pytest.raises(ValueError, match=f"63 tokens, at least {SHORTEST}"):
+    with pytest.raises(ValueError, match=f"{SHORTEST - 1} tokens, at least {SHORTEST}"):
         load_corpus("book.txt", BYTES)
     path.write_text("x" * (SHORTEST - 1))
     corpus = load_corpus("book.txt", BYTES)

@@ -13,6 +13,38 @@ def error(result, reference):
     return (difference.pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()).item()
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 7), (1, 7)])
+def test_linear(shape):
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 11)
+    weight, bias = torch.randn(11, 7, requires_grad=True), torch.randn(11, requires_grad=True)
+    y = ops.linear(x, weight, bias)
+    y.backward(dy)
+    xd, wd, bd = (t.detach().double().requires_grad_() for t in (x, weight, bias))
+    expected = xd @ wd.t() + bd
+    expected.backward(dy.double())
+    assert error(y, expected.detach()) < 1e-6
+    for ours, theirs in ((x, xd), (weight, wd), (bias, bd)):
+        assert error(ours.grad, theirs.grad) < 1e-6 and ours.grad.stride() == ours.stride()
+    with torch.no_grad():
+        # what is generated equals transformers' to the last bit
+        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+        assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
+
+
+def test_linear_leaves_what_is_frozen_alone():
+    x, weight, bias = torch.randn(3, 7, requires_grad=True), torch.randn(11, 7), torch.randn(11)
+    ops.linear(x, weight, bias).sum().backward()
+    assert x.grad is not None and weight.grad is None and bias.grad is None
+
+
+def test_linear_in_bfloat16_is_autocasts():
+    x, weight, bias = torch.randn(2, 5, 7), torch.randn(11, 7, requires_grad=True), torch.randn(11)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, weight, bias)
+        assert torch.equal(y, F.linear(x, weight, bias))
+    assert y.dtype == torch.bfloat16
+
+
 def test_layer_norm():
     x, weight, bias = torch.randn(2, 5, 7), torch.randn(7), torch.randn(7)
     d = x.double()
@@ -47,8 +79,9 @@ def test_softmax():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Two rows at a time, so that many chunks add up."""
+    """Two rows and three tokens at a time, so that many chunks add up."""
     monkeypatch.setitem(ops.CHUNK_ELEMENTS, "cpu", 2 * 13)
+    monkeypatch.setattr(ops, "TOKENS", 3)
 
 
 @pytest.mark.parametrize("ignored", [0, 3])
@@ -96,3 +129,14 @@ def test_linear_cross_entropy_makes_only_the_gradients_asked_for():
     (gradient,) = torch.autograd.grad(loss, weight)
     assert gradient.shape == weight.shape
     assert ops.linear_cross_entropy(x, weight, torch.full((4,), -100)).isnan()
+
+
+def test_linear_cross_entropy_of_logits_that_exp_does_not_hold():
+    weight = torch.eye(5) * 400
+    loss = ops.linear_cross_entropy(torch.eye(5), weight, torch.tensor([0, 1, 2, 3, 0]))
+    assert loss.item() == pytest.approx(400 / 5)
+
+
+def test_a_chunk_has_rows_enough_for_the_gradient_it_adds_to():
+    assert ops.chunk_rows(50257, 128, "cpu") == 166
+    assert ops.chunk_rows(50257, 1600, "cpu") == 800

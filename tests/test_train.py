@@ -316,3 +316,23 @@ def test_fine_tuning_the_demo_model_on_pydocs(capsys, tmp_path, monkeypatch):
     with torch.no_grad():
         ours = load_model("out")(ids)
         torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+TINY_MODEL = ["--init", "scratch", "--tokenizer", "bytes", "--n_layer", "1", "--n_head", "1"]
+TINY_MODEL += ["--n_embd", "8", "--steps", "2", "--batch_size", "2"]
+
+
+def test_texts_shorter_than_any_block(book):
+    rows = "spam,buy\nham,noon\nspam,sale\nham,lunch\n"
+    Path("mails.csv").write_text("label,text\n" + rows)
+    assert run("mails.csv", "--task", "classify", *TINY_MODEL) == 0
+
+
+def test_the_shortest_text(book, capsys):
+    Path("short.txt").write_text("x" * 89)
+    assert run("short.txt", *TINY_MODEL) == 0
+    Path("held_out.txt").write_text("x" * 5)
+    argv = ["short.txt", "--validation", "held_out.txt", *TINY_MODEL, "--out", "other"]
+    assert run(*argv) == 2
+    error = "error: --block_size must be <= 5, all that 'held_out.txt' can fill, not 89\n"
+    assert capsys.readouterr().err.endswith(error) and not Path("other").exists()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from nanogpt2 import ops
 from nanogpt2.config import GPTConfig
-from nanogpt2.ops import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ELSEWHERE
+from nanogpt2.ops import chunk_rows
 
 
 def count_parameters(config: GPTConfig) -> int:
@@ -43,16 +44,15 @@ def memory_estimate(
                                                          attention C, 4 C before and after GELU)
                      M L (36 C + 4 H) + 24 L C^2         bf16: the residuals stay fp32; autocast's
                                                          copies of the blocks' matrices
-        head         8 V C + 8 R V + 12 M C              the embedding's gradient and the product
-                                                         added to it; R rows of logits and their
-                                                         exponentials; ln_f's input, output and dx
+        head         4 V C + 4 R V + 12 M C              the embedding's gradient; R rows of logits
+                                                         (6 R V in bf16); ln_f's input, output, dx
         gradients    4 T                                 kept through the forward pass only by
                                                          grad_accum > 1
 
     The peak is where the loss is made (activations + head, + gradients with grad_accum > 1) or at
     the backward pass's end (gradients, and 8 V C: the embedding's from both its uses), whichever is
-    more. A frozen embedding (T < P) has no 8 V C, nor has a classifier's, which has `labels` logits
-    a token in place of V. Dropout adds its masks: 2 M L C on a GPU; on a CPU
+    more. A frozen embedding (T < P) has no gradient, nor has a classifier's at the loss, which has
+    `labels` logits a token in place of V. Dropout adds its masks: 2 M L C on a GPU; on a CPU
     M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention with
     dropout. On a CPU an eighth of all but weights and optimizer is added for malloc's holes.
 
@@ -75,13 +75,12 @@ def memory_estimate(
     elif c.dropout:
         activations += tokens * c.n_layer * 2 * width
     scored = labels or vocab
-    chunk = max(scored, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS_ELSEWHERE))
-    logits = 8 * min(tokens * scored, chunk)
-    embedding = 0 if labels or trained < params else 8 * vocab * width
-    head = embedding + logits + 12 * tokens * width
+    rows = min(tokens, chunk_rows(scored, width, device))
+    embedding = 0 if labels or trained < params else 4 * vocab * width
+    head = embedding + (6 if low else 4) * rows * scored + 12 * tokens * width
     gradients = 4 * trained
     at_loss = activations + head + (gradients if grad_accum > 1 else 0)
-    passing = max(at_loss, gradients + embedding)
+    passing = max(at_loss, gradients + 2 * embedding)
     return 4 * params + 8 * trained + passing + (passing // 8 if device == "cpu" else 0)
 
 
@@ -142,7 +141,7 @@ def measure_matmul_rate(device: str, dtype: str) -> float:
         _synchronize(device)
         started = time.perf_counter()
         for _ in range(products):
-            a @ a
+            ops.linear(a, a)
         _synchronize(device)
         return time.perf_counter() - started
 

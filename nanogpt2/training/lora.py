@@ -30,8 +30,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from nanogpt2 import ops
 from nanogpt2.classifier import GPTClassifier, Model
 
 M = TypeVar("M", bound=Model)
@@ -53,8 +53,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = F.linear(x, self.lora_a)  # (..., r)
-        return super().forward(x) + F.linear(low, self.lora_b) * (self.alpha / self.rank)
+        low = ops.linear(x, self.lora_a)  # (..., r)
+        change = ops.linear(low, self.lora_b) * (self.alpha / self.rank)
+        return ops.linear(x, self.weight, self.bias) + change
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

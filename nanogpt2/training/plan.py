@@ -16,6 +16,7 @@ from nanogpt2.training.learner import Learner
 # on a GPU a step takes more sequences where the data has enough for so many steps
 STEP_TOKENS = 2**15
 FEWEST_STEPS = 200
+FEWEST_TOKENS = 8  # in a sequence; shorter examples are padded
 
 
 def block_size(config: TrainConfig, model: GPTConfig, world: World, rooms: tuple[int, int]) -> int:
@@ -25,9 +26,9 @@ def block_size(config: TrainConfig, model: GPTConfig, world: World, rooms: tuple
     validate on is too short, rather than that the sequences become as short.
     """
     default = min(1024 if world.kind == "cuda" else 256, model.block_size, rooms[0])
-    if config.validation is None:
+    if config.validation is None and config.task == "lm":
         default = min(default, rooms[1])
-    wanted = config.block_size or default
+    wanted = config.block_size or max(default, FEWEST_TOKENS)
     if wanted > model.block_size:
         raise ValueError(
             f"block_size must be <= {model.block_size}, the model's context, not {wanted}"
@@ -115,5 +116,7 @@ def describe(
     if figures is not None:
         speed = figures["tokens_per_second"]
         minutes = config.steps * in_a_step * config.block_size / speed / 60
-        lines.append(f"about {minutes:,.1f} minutes at {speed:,.0f} tokens/s, and the evaluations'")
+        lines.append(
+            f"about {minutes:,.1f} minutes at {speed:,.0f} tokens/s, without the evaluations"
+        )
     return "\n".join(lines)

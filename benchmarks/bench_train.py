@@ -1,0 +1,202 @@
+"""How fast is a training step, and how much memory does it take? Writes results/train_DEVICE.*
+
+    python -m benchmarks.bench_train            124M parameters, batch 4 x 256 tokens, AdamW
+    python -m benchmarks.bench_train --quick    a small shape, one minute; writes nothing
+
+On a machine that does other work too, OMP_NUM_THREADS=1 and the CPU seconds tell more.
+
+Ours is `take_step` of train.py, all that the script does in a step. Beside it, on the same random
+weights and the same batches: a plain loop on transformers' GPT-2, with AdamW as it comes and fused,
+and nanoGPT's recipe (see peers.py). All clip the gradients. The first steps' losses must be equal
+before any step is timed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import train
+from benchmarks import harness, peers
+from nanogpt2 import GPT, load_model, save_model
+from nanogpt2.config import PRESETS, GPTConfig, TrainConfig
+from nanogpt2.training import distributed
+from nanogpt2.training.learner import Learner
+
+SHAPES = {
+    "124M": (PRESETS["gpt2"], 4, 256),
+    "quick": (GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=128), 4, 64),
+}
+RATE = 1e-4
+TOLERANCE = 1e-4  # relative, of a loss
+CHECKED = 3  # first steps whose losses must agree
+AGAINST = "transformers"
+
+
+class RandomBatches:
+    """Token ids drawn by the sequence's number: what trains costs the same on any text."""
+
+    def __init__(self, vocab_size: int, block_size: int) -> None:
+        self.vocab_size, self.block_size = vocab_size, block_size
+        self.sequences = 10**9
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        rows = [
+            torch.randint(
+                self.vocab_size, (self.block_size + 1,), generator=torch.Generator().manual_seed(n)
+            )
+            for n in range(first, first + count)
+        ]
+        ids = torch.stack(rows)
+        return ids[:, :-1], ids[:, 1:]
+
+
+class Ours:
+    """train.py's own step, with its flags' defaults."""
+
+    def __init__(
+        self, folder: Path, device: str, batch_size: int, block_size: int, recompute: bool
+    ) -> None:
+        self.config = TrainConfig(
+            data="pydocs",
+            init=str(folder),
+            batch_size=batch_size,
+            block_size=block_size,
+            steps=10**6,
+            lr=RATE,
+            warmup=0,
+            schedule="constant",
+            device=device,
+            dtype="float32",
+            activation_checkpointing=recompute,
+        )
+        world = distributed.join(device)
+        self.learner = Learner(self.config, load_model(folder, device), world)
+
+    def step(self, batches: RandomBatches, n: int) -> float:
+        return train.take_step(self.config, self.learner, batches, n)["loss"]
+
+
+def make_arm(name: str, folder: Path, shape: str, device: str) -> Callable[[], float]:
+    """A function that takes the next step and returns its loss."""
+    model, batch_size, block_size = SHAPES[shape]
+    batches, state = RandomBatches(model.vocab_size, block_size), {"step": 0}
+    if name.startswith("ours"):
+        ours = Ours(folder, device, batch_size, block_size, recompute=name != "ours")
+    elif name == "nanoGPT's recipe":
+        peer: peers.Peer = peers.NanoGPT(folder, device)
+    else:
+        peer = peers.Transformers(folder, device, fused="fused" in name)
+
+    def step() -> float:
+        state["step"] += 1
+        if name.startswith("ours"):
+            return ours.step(batches, state["step"])
+        x, y = batches.rows((state["step"] - 1) * batch_size, batch_size)
+        return peer.step(x.to(device), y.to(device), RATE)
+
+    return step
+
+
+ARMS = (
+    "ours",
+    "ours, --activation_checkpointing",
+    "transformers",
+    "transformers, fused AdamW",
+    "nanoGPT's recipe",
+)
+
+
+def measure_memory(name: str, folder: Path, shape: str, device: str) -> dict:
+    """In a process of its own: bytes that three steps need above what the imports took."""
+    if name.startswith("transformers"):
+        from transformers import GPT2LMHeadModel  # noqa: F401
+    before, _ = harness.memory_of_this_process()
+    step = make_arm(name, folder, shape, device)
+    for _ in range(CHECKED):
+        step()
+    if device == "cuda":
+        return {"peak": torch.cuda.max_memory_allocated()}
+    return {"peak": harness.memory_of_this_process()[1] - before}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape; writes nothing")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", metavar="ARM", help="print where one arm's time goes")
+    parser.add_argument("--memory", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    shape = "quick" if args.quick else "124M"
+    if args.memory:
+        name, folder = args.memory
+        print(json.dumps(measure_memory(name, Path(folder), shape, args.device)))
+        return
+    model, batch_size, block_size = SHAPES[shape]
+    rig = harness.rig(args.device, dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_model(GPT(model), folder)
+        make = partial(make_arm, folder=Path(folder), shape=shape, device=args.device)
+        if args.profile:
+            profile(make(args.profile))
+            return
+        quick = ["--quick"] if args.quick else []
+        memory = {
+            name: harness.in_a_process(
+                "benchmarks.bench_train", *quick, "--device", args.device, "--memory", name, folder
+            )["peak"]
+            for name in ARMS
+        }
+        steps = {name: make(name) for name in ARMS}
+        losses = {name: [step() for _ in range(CHECKED)] for name, step in steps.items()}
+        apart = harness.assert_equal(losses, AGAINST, TOLERANCE)
+        wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+        times = harness.interleave(steps, args.rounds, wait)
+    rows = [
+        (
+            name,
+            harness.spread(times[name]),
+            f"{batch_size * block_size / times[name].median:,.0f}",
+            f"{times[AGAINST].median / times[name].median:.2f}x",
+            f"{times[name].cpu:.2f}",
+            f"{times[AGAINST].cpu / times[name].cpu:.2f}x",
+            f"{memory[name] / 1e9:.2f} GB",
+            f"{memory[name] / memory[AGAINST]:.2f}x",
+        )
+        for name in ARMS
+    ]
+    header = ["arm", "seconds a step (least-most)", "tokens/s", "speed"]
+    header += ["CPU seconds", "speed by them", "peak memory", "memory"]
+    body = (
+        f"A step of {batch_size} x {block_size} tokens, {shape}, float32, AdamW, clipped: "
+        f"median of {args.rounds} rounds, the arms taking turns in one process. Ratios against "
+        f"{AGAINST}. The first {CHECKED} losses agree within {apart:.1e}. Peak memory: each arm in "
+        f"a process of its own, above its imports.\n\n{harness.table(header, rows)}"
+    )
+    raw = {"shape": shape, "seconds": times, "memory": memory, "losses": losses}
+    harness.report(f"train_{args.device}", "A training step", rig, body, raw, keep=not args.quick)
+
+
+def profile(step: Callable[[], float]) -> None:
+    """Two steps under torch's profiler, the operations by their own time."""
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiled:
+        step()
+        step()
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiled.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,153 @@
+"""A fair comparison: the results checked first, then the arms timed turn by turn.
+
+An arm is a name and a function that does the work once. All arms take turns within one process, in
+a new order every round, so that whatever else the machine does meets each of them; the median of
+the rounds stands with the least and the most, and every ratio names the arm that it is against.
+Peak memory is measured apart, each arm in a process of its own.
+
+This file does not know what is measured.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one arm's work over all rounds.
+
+    Other programs on the machine prolong the time by the clock, but hardly that of the processor,
+    which is comparable where one thread works.
+    """
+
+    median: float
+    least: float
+    most: float
+    rounds: int
+    cpu: float  # median of the processor's seconds, all threads'
+
+
+def assert_equal(found: Mapping[str, Sequence[float]], against: str, tolerance: float) -> float:
+    """Hold every arm's numbers to those of one; return the largest relative difference.
+
+    Arms that do not compute the same are not worth timing: raises AssertionError.
+    """
+    largest = 0.0
+    for name, numbers in found.items():
+        for n, (a, b) in enumerate(zip(numbers, found[against], strict=True)):
+            largest = max(largest, abs(a - b) / abs(b))
+            assert abs(a - b) <= tolerance * abs(b), f"{name}: number {n} is {a}, not {b}"
+    return largest
+
+
+def interleave(
+    arms: Mapping[str, Work], rounds: int = 5, synchronize: Work = lambda: None
+) -> dict[str, Timing]:
+    """Time each arm once a round, in an order drawn anew; the callers have warmed them up."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    order, rng = list(arms), random.Random(0)
+    for _ in range(rounds):
+        rng.shuffle(order)
+        for name in order:
+            synchronize()
+            started, used = time.perf_counter(), time.process_time()
+            arms[name]()
+            synchronize()
+            seconds[name].append((time.perf_counter() - started, time.process_time() - used))
+    timings = {}
+    for name, pairs in seconds.items():
+        clock, cpu = zip(*pairs, strict=True)
+        median = statistics.median(clock)
+        timings[name] = Timing(median, min(clock), max(clock), rounds, statistics.median(cpu))
+    return timings
+
+
+def memory_of_this_process() -> tuple[int, int]:
+    """Bytes resident now, and the most so far.
+
+    Read from /proc: getrusage's peak would include that of the process this one was started from.
+    """
+    status = Path("/proc/self/status").read_text()
+    now, most = (int(status.partition(f"{key}:")[2].split()[0]) for key in ("VmRSS", "VmHWM"))
+    return 1024 * now, 1024 * most
+
+
+def in_a_process(module: str, *arguments: str) -> dict:
+    """Run a module of ours alone; return the JSON object that it prints last."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rig(device: str = "cpu", **more: object) -> dict:
+    """What the figures were measured on: without it they say nothing."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() + ("+" if changed.stdout else ""),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **more,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
+    wide = "AVX-512" if "avx512f" in info else "AVX2" if "avx2" in info else "no AVX2"
+    return f"{models[0] if models else platform.machine()} ({wide})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(timing: Timing) -> str:
+    return f"{timing.median:.3f} ({timing.least:.3f}-{timing.most:.3f})"
+
+
+def report(name: str, title: str, rig: Mapping, body: str, raw: Mapping, keep: bool = True) -> None:
+    """Write results/NAME.json and .md unless not to `keep` them; the object is printed last."""
+    facts = ", ".join(f"{key} {value}" for key, value in rig.items())
+    page = f"# {title}\n\nRig: {facts}.\n\n{body}\n"
+    made = {"benchmark": name, "rig": rig, **raw}
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(made, indent=1, default=asdict) + "\n")
+        (RESULTS / f"{name}.md").write_text(page)
+    print(page)
+    print(json.dumps(made, default=asdict))
