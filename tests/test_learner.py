@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from reference import TINY, settings
 from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2LMHeadModel
@@ -271,3 +274,29 @@ def test_a_classifier_learns_with_lora_head_included():
     learner = learner_of(GPTClassifier(GPT(TINY), ("a", "b")), lora_rank=2)
     assert "score.weight" in learner.parameters
     assert all("lora_" in n or n == "score.weight" for n in learner.parameters)
+
+
+@settings_of_hypothesis(max_examples=25, deadline=None)
+@given(st.data())
+def test_accumulated_gradients_are_the_big_batchs(data):
+    """Every target counts the same, in whichever micro-batch it is and however many stand there."""
+    rows = data.draw(st.integers(2, 6))
+    cut = data.draw(st.integers(1, rows - 1))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    x, y = batch(rows)
+    for row in y:
+        # a completion of its own length at the end of each row
+        row[: data.draw(st.integers(0, len(row) - 1))] = -100
+    grads = []
+    for parts in ([slice(0, rows)], [slice(0, cut), slice(cut, rows)]):
+        learner = learner_of()
+        total = int((y != -100).sum())
+        losses = [
+            learner.backward(x[part], y[part], int((y[part] != -100).sum()) / total, last=True)
+            for part in parts
+        ]
+        grads.append(torch.cat([p.grad.flatten() for p in learner.parameters.values()]))
+        grads.append(torch.stack(losses).sum())
+    whole, loss, parted, parted_loss = grads
+    assert (whole - parted).norm() <= 1e-6 * whole.norm()
+    assert abs(loss - parted_loss) <= 1e-6 * abs(loss)

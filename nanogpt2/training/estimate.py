@@ -8,6 +8,7 @@ in general. This file does not know the loop.
 import resource
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -117,6 +118,7 @@ def model_flops(config: GPTConfig, tokens: int, block_size: int) -> float:
     return float(tokens) * (6 * multiplied + 12 * c.n_layer * c.n_embd * block_size)
 
 
+@cache
 def device_rate(device: str, dtype: str) -> Rate:
     """What a share of the peak is a share of: the datasheet's where it is known, else measured."""
     if device == "cuda" and dtype == "bfloat16":
