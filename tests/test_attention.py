@@ -64,7 +64,10 @@ def test_head_sizes(D, dtype):
 
 
 def test_the_25_heads_of_gpt2_xl():
-    check(*inputs(1, 25, 3, 64))
+    q, k, v, do = inputs(1, 25, 3, 64)
+    expected = results(attention_ref, q, k, v, do)
+    for x, y in zip(results(attention, q, k, v, do), expected, strict=True):
+        assert_close(x, y)
 
 
 @pytest.mark.parametrize("scale", [0.01, 3.0])
@@ -72,12 +75,11 @@ def test_scale(scale):
     check(*inputs(1, 2, 70, 16), scale=scale)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.int32, True), (torch.int64, False)])
 def test_padding(dtype, causal):
     # none, inside the first block, at a border of blocks, in the second, no key at all
-    start = torch.tensor([0, 5, 64, 97, 150], dtype=dtype, device=DEVICE)
-    check(*inputs(5, 1, 150, 16), causal=causal, start=start)
+    start = torch.tensor([0, 5, 64, 97, 110], dtype=dtype, device=DEVICE)
+    check(*inputs(5, 1, 110, 16), causal=causal, start=start)
 
 
 @pytest.mark.parametrize("start", [-1, 151, 2**31 - 1, -(2**63), 2**63 - 1])
@@ -90,7 +92,7 @@ def test_a_start_outside_the_row(start):
 
 
 def test_padding_may_hold_nan():
-    q, k, v, do = inputs(2, 1, 150, 16)
+    q, k, v, do = inputs(2, 1, 110, 16)
     start = torch.tensor([97, 3], device=DEVICE)
     expected = results(attention, q, k, v, do, start=start)
     for b, first in enumerate(start):
@@ -110,27 +112,28 @@ def test_no_key_no_output_no_gradient():
 # numpy's word for a row of a NaN
 @pytest.mark.filterwarnings("ignore:All-NaN")
 def test_blocks_above_the_diagonal_are_not_read():
-    q, k, v, do = inputs(1, 1, 256, 16)
-    expected = results(attention, q, k, v, do)
     block = max(room.FORWARD[4, 16][0], *room.BACKWARD[4, 16][:2])
+    T = 2 * block
+    q, k, v, do = inputs(1, 1, T, 16)
+    expected = results(attention, q, k, v, do)
     k[:, :, block:] = v[:, :, block:] = math.nan
     assert_close(attention(q, k, v)[:, :, :block], expected[0][:, :, :block])
     for deterministic in (False, True):
         dq = results(attention, q, k, v, do, deterministic=deterministic)[1]
         assert_close(dq[:, :, :block], expected[1][:, :, :block])
-    q, k, v, do = inputs(1, 1, 256, 16)
+    q, k, v, do = inputs(1, 1, T, 16)
     expected = results(attention, q, k, v, do)
     q[:, :, :block] = math.nan
     for x, y in zip(results(attention, q, k, v, do)[2:], expected[2:], strict=True):
         assert_close(x[:, :, block:], y[:, :, block:])
 
 
-@pytest.mark.parametrize(("dtype", "causal"), [(FP32, True), (FP32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "causal"), [(FP32, True), (torch.bfloat16, False)])
 def test_dropout(causal, dtype):
-    B, H, T, dropout = 2, 2, 75, 0.3
+    B, H, T, dropout = 2, 2, 70, 0.3
     seed = torch.tensor([SEED], device=DEVICE)
     keep = kept(B, H, T, dropout, SEED)
-    assert abs(keep.float().mean() - (1 - dropout)) < 0.01
+    assert abs(keep.float().mean() - (1 - dropout)) < 0.02
     options = {"causal": causal, "dropout": dropout, "seed": seed, "keep": keep}
     check(*inputs(B, H, T, 32, dtype), **options, start=torch.tensor([0, 40], device=DEVICE))
 
@@ -265,6 +268,8 @@ def test_opcheck():
     opcheck(room._attention_backward, (do, q, k, v, o, lse, *options), test_utils=inferred)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     opcheck(room._attention, (q, k, v, *options))
+    # lse is for backward alone
+    assert [x.requires_grad for x in room._attention(q, k, v, *options)] == [True, False]
     qkv = random(1, 5, 3 * 32)
     options = (start, seed, 2, True, 0.25, 0.1, True)
     o, lse = room._attention_qkv(qkv, *options)
