@@ -258,6 +258,8 @@ def test_deterministic_means_no_atomics(monkeypatch):
             results(attention, q, k, v, do)
 
 
+# torch 2.15's own check reads the .grad of what it computed
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_opcheck():
     q, k, v, do = inputs(1, 2, 5, 16)
     start = torch.tensor([2], device=DEVICE)
