@@ -279,8 +279,8 @@ def _attention_bwd_rows(
         offsets = rows.to(tl.int64)[:, None]
         q = tl.load(q_ptr + offsets * stride_qt + dims, mask=in_range[:, None], other=0.0)
         do = tl.load(do_ptr + offsets * stride_gt + dims, mask=in_range[:, None], other=0.0)
-        # past the end q and do are 0, and so is what they add
-        lse = tl.load(lse_ptr + rows, mask=in_range, other=0.0)
+        # past the end p = 2^(0 - inf) = 0
+        lse = tl.load(lse_ptr + rows, mask=in_range, other=float("inf"))
         delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (N, M)
         if MASKED:
@@ -449,7 +449,7 @@ def _attention_bwd_dq_kernel(
     do_ptrs = do_ptr + b * stride_gb + h * stride_gh + offsets * stride_gt + dims
     q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
     do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=in_range, other=0.0)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=in_range, other=float("inf"))
     delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=in_range, other=0.0)
     dq = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     scale_log2 = scale * 1.4426950408889634

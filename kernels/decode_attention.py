@@ -127,7 +127,7 @@ def _decode_attention_kernel(
         k = tl.load(k_ptr + k_at[:, None] + dims, mask=inside[:, None], other=0.0)
         v = tl.load(v_ptr + v_at[:, None] + dims, mask=inside[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_T, BLOCK_N)
-        s = tl.where(inside[None, :] & (t[None, :] <= position[:, None]), s, float("-inf"))
+        s = tl.where(t[None, :] <= position[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
         # a token that has seen nothing yet: -inf - -inf would be nan
         m_base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -137,14 +137,13 @@ def _decode_attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
 
-    # an empty share: o = 0, and lse = -inf gives it no weight
-    empty = l_i == 0.0
-    l_i = tl.where(empty, 1.0, l_i)
+    # an empty share: o = 0 / 1, and lse = -inf gives it no weight
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)
     o_ptrs = o_ptr + split * stride_os + r * stride_or + h * stride_oh
     o_ptrs += tokens[:, None] * stride_ot + dims
     tl.store(o_ptrs, (acc / l_i[:, None]).to(o_ptr.dtype.element_ty), mask=real[:, None])
     if SPLITS > 1:
-        lse = tl.where(empty, float("-inf"), m_i + tl.log2(l_i))
+        lse = m_i + tl.log2(l_i)
         tl.store(lse_ptr + ((split * R + r) * H + h) * T + tokens, lse, mask=real)
 
 

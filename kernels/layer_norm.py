@@ -123,7 +123,8 @@ def _layer_norm_bwd_kernel(
         next_dy = tl.load(dy_ptr + ahead * stride_dym + cols, mask=mask, other=0.0)
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
 
-        xhat = tl.where(mask, (x - mean) * rstd, 0.0)
+        # past the last column xhat is no 0, but w and dy are
+        xhat = (x - mean) * rstd
         g = w * dy
         dx = rstd * (g - tl.sum(g, axis=0) / N - xhat * (tl.sum(g * xhat, axis=0) / N))
         dw += dy * xhat

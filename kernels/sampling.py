@@ -76,7 +76,7 @@ def _order(s):
     """Map float32 to uint32 of the same order."""
     # 0 and -0 are equal
     bits = tl.where(s == 0.0, 0.0, s).to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit

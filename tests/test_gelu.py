@@ -39,6 +39,14 @@ def test_each_row_counts_once_in_the_gradient_of_the_bias(M):
     check(torch.randn(M, 1030, device=DEVICE), torch.randn(1030, device=DEVICE))
 
 
+def test_rows_past_the_last_are_not_read():
+    x, grad = torch.full((2, 2 * ROWS, 1024), float("nan"), device=DEVICE)
+    x[:5], grad[:5] = torch.randn(2, 5, 1024, device=DEVICE)
+    inputs = (x[:5], torch.randn(1024, device=DEVICE))
+    _, found = gradients(bias_gelu, *inputs, grad=grad[:5])
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
 def test_a_narrow_bias_of_many_rows():
     """One tile is taller than ROWS."""
     check(torch.randn(5000, 3, device=DEVICE), torch.randn(3, device=DEVICE))

@@ -49,6 +49,17 @@ def test_any_number_of_rows(M):
     check(torch.randn(M, 24, device=DEVICE), *parameters(24))
 
 
+def test_rows_past_the_last_are_not_read():
+    """Programs share rows evenly, so that the last one has fewer."""
+    for M in (37, 40):
+        x, grad = torch.full((2, 50, 24), float("nan"), device=DEVICE)
+        x[:M], grad[:M] = torch.randn(2, M, 24, device=DEVICE)
+        _, (dx, dw, db) = gradients(layer_norm, x[:M], *parameters(24), grad=grad[:M])
+        assert dx.isfinite().all()
+        assert dw.isfinite().all()
+        assert db.isfinite().all()
+
+
 def test_one_column():
     """Its norm is the bias, and true gradients are 0."""
     x, (weight, bias) = torch.randn(5, 1, device=DEVICE), parameters(1)
