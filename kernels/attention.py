@@ -45,6 +45,8 @@ HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # by Triton's interpreter, on tensors in main memory
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 # (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages) by (bytes an element, D). At GPT-2's D = 64
 # no register spills (tests/kernel_table.py shows it; at other D some bytes may). None is timed yet
@@ -514,6 +516,7 @@ def _options(
         "PRECISION": "tf32x3" if split else "ieee",
         "num_warps": num_warps,
         "num_stages": num_stages,
+        **FUSED,
     }
 
 
@@ -555,7 +558,7 @@ def _attention_bwd(
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attention_delta_kernel[by_queries](
-            *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"]
+            *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"], **FUSED
         )
         _attention_bwd_kernel[by_keys](
             *(q, k, v, do, lse, delta, dq_sum, dk, dv, start, seed),

@@ -34,6 +34,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TOKENS = 16
 # by Triton's interpreter, on tensors in main memory
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 # (BLOCK_N positions, num_warps, num_stages) by bytes an element: enough loads in flight to hide
 # memory's latency, 16 bytes a thread each; none is timed yet
@@ -216,6 +218,7 @@ def _decode_attention_fwd(
             PRECISION="tf32x3" if split_fp32 else "ieee",
             num_warps=num_warps,
             num_stages=num_stages if torch.version.hip is None else 1,
+            **FUSED,
         )
         if splits > 1:
             _decode_attention_join_kernel[(R * H * T,)](
@@ -223,6 +226,7 @@ def _decode_attention_fwd(
                 SPLITS=splits,
                 BLOCK_S=triton.next_power_of_2(splits),
                 D=D,
+                **FUSED,
             )
 
 

@@ -34,6 +34,8 @@ TILE = 4096
 # rows whose gradients make one partial row of db
 ROWS = 64
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
@@ -117,7 +119,7 @@ def _config(N: int) -> dict[str, int]:
     | less          | 4096 / N' | 4     | N' is the next power of two: as many values in a tile  |
     """
     block = min(triton.next_power_of_2(N), 1024)
-    return {"BLOCK_M": TILE // block, "BLOCK_N": block, "num_warps": 4}
+    return {"BLOCK_M": TILE // block, "BLOCK_N": block, "num_warps": 4, **FUSED}
 
 
 def _rows(x: Tensor) -> Tensor:

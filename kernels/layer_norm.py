@@ -37,6 +37,8 @@ MAX_COLUMNS = 8192
 WARPS_PER_SM = 20
 INTERPRETED_PROGRAMS = 3
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -148,7 +150,7 @@ def _config(N: int) -> dict[str, int]:
     | past 4096      | 16    | the chips' limit in common; the backward keeps 5 values a column   |
     """
     block = triton.next_power_of_2(N)
-    return {"BLOCK_N": block, "num_warps": min(max(block // 256, 1), 16)}
+    return {"BLOCK_N": block, "num_warps": min(max(block // 256, 1), 16), **FUSED}
 
 
 def _programs(x: Tensor, warps: int) -> int:

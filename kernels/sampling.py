@@ -34,6 +34,8 @@ BLOCK_V = 2048
 # 4 values a thread: a draw needs float64 for each, and 8 would spill
 NUM_WARPS = 16
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 M1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -213,6 +215,7 @@ def _sample(
                 NGRAM=0 if ids is None else no_repeat_ngram_size,
                 BLOCK_V=min(triton.next_power_of_2(vocab_size), BLOCK_V),
                 num_warps=NUM_WARPS,
+                **FUSED,
             )
     return tokens, scores
 

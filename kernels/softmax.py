@@ -36,6 +36,8 @@ MAX_WHOLE_ROW = 16384
 # of bf16 each) are in the L2 all together
 LONG_ROW_BLOCK = 8192
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 
 def softmax_ref(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
@@ -149,7 +151,7 @@ def _config(N: int) -> dict[str, Any]:
     """
     block = triton.next_power_of_2(N) if N <= MAX_WHOLE_ROW else LONG_ROW_BLOCK
     warps = min(max(block // 256, 1), 16)
-    return {"WHOLE_ROW": block >= N, "BLOCK_N": block, "num_warps": warps}
+    return {"WHOLE_ROW": block >= N, "BLOCK_N": block, "num_warps": warps, **FUSED}
 
 
 def _rows(x: Tensor) -> Tensor:

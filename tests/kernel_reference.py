@@ -87,7 +87,7 @@ def record_launches():
 
     def run(kernel, *args, grid, warmup, **kwargs):
         names = kernel.arg_names
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in names}
         bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
         bound.apply_defaults()
         launch = Launch(kernel, {}, {}, {}, options)

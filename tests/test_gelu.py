@@ -99,7 +99,7 @@ def test_inputs_with_holes():
 
 def test_empty_and_no_axis():
     x, bias = torch.randn(0, 5, device=DEVICE), torch.randn(5, device=DEVICE)
-    y, (dx, db) = gradients(bias_gelu, x, bias, grad=torch.empty(0, 5))
+    y, (dx, db) = gradients(bias_gelu, x, bias, grad=torch.empty(0, 5, device=DEVICE))
     assert y.shape == dx.shape == (0, 5)
     assert not db.any()
     x = torch.tensor(0.5, device=DEVICE)

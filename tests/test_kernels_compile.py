@@ -18,7 +18,8 @@ def rows():
     """The table of tests/kernel_table.py, from a process that compiles instead of interpreting."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "tests/kernel_table.py"), "--json"]
+    # no kernel may print a warning where it is first launched
+    command = [sys.executable, "-W", "error", str(ROOT / "tests/kernel_table.py"), "--json"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -167,7 +167,7 @@ def test_inputs_with_holes():
 
 def test_no_rows():
     x, (weight, bias) = torch.randn(0, 5, device=DEVICE), parameters(5)
-    y, (dx, dw, db) = gradients(layer_norm, x, weight, bias, grad=torch.empty(0, 5))
+    y, (dx, dw, db) = gradients(layer_norm, x, weight, bias, grad=torch.empty(0, 5, device=DEVICE))
     assert y.shape == dx.shape == (0, 5)
     assert not dw.any()
     assert not db.any()

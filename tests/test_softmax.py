@@ -113,7 +113,9 @@ def test_inputs_with_holes():
 def test_empty_and_one_axis():
     assert softmax(torch.randn(0, 5, device=DEVICE)).shape == (0, 5)
     assert softmax(torch.randn(3, 0, device=DEVICE)).shape == (3, 0)
-    _, (dx,) = gradients(softmax, torch.randn(0, 5, device=DEVICE), grad=torch.empty(0, 5))
+    _, (dx,) = gradients(
+        softmax, torch.randn(0, 5, device=DEVICE), grad=torch.empty(0, 5, device=DEVICE)
+    )
     assert dx.shape == (0, 5)
     x = torch.randn(7, device=DEVICE)
     assert_close(softmax(x), x.double().softmax(-1))
