@@ -45,9 +45,11 @@ HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # by Triton's interpreter, on tensors in main memory
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
-# (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages) by (bytes an element, D), chosen so that no
-# register spills on sm_80, sm_90 and sm_100 (tests/kernel_table.py shows them); none is timed yet
+# (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages) by (bytes an element, D). At GPT-2's D = 64
+# no register spills (tests/kernel_table.py shows it; at other D some bytes may). None is timed yet
 FORWARD = {
     # D = 64: scores and probabilities fit the registers beside acc; 8 warps at 128 registers leave
     # room on sm_90 for two programs, one of which exponentiates while the other multiplies
@@ -68,7 +70,7 @@ BACKWARD = {
     (2, 64): (64, 64, 4, 2),
     (2, 128): (64, 32, 8, 2),
     (4, 16): (32, 32, 8, 1),
-    (4, 32): (32, 64, 8, 1),
+    (4, 32): (32, 16, 8, 1),
     (4, 64): (32, 32, 8, 1),
     (4, 128): (32, 16, 8, 1),
 }
@@ -279,8 +281,8 @@ def _attention_bwd_rows(
         offsets = rows.to(tl.int64)[:, None]
         q = tl.load(q_ptr + offsets * stride_qt + dims, mask=in_range[:, None], other=0.0)
         do = tl.load(do_ptr + offsets * stride_gt + dims, mask=in_range[:, None], other=0.0)
-        # past the end q and do are 0, and so is what they add
-        lse = tl.load(lse_ptr + rows, mask=in_range, other=0.0)
+        # past the end p = 2^(0 - inf) = 0
+        lse = tl.load(lse_ptr + rows, mask=in_range, other=float("inf"))
         delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (N, M)
         if MASKED:
@@ -449,7 +451,7 @@ def _attention_bwd_dq_kernel(
     do_ptrs = do_ptr + b * stride_gb + h * stride_gh + offsets * stride_gt + dims
     q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
     do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=in_range, other=0.0)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=in_range, other=float("inf"))
     delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=in_range, other=0.0)
     dq = tl.zeros([BLOCK_M, D], dtype=tl.float32)
     scale_log2 = scale * 1.4426950408889634
@@ -514,6 +516,7 @@ def _options(
         "PRECISION": "tf32x3" if split else "ieee",
         "num_warps": num_warps,
         "num_stages": num_stages,
+        **FUSED,
     }
 
 
@@ -555,7 +558,7 @@ def _attention_bwd(
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attention_delta_kernel[by_queries](
-            *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"]
+            *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"], **FUSED
         )
         _attention_bwd_kernel[by_keys](
             *(q, k, v, do, lse, delta, dq_sum, dk, dv, start, seed),

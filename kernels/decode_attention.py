@@ -34,6 +34,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_TOKENS = 16
 # by Triton's interpreter, on tensors in main memory
 INTERPRETED = triton.knobs.runtime.interpret
+# said outright, since Triton 3.10 has another default
+FUSED = {"enable_fp_fusion": True}
 
 # (BLOCK_N positions, num_warps, num_stages) by bytes an element: enough loads in flight to hide
 # memory's latency, 16 bytes a thread each; none is timed yet
@@ -127,7 +129,7 @@ def _decode_attention_kernel(
         k = tl.load(k_ptr + k_at[:, None] + dims, mask=inside[:, None], other=0.0)
         v = tl.load(v_ptr + v_at[:, None] + dims, mask=inside[:, None], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_T, BLOCK_N)
-        s = tl.where(inside[None, :] & (t[None, :] <= position[:, None]), s, float("-inf"))
+        s = tl.where(t[None, :] <= position[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
         # a token that has seen nothing yet: -inf - -inf would be nan
         m_base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -137,14 +139,13 @@ def _decode_attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
 
-    # an empty share: o = 0, and lse = -inf gives it no weight
-    empty = l_i == 0.0
-    l_i = tl.where(empty, 1.0, l_i)
+    # an empty share: o = 0 / 1, and lse = -inf gives it no weight
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)
     o_ptrs = o_ptr + split * stride_os + r * stride_or + h * stride_oh
     o_ptrs += tokens[:, None] * stride_ot + dims
     tl.store(o_ptrs, (acc / l_i[:, None]).to(o_ptr.dtype.element_ty), mask=real[:, None])
     if SPLITS > 1:
-        lse = tl.where(empty, float("-inf"), m_i + tl.log2(l_i))
+        lse = m_i + tl.log2(l_i)
         tl.store(lse_ptr + ((split * R + r) * H + h) * T + tokens, lse, mask=real)
 
 
@@ -217,6 +218,7 @@ def _decode_attention_fwd(
             PRECISION="tf32x3" if split_fp32 else "ieee",
             num_warps=num_warps,
             num_stages=num_stages if torch.version.hip is None else 1,
+            **FUSED,
         )
         if splits > 1:
             _decode_attention_join_kernel[(R * H * T,)](
@@ -224,6 +226,7 @@ def _decode_attention_fwd(
                 SPLITS=splits,
                 BLOCK_S=triton.next_power_of_2(splits),
                 D=D,
+                **FUSED,
             )
 
 

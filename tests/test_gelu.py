@@ -99,13 +99,15 @@ def test_inputs_with_holes():
 
 def test_empty_and_no_axis():
     x, bias = torch.randn(0, 5, device=DEVICE), torch.randn(5, device=DEVICE)
-    y, (dx, db) = gradients(bias_gelu, x, bias, grad=torch.empty(0, 5))
+    y, (dx, db) = gradients(bias_gelu, x, bias, grad=torch.empty(0, 5, device=DEVICE))
     assert y.shape == dx.shape == (0, 5)
     assert not db.any()
     x = torch.tensor(0.5, device=DEVICE)
     assert_close(gelu(x), gelu_ref(x.double()))
 
 
+# torch 2.15's own check reads the .grad of what it computed
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_library():
     x = torch.randn(3, 5, device=DEVICE, requires_grad=True)
     for bias in (None, torch.randn(5, device=DEVICE, requires_grad=True)):

@@ -167,12 +167,14 @@ def test_inputs_with_holes():
 
 def test_no_rows():
     x, (weight, bias) = torch.randn(0, 5, device=DEVICE), parameters(5)
-    y, (dx, dw, db) = gradients(layer_norm, x, weight, bias, grad=torch.empty(0, 5))
+    y, (dx, dw, db) = gradients(layer_norm, x, weight, bias, grad=torch.empty(0, 5, device=DEVICE))
     assert y.shape == dx.shape == (0, 5)
     assert not dw.any()
     assert not db.any()
 
 
+# torch 2.15's own check reads the .grad of what it computed
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_library():
     x, (weight, bias) = torch.randn(3, 5, device=DEVICE, requires_grad=True), parameters(5)
     weight.requires_grad_()
