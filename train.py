@@ -17,8 +17,8 @@ from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
+    terminal.prepare()
     with terminal.checked_output():
-        terminal.prepare()
         CONFIG = parse(TrainConfig, sys.argv[1:])
     with wrong_use("--out"):
         CONFIG = RunFolder(Path(CONFIG.out)).check(CONFIG)

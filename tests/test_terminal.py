@@ -185,7 +185,7 @@ def test_a_reader_that_goes_ends_a_script_silently_but_no_loop(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("redirections", "status"), [("<&- >&- 2>&-", 0), ("2>/dev/full | head -n 1", 1)]
+    ("redirections", "status"), [("<&- >&- 2>&-", 0), ("2>/dev/full | true", 1)]
 )
 def test_training_outlives_its_streams(tmp_path, redirections, status):
     (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 30)

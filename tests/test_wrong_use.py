@@ -280,7 +280,7 @@ BAD_DATA = [
     (["pdfs/*.txt"], "DATA"),
     (["empty.txt"], ["DATA", "'empty.txt' is empty"]),
     (["blank.txt"], ["DATA", "'blank.txt' is empty"]),
-    (["short.txt"], ["DATA", "10 tokens", "64"]),
+    (["short.txt"], ["DATA", "10 tokens", "90"]),
     (["latin1.txt"], ["DATA", "0xe9", "offset 1863"]),
     (["utf16.txt"], ["DATA", "UTF-16", "offset"]),
     (["cut.txt.gz"], ["DATA", "cut.txt.gz", "damaged"]),
