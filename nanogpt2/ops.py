@@ -93,7 +93,8 @@ def _by_onednn(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
-        # an operation of torch.compile's own, which another version may not have
+        # torch.compile's own operation: it chooses for itself, and another version may lack it
+        and not torch.compiler.is_compiling()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not torch.is_autocast_enabled("cpu")
     )

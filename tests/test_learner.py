@@ -300,3 +300,18 @@ def test_accumulated_gradients_are_the_big_batchs(data):
     whole, loss, parted, parted_loss = grads
     assert (whole - parted).norm() <= 1e-6 * whole.norm()
     assert abs(loss - parted_loss) <= 1e-6 * abs(loss)
+
+
+# what torch's compiler imports warns of itself
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.marathon
+def test_compiled_steps_are_the_same_within_rounding(inputs, tmp_path):
+    """It needs a C++ compiler, which not everybody has."""
+    setting = ("float32", "0", "1", "full", "adamw")
+    assert run(*command(inputs, tmp_path / "plain", *setting)) == 0
+    assert run(*command(inputs, tmp_path / "compiled", *setting, "--compile")) == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").open()]
+        for out in ("plain", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -140,3 +140,17 @@ def test_linear_cross_entropy_of_logits_that_exp_does_not_hold():
 def test_a_chunk_has_rows_enough_for_the_gradient_it_adds_to():
     assert ops.chunk_rows(50257, 128, "cpu") == 166
     assert ops.chunk_rows(50257, 1600, "cpu") == 800
+
+
+def test_a_compiler_chooses_its_own_products():
+    """oneDNN's operation is torch.compile's own, and it refuses to find it in a model."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    compiled = torch.compile(ops.linear, backend=keep)
+    assert torch.allclose(compiled(x, weight), ops.linear(x, weight), atol=1e-6)
+    assert graphs and "pointwise" not in graphs[0]
