@@ -303,7 +303,7 @@ def test_accumulated_gradients_are_the_big_batchs(data):
 
 
 # what torch's compiler imports warns of itself
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("default")
 @pytest.mark.marathon
 def test_compiled_steps_are_the_same_within_rounding(inputs, tmp_path):
     """It needs a C++ compiler, which not everybody has."""
