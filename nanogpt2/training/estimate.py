@@ -118,7 +118,6 @@ def model_flops(config: GPTConfig, tokens: int, block_size: int) -> float:
     return float(tokens) * (6 * multiplied + 12 * c.n_layer * c.n_embd * block_size)
 
 
-@cache
 def device_rate(device: str, dtype: str) -> Rate:
     """What a share of the peak is a share of: the datasheet's where it is known, else measured."""
     if device == "cuda" and dtype == "bfloat16":
@@ -129,6 +128,7 @@ def device_rate(device: str, dtype: str) -> Rate:
     return Rate(measure_matmul_rate(device, dtype), "this device's own matrix products")
 
 
+@cache
 def measure_matmul_rate(device: str, dtype: str) -> float:
     """FLOP/s of square matrix products, the best of those that fit into about PROBE_SECONDS.
 
