@@ -29,7 +29,8 @@ PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
 KILLS = "test_kills.py::test_the_store_loses_nothing"
 DISK = "test_checkpoint.py::test_what_must_be_on_the_disk_before_what"
 ORDER = "test_checkpoint.py::test_the_order_of_a_commit"
-RESUMED = "test_kills.py::test_a_killed_run_ends_as_an_undisturbed_one"
+RESUMED = "test_learner.py::test_twenty_stops_change_no_bit"
+AVERAGED = "test_learner.py::test_stops_change_no_bit_of_what_else_there_is"
 UNDONE = "test_kills.py::test_what_the_last_commit_left_undone_is_done_on_resuming"
 
 
@@ -765,13 +766,13 @@ MUTANTS: dict[str, list[Mutant]] = {
             "resume: the average stands for the weights",
             "            module.load_state_dict(_under(prefix, tensors), strict=False)\n",
             "            pass\n",
-            (RESUMED,),
+            (AVERAGED,),
         ),
         Mutant(
             "resume: the average begins anew",
             "            self.average.n_averaged.fill_(1)\n",
             "",
-            (RESUMED,),
+            (AVERAGED,),
         ),
         Mutant(
             "gradients add up over the steps",
@@ -800,7 +801,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             '        before = Snapshot(**folder.record()["before"])\n',
             '        before = Snapshot(**folder.record()["before"])\n'
             '        state["best"] = math.inf\n',
-            (RESUMED,),
+            ("test_learner.py::test_the_best_is_remembered_over_a_stop",),
         ),
         Mutant(
             "resume: what the commit left undone stays so",

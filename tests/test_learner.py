@@ -190,6 +190,21 @@ def test_what_is_not_restored_shows(inputs, tmp_path, monkeypatch, forgotten):
     assert outcome(tmp_path / "stopped") != outcome(tmp_path / "whole")
 
 
+def test_the_best_is_remembered_over_a_stop(inputs, tmp_path, monkeypatch):
+    losses = iter([9.0, 1.0, 2.0, 3.0])
+    setting = command(inputs, tmp_path / "out", "float32", "0", "1", "full", "adamw")
+    stop_after(monkeypatch, 25)
+    monkeypatch.setattr(train, "validate", lambda *arguments: {"val_loss": next(losses)})
+    assert run(*setting) == 143
+    monkeypatch.setattr(train.terminal, "Signals", NeverStopped)
+    assert run(*setting, "--resume") == 0
+    assert (tmp_path / "out/checkpoints/best").resolve().name == "step-20"
+
+
+class NeverStopped:
+    received = None
+
+
 def learner_of(model=None, **options):
     torch.manual_seed(0)
     return Learner(settings(**options), model or GPT(TINY), World("cpu"))
