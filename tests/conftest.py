@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # without a GPU kernels are interpreted; triton reads this when it is imported, after this line
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():
 
 # tiny models gain nothing from threads, and the scripts' own processes use one too
 torch.set_num_threads(1)
+
+# no test asserts a time, and the same examples are tried everywhere
+settings.register_profile("nanogpt2", deadline=None, derandomize=True)
+settings.load_profile("nanogpt2")
 
 # train.py and sample.py are no package
 sys.path.insert(0, str(Path(__file__).parent.parent))

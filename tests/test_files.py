@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanogpt2.config import check_data, data_files, data_kind
@@ -92,6 +92,8 @@ def test_encodings_in_pieces_of_any_size(monkeypatch, size, encoding):
 
 @given(st.text(), st.integers(1, 9), st.sampled_from(["utf-8-sig", "utf-16", "utf-32"]))
 def test_any_text(text, size, encoding):
+    # UTF-16's mark and a NUL are UTF-32's mark
+    assume(encoding != "utf-16" or not text.startswith("\0"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "PIECE", size)
         data = text.encode(encoding, "replace")
