@@ -12,7 +12,16 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import DEVICES, DTYPES, check_data, check_model, fail, parse, wrong_use
+from nanogpt2.config import (
+    DEVICES,
+    DTYPES,
+    SCHEMES,
+    check_data,
+    check_model,
+    fail,
+    parse,
+    wrong_use,
+)
 from nanogpt2.flags import check, flag
 
 TASKS = ("perplexity", "lambada", "hellaswag", "classify")
@@ -34,6 +43,7 @@ class EvaluateConfig:
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
     batch_size: int = flag(8, "sequences side by side", low=1)
     block_size: int | None = flag(None, "tokens that are seen (default: the model's)", low=1)
     stride: int | None = flag(
@@ -46,6 +56,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.quantize and (self.dtype != "float32" or self.task == "classify"):
+            raise ValueError("quantize must come with dtype float32 and a model that writes texts")
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "EvaluateConfig":
@@ -82,6 +94,7 @@ Job = tuple[int, Callable[[Any, int, Advance], Mapping[str, Any]]]
 
 def main(config: EvaluateConfig) -> None:
     """Read the file, load the model, print the figures."""
+    model: Any
     with wrong_use("--device"):
         device = choose_device(config.device)
     with wrong_use("--model"):
@@ -89,8 +102,10 @@ def main(config: EvaluateConfig) -> None:
     with wrong_use("FILE"):
         count, measure = JOBS[config.task](config, tokenizer)
     with wrong_use("--model"):
-        load = load_classifier if config.task == "classify" else load_model
-        model = load(config.model, device, config.dtype)
+        if config.task == "classify":
+            model = load_classifier(config.model, device, config.dtype)
+        else:
+            model = load_model(config.model, device, config.dtype, quantize=config.quantize)
     longest = model.config.block_size
     block_size = config.block_size or longest
     if block_size > longest:

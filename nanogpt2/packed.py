@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt2.config import SCHEMES
 from nanogpt2.model import GPT
 
-SCHEMES = ("fp16", "int8")
 EMBEDDING = "wte.weight"
 MATRICES = (
     "attn.c_attn.weight",
@@ -38,10 +38,11 @@ MATRICES = (
 SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
 # rows that oneDNN's blocks are laid out for: 1 to 16 are about as fast
 FEW_ROWS = 8
-# products of few rows after which laying a matrix out has paid for itself
-PAYS_AFTER = 64
+# products of few rows after which laying a matrix out has paid for itself; a block a step
+PAYS_AFTER = 48
 # steps of u on either side of 0: without VNNI, two products are added in 16 bits
 STEPS = 127 if torch.cpu._is_vnni_supported() else 63
+CHUNK = 256  # rows of logits at once
 LEAST = 1e-30  # of a range, which is divided by
 
 
@@ -49,7 +50,7 @@ class Product(nn.Module):
     """x W^T + b for a weight (N, K): (..., K) -> (..., N), and what often comes next."""
 
     def gelu(self, x: Tensor) -> Tensor:
-        """gelu(x W^T + b), GPT-2's tanh form."""
+        """The tanh form of GELU, of x W^T + b."""
         return F.gelu(self(x), approximate="tanh")
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -62,12 +63,13 @@ class Product(nn.Module):
 
 
 class FloatProduct(Product):
-    """In float32 by oneDNN; one that `lays_out` its weight does so once that pays, for good."""
+    """In float32 by oneDNN; its weight is laid out after so many products of few rows, for good."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, lays_out: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, lays_out_after: int = 0) -> None:
+        """lays_out_after: 0 is never."""
         super().__init__()
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._left = PAYS_AFTER if lays_out else 0
+        self._left = lays_out_after
 
     def forward(self, x: Tensor) -> Tensor:
         """See Product."""
@@ -173,22 +175,28 @@ class PackedGPT(GPT):
             for part, name in (m.split(".")[:2] for m in MATRICES if m != EMBEDDING):
                 module = getattr(block, part)
                 bias = getattr(module, name).bias.detach()
-                product = _product(state, f"h.{n}.{part}.{name}.weight", bias, scheme)
-                setattr(module, name, product)
+                weight = f"h.{n}.{part}.{name}.weight"
+                product = _product(state, weight, bias, scheme, PAYS_AFTER + n)
                 product.register_buffer("bias", bias)
-        self.head = _product(state, EMBEDDING, None, scheme)
+                setattr(module, name, product)
+        # in float32 it stays as it is for its rows: a second one would be a third of the model
+        self.head = _product(state, EMBEDDING, None, scheme, 0)
         if scheme is None:
             self.wte.weight = nn.Parameter(state[EMBEDDING], requires_grad=False)
         else:
-            self.wte = NarrowEmbedding(state[EMBEDDING], state.get(EMBEDDING + SCALE))
+            rows = NarrowEmbedding(state[EMBEDDING], state.get(EMBEDDING + SCALE))
+            self.wte = rows  # type: ignore[assignment]
         self.requires_grad_(False).eval()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """See GPT."""
-        logits = self.logits(self.hidden_states(idx))
+        x = self.hidden_states(idx)  # (B, T, C)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.logits(x)
+        # some rows at a time, or the logits would be most of the memory
+        parts = zip(x.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
+        total = sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in parts)
+        return total / (targets != -100).sum()
 
     def logits(self, x: Tensor) -> Tensor:
         """See GPT."""
@@ -200,7 +208,8 @@ class PackedGPT(GPT):
             if name != EMBEDDING:
                 yield name, tensor
         products = {EMBEDDING: self.head} | {
-            f"{name}.weight": m for name, m in self.h.named_modules(prefix="h")
+            f"{name}.weight": m
+            for name, m in self.h.named_modules(prefix="h")
             if isinstance(m, Product)
         }
         for name, product in products.items():
@@ -215,14 +224,29 @@ def pack(model: GPT, scheme: str | None = None) -> PackedGPT:
     model that is not in float32 on a CPU.
     """
     weight = model.wpe.weight
-    if scheme not in (None, *SCHEMES):
-        raise ValueError(f"quantize must be one of {', '.join(SCHEMES)}, not {scheme!r}")
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        raise ValueError("quantize must be with a model in float32 on a CPU")
+    check_scheme(scheme, weight.device.type, weight.dtype)
     state = model.state_dict()
     return PackedGPT(
         model, {k: t for n in [*state] for k, t in narrowed(n, state.pop(n), scheme)}, scheme
     )
+
+
+def check_scheme(scheme: str | None, device: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where a model cannot be packed so."""
+    if scheme not in (None, *SCHEMES):
+        raise ValueError(f"quantize must be one of {', '.join(SCHEMES)}, not {scheme!r}")
+    if device != "cpu" or dtype != torch.float32:
+        raise ValueError(
+            f"quantize must come with device cpu and dtype float32, not {device} and "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+    if not can_pack():
+        raise ValueError("quantize must come with a PyTorch that has oneDNN, unlike this one")
+
+
+def can_pack() -> bool:
+    """Whether this PyTorch has the products, which are no part of its stable interface."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def narrowed(name: str, tensor: Tensor, scheme: str | None) -> Iterator[tuple[str, Tensor]]:
@@ -238,11 +262,14 @@ def narrowed(name: str, tensor: Tensor, scheme: str | None) -> Iterator[tuple[st
 
 
 def _product(
-    state: Mapping[str, Tensor], name: str, bias: Tensor | None, scheme: str | None
+    state: Mapping[str, Tensor],
+    name: str,
+    bias: Tensor | None,
+    scheme: str | None,
+    lays_out_after: int,
 ) -> Product:
     if scheme is None:
-        # the embedding stays as it is for its rows: a second one would be a quarter of the model
-        return FloatProduct(state[name], bias, lays_out=name != EMBEDDING)
+        return FloatProduct(state[name], bias, lays_out_after)
     if scheme == "fp16":
         return HalfProduct(state[name], bias)
     return Int8Product(state[name], state[name + SCALE], bias)

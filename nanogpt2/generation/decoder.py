@@ -19,21 +19,28 @@ Axes: B prompts, N rows in all, L layers, H heads, T new tokens. This file does 
 is chosen, nor what positions mean.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt2.model import GPT, Linear
-from nanogpt2.packed import FloatProduct, Product
+from nanogpt2.packed import FloatProduct, Product, can_pack
 
 
 class Decoder(Protocol):
-    """Reads tokens, `length` of them a row so far; B rows at first, then all N."""
+    """Reads tokens: of B rows at first, then, once the rows of a prompt are `forked`, of all N."""
 
-    length: int
-    forked: bool  # whether the rows of a prompt are read apart
+    forked: bool
+
+    @property
+    def length(self) -> int:
+        """Positions read, of each row."""
+
+    def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
+        """rows: those of each prompt."""
 
     def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         """Read int64 (B or N, T); return what the model knows there, (B or N, T, C).
@@ -57,17 +64,17 @@ class Decoder(Protocol):
 def decoder_for(model: GPT, prompts: int, rows: int, max_length: int) -> Decoder:
     """The faster of the two that can run this model."""
     weight = model.wpe.weight
-    linears = [m for block in model.h for m in (*block.attn.children(), *block.mlp.children())]
+    linears = [m for layer in map(_Layer, model.h) for m in layer.linears]
     few = (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         # neither sharded nor adapted
         and type(weight) in (nn.Parameter, Tensor)
         and all(type(m) is Linear or isinstance(m, Product) for m in linears)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and can_pack()
     )
-    return (RowsDecoder if few else ModelDecoder)(model, prompts, rows, max_length)
+    kind: type[Decoder] = RowsDecoder if few else ModelDecoder
+    return kind(model, prompts, rows, max_length)
 
 
 class ModelDecoder:
@@ -112,7 +119,9 @@ class RowsDecoder:
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         c = model.config
         self._model, self._rows = model, rows
-        self._layers = [_Layer(block) for block in model.h]
+        self._layers = [
+            (layer.ln_1, layer.ln_2, *layer.products()) for layer in map(_Layer, model.h)
+        ]
         self._H, self._D = c.n_head, c.n_embd // c.n_head
         B, N = prompts, prompts * rows
         # memory that is not written to is not taken
@@ -151,12 +160,12 @@ class RowsDecoder:
             # a row that sees nothing would be 0 / 0 with -inf
             mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
-        for n, layer in enumerate(self._layers):
-            qkv = layer.attn(layer.ln_1(x)).view(R, T, 3, self._H, self._D)
+        for n, (ln_1, ln_2, c_attn, attn_proj, c_fc, mlp_proj) in enumerate(self._layers):
+            qkv = c_attn(ln_1(x)).view(R, T, 3, self._H, self._D)
             q, k, v = qkv.transpose(1, 3).unbind(2)  # each (R, H, T, D)
             y = attend(n, q, k, v, mask)  # (R, H, T, D)
-            x = layer.attn_proj.plus(y.transpose(1, 2).reshape(R, T, -1), x)
-            x = layer.mlp_proj.plus(layer.mlp.gelu(layer.ln_2(x)), x)
+            x = attn_proj.plus(y.transpose(1, 2).reshape(R, T, -1), x)
+            x = mlp_proj.plus(c_fc.gelu(ln_2(x)), x)
         if self._apart:
             self._W += T
             labels = torch.arange(R)[:, None].expand(R, T)
@@ -237,11 +246,14 @@ def _attention(
 
 
 class _Layer:
-    """One block's parts, by what they do."""
+    """A block's parts."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
+        attn, mlp = block.attn, block.mlp
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-        self.attn, self.attn_proj, self.mlp, self.mlp_proj = (
-            m if isinstance(m, Product) else FloatProduct(m.weight, m.bias) for m in linears
-        )
+        self.linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+
+    def products(self) -> Iterator[Product]:
+        """The linear parts, made for few rows."""
+        for m in self.linears:
+            yield m if isinstance(m, Product) else FloatProduct(m.weight, m.bias)
