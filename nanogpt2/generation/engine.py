@@ -106,9 +106,8 @@ def context_start(length: int, max_length: int, block_size: int) -> int:
 def check_memory(model: GPT, request: Request) -> None:
     """Raise ValueError where a request surely needs more memory than its device has.
 
-    Counts what grows with the rows: the cache, half of it once more where beams are reordered, the
-    scores and two copies of them. A system that promises more memory than there is would kill the
-    process without a word.
+    Counts what grows with the rows: the new tokens' keys and values, the scores and two copies of
+    them. A system that promises more memory than there is would kill the process without a word.
     """
     config, shape = request.config, model.config
     name, number = "num_return_sequences", request.rows
@@ -117,10 +116,9 @@ def check_memory(model: GPT, request: Request) -> None:
     elif config.penalty_alpha is not None:
         name, number = "top_k", min(config.top_k or shape.vocab_size, shape.vocab_size)
     rows = len(request.ids) * number
-    length = min(shape.block_size, request.max_length)
+    length = min(shape.block_size, request.max_length - request.prompt_length)
     cache = 2 * shape.n_layer * shape.n_embd * length * model.wpe.weight.element_size()
-    copies = 1.5 if config.num_beams > 1 else 1.0
-    needed = rows * (copies * cache + 3 * 4 * shape.vocab_size + request.max_length)
+    needed = rows * (cache + 3 * 4 * shape.vocab_size + request.max_length)
     device = request.ids.device
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
@@ -128,7 +126,7 @@ def check_memory(model: GPT, request: Request) -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ValueError(
-            f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of up to {length} "
+            f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of {length} "
             f"tokens, more than the {there / 2**30:,.0f} GiB there are; lower it or max_new_tokens"
         )
 
