@@ -57,25 +57,33 @@ M = TypeVar("M", GPT, GPTClassifier)
 
 
 def load_model(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", dropout: float = 0.0
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    dropout: float = 0.0,
+    kernels: str = "auto",
 ) -> GPT:
     """Load a GPT in eval mode.
 
     `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32,
-    bfloat16 and float16; `dropout` is for training it further. Raises ValueError or OSError, in one
-    line that names the file or the tensor.
+    bfloat16 and float16; `dropout` is for training it further; `kernels` auto (triton on a GPU),
+    torch or triton. Raises ValueError or OSError, in one line that names the file or the tensor.
     """
-    return _load(GPT, name, device, dtype, dropout)
+    return _load(GPT, name, device, dtype, dropout, kernels)
 
 
 def load_classifier(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", dropout: float = 0.0
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    dropout: float = 0.0,
+    kernels: str = "auto",
 ) -> GPTClassifier:
     """Load a classifier in eval mode: ours, or transformers' GPT2ForSequenceClassification.
 
     Arguments and errors are those of `load_model`.
     """
-    return _load(GPTClassifier, name, device, dtype, dropout)
+    return _load(GPTClassifier, name, device, dtype, dropout, kernels)
 
 
 def is_classifier(name: str | Path) -> bool:
@@ -169,7 +177,9 @@ def _whole(path: Path) -> Iterator[Path]:
 # ---- what is stored, and whether it is this model
 
 
-def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: float) -> M:
+def _load(
+    kind: type[M], name: str | Path, device: str, dtype: str, dropout: float, kernels: str
+) -> M:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     source = find_checkpoint(name)
@@ -186,6 +196,7 @@ def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: flo
                 is_none = f"no classifier: it has no tensor {SCORE}"
                 raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
             _check_tensors(stored, model, opened[0].path)
+            model.use_kernels(kernels, device)
             state = _read_state(source, opened, stored, device, getattr(torch, dtype))
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "presets": [],
     "config": ["flags", "presets", "config"],
     "tokenizer": [],
-    "kv_cache": [],
+    "kv_cache": ["ops"],
     "terminal": [],
     "metrics": [],
     "kernels": [],

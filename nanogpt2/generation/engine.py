@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanogpt2.generation.request import Request
+from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT
 
 
@@ -36,7 +37,11 @@ class Engine:
         # the first token of each row that is in the context, and the cache's first position
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
-        self.cache = model.new_cache(len(request.ids), min(self.block_size, self.max_length))
+        # a mask with holes, or with padding alone, is PyTorch's to read
+        left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
+        self.cache = model.new_cache(
+            len(request.ids), min(self.block_size, self.max_length), masked=not left
+        )
         self.shared = 0  # positions of the cache that are the same in all rows of a prompt
         # what the model knew at the tokens it read last: (B or N, T, C), T of them
         self.hidden = model.wte.weight.new_empty(0)
@@ -89,6 +94,11 @@ class Engine:
             return None, None
         keys = self.mask[rows, self.base : length]  # (B, S)
         positions = (keys.cumsum(1) - 1).clamp(min=0)[:, known - self.base :]  # (B, T)
+        if isinstance(self.cache, SharedCache):
+            if known == self.base:
+                starts = torch.tensor(self.starts[rows], dtype=torch.int32, device=keys.device)
+                self.cache.start = starts - self.base
+            return positions, None
         T, S = length - known, length - self.base
         square = torch.ones(T, S, dtype=torch.bool, device=keys.device)
         # padding sees itself: a row of attention that is masked whole would be 0 / 0

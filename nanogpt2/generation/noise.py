@@ -28,6 +28,13 @@ class Noise(Protocol):
         """Return q itself, positive float64 (R, N)."""
 
 
+def nothing_left(step: int) -> Exception:
+    """What a draw raises where it has nothing to draw from."""
+    return (FloatingPointError if step else ValueError)(
+        "do_sample must have tokens left to draw, which the other options do not leave"
+    )
+
+
 class StreamNoise:
     """torch.multinomial with the global generator, or with one of its own where a seed is given."""
 
@@ -44,9 +51,7 @@ class StreamNoise:
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
-            raise (FloatingPointError if step else ValueError)(
-                "do_sample must have tokens left to draw, which the other options do not leave"
-            ) from error
+            raise nothing_left(step) from error
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
@@ -59,19 +64,21 @@ class CounterNoise:
 
     def __init__(self, seed: int, samples: Tensor) -> None:
         """samples: int64 (R,), the number of each row's text among those of its prompt."""
-        self._seed, self._samples = seed, samples
+        self.seed, self.samples = seed, samples
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise."""
+        """See Noise; raises what StreamNoise does where a row's are no numbers."""
+        if probabilities.isnan().any():
+            raise nothing_left(step)
         R, N = probabilities.shape
         # a token of probability 0 is never preferred to one that is possible
         return (probabilities.double() / self.exponential((R, N), step)).topk(count, dim=1).indices
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
-        columns = torch.arange(shape[1], device=self._samples.device)
+        columns = torch.arange(shape[1], device=self.samples.device)
         # one key a row, mixed before the columns come in: (R, 1)
-        row = _mix(_mix(self._samples + _mix_int(self._seed)) + step)[:, None]
+        row = _mix(_mix(self.samples + _mix_int(self.seed)) + step)[:, None]
         bits = _mix(row + columns)  # int64 (R, N)
         # 53 random bits in (0, 1): never 0, so the logarithm is finite
         uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
