@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "generation.explain": ["terminal"],
     "generation.tree": ["terminal"],
     "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
-    "cli.classify": ["classifier", "weights"],
+    "cli.classify": ["classifier", "ops", "weights"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": [
         "classifier",
@@ -61,6 +61,7 @@ MAY_IMPORT = {
         "data",
         "evaluation",
         "model",
+        "ops",
         "terminal",
         "tokenizer",
         "weights",

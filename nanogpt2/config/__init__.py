@@ -13,6 +13,7 @@ from nanogpt2.config.generation import FROM_CHECKPOINT, SENSIBLE_SAMPLING, Gener
 from nanogpt2.config.model import (
     DEVICES,
     DTYPES,
+    KERNELS,
     MODEL_NAMES,
     MOST_LAYERS,
     MOST_PARAMETERS,
@@ -49,6 +50,7 @@ __all__ = [
     "PICKLES",
     "DEVICES",
     "DTYPES",
+    "KERNELS",
     "check_model",
     "FROM_CHECKPOINT",
     "GenerationConfig",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
-from nanogpt2.config.model import DEVICES, DTYPES, MODEL_NAMES, check_model
+from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MODEL_NAMES, check_model
 from nanogpt2.flags import check, fail, flag, wrong_use
 from nanogpt2.presets import TASKS
 
@@ -44,6 +44,7 @@ CLASSIFY_FLAGS = (
     "model",
     "device",
     "dtype",
+    "kernels",
     "json",
     "list_presets",
 )
@@ -62,6 +63,7 @@ class SampleConfig:
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts
