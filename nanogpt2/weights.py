@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanogpt2 import tensor_file
 from nanogpt2.classifier import GPTClassifier, Model
@@ -188,7 +189,7 @@ def _load(
         config = replace(_config(source, stored), dropout=dropout)
         labels = read_labels(source, stored[SCORE].shape) if SCORE in stored else ()
         with _memory_for(config, device, getattr(torch, dtype)):
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 gpt = GPT(config)
                 model = GPTClassifier(gpt, labels) if labels else gpt
             if not isinstance(model, kind):
@@ -201,6 +202,20 @@ def _load(
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves new parameters as they are: those that are read are not drawn before.
+
+    On meta a draw of normal numbers would do nothing but import torch.compile's machinery, and with
+    it Triton: a second or two.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Pass everything on but that draw."""
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 @contextmanager
