@@ -34,12 +34,13 @@ class Linear(nn.Linear):
 class LayerNorm(nn.Module):
     """Each position brought to mean 0 and variance 1, then scaled and shifted."""
 
+    kernels = "torch"  # see GPT.use_kernels
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
         self.eps = config.layer_norm_epsilon
-        self.kernels = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -49,12 +50,13 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Every position gathers from itself and those before it, by H heads side by side."""
 
+    kernels = "torch"  # see GPT.use_kernels
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.kernels = "torch"
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
@@ -79,10 +81,11 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Each position on its own: widen four times, bend, narrow."""
 
+    kernels = "torch"  # see GPT.use_kernels
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.kernels = "torch"
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
@@ -111,10 +114,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole network, freshly initialised; `nanogpt2.load_model` fills it from a checkpoint."""
 
+    kernels = "torch"
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.kernels = "torch"
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))

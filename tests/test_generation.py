@@ -296,8 +296,11 @@ def test_one_impossible_token_is_no_broken_model(models):
     scores = torch.zeros(1, TINY.vocab_size)
     scores[0, 3] = float("-inf")
     engine = Engine(models[0], request)
-    engine.model = SimpleNamespace(
-        hidden_states=lambda *a: torch.zeros(1, 4, TINY.n_embd), logits=lambda x: scores
+    engine.decoder = SimpleNamespace(
+        length=0,
+        forked=True,
+        read=lambda *a: torch.zeros(1, 4, TINY.n_embd),
+        logits=lambda x: scores,
     )
     assert torch.equal(engine.next_scores(ids), scores)
 

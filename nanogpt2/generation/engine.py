@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nanogpt2.generation.decoder import decoder_for
 from nanogpt2.generation.request import Request
-from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT
 
 
@@ -25,7 +25,6 @@ class Engine:
 
     def __init__(self, model: GPT, request: Request, rows: int | None = None) -> None:
         """rows: those of each prompt, by default as many as the request is decoded with."""
-        self.model = model
         self.rows = request.rows if rows is None else rows
         self.max_length = request.max_length
         self.block_size = model.config.block_size
@@ -37,14 +36,12 @@ class Engine:
         # the first token of each row that is in the context, and the cache's first position
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
-        # a mask with holes, or with padding alone, is PyTorch's to read
+        length = min(self.block_size, self.max_length)
+        # whether what is masked is nothing but padding before a prompt's first token
         left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
-        self.cache = model.new_cache(
-            len(request.ids), min(self.block_size, self.max_length), masked=not left
-        )
-        self.shared = 0  # positions of the cache that are the same in all rows of a prompt
+        self.decoder = decoder_for(model, len(request.ids), self.rows, length, bool(left))
         # what the model knew at the tokens it read last: (B or N, T, C), T of them
-        self.hidden = model.wte.weight.new_empty(0)
+        self.hidden = torch.empty(0)
 
     def next_scores(self, ids: Tensor) -> Tensor:
         """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V).
@@ -54,22 +51,21 @@ class Engine:
         length = ids.size(1)
         if length - self.base > self.block_size:
             self._slide(length)
-        known = self.base + self.cache.length
+        known = self.base + self.decoder.length
         # until the first token is chosen the rows of a prompt are one
-        one = self.cache.batch_size < len(ids)
+        one = not self.decoder.forked
         rows = slice(None, None, self.rows if one else 1)
         positions, mask = self._positions_and_mask(known, length, rows)
-        x = self.model.hidden_states(ids[rows, known:], positions, mask, self.cache)
+        x = self.decoder.read(ids[rows, known:], positions, mask)
         self.hidden = x
-        scores = self.model.logits(x[:, -1]).float()  # (B, V) or (N, V)
+        scores = self.decoder.logits(x[:, -1]).float()  # (B, V) or (N, V)
         if not scores.amax(dim=1).isfinite().all():
             raise FloatingPointError(
                 "the model's scores are not finite numbers: are its weights damaged, or its dtype "
                 "too narrow?"
             )
         if one:
-            self.cache.repeat_interleave(self.rows)
-            self.shared = self.cache.length
+            self.decoder.fork()
             scores = scores.repeat_interleave(self.rows, dim=0)
         return scores
 
@@ -79,12 +75,13 @@ class Engine:
         self.starts = [s if length - s <= self.block_size else start for s in self.starts]
         for row, first in enumerate(self.starts):
             self.mask[row, :first] = False
-        self.base, self.shared, self.cache.length = min(self.starts), 0, 0
+        self.base = min(self.starts)
+        self.decoder.forget()
         self.holes = self.holes or self.base < max(self.starts)
 
     def reorder(self, parents: Tensor) -> None:
         """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
-        self.cache.reorder(parents, start=self.shared)
+        self.decoder.reorder(parents)
 
     def _positions_and_mask(
         self, known: int, length: int, rows: slice
@@ -94,11 +91,6 @@ class Engine:
             return None, None
         keys = self.mask[rows, self.base : length]  # (B, S)
         positions = (keys.cumsum(1) - 1).clamp(min=0)[:, known - self.base :]  # (B, T)
-        if isinstance(self.cache, SharedCache):
-            if known == self.base:
-                starts = torch.tensor(self.starts[rows], dtype=torch.int32, device=keys.device)
-                self.cache.start = starts - self.base
-            return positions, None
         T, S = length - known, length - self.base
         square = torch.ones(T, S, dtype=torch.bool, device=keys.device)
         # padding sees itself: a row of attention that is masked whole would be 0 / 0
@@ -128,7 +120,7 @@ def check_memory(model: GPT, request: Request) -> None:
         name, number = "top_k", min(config.top_k or shape.vocab_size, shape.vocab_size)
     rows = len(request.ids) * number
     length = min(shape.block_size, request.max_length)
-    cache = 2 * shape.n_layer * shape.n_embd * length * model.wte.weight.element_size()
+    cache = 2 * shape.n_layer * shape.n_embd * length * model.wpe.weight.element_size()
     copies = 1.5 if config.num_beams > 1 else 1.0
     needed = rows * (copies * cache + 3 * 4 * shape.vocab_size + request.max_length)
     device = request.ids.device
