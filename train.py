@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import torch
 
-from nanogpt2 import weights
+from nanogpt2 import ops, weights
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples, preview
@@ -69,8 +69,11 @@ def main(config: TrainConfig) -> None:
         if state.get("finished") and "after" in folder.record():
             terminal.note(f"the run in {folder.path} is finished: nothing to resume")
             return
+        with wrong_use():
+            ops.choose_kernels(config.kernels, world.device)
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
+            model.use_kernels(config.kernels, world.device)
         with wrong_use("DATA"), world.first_before_others():
             corpus = read_data(config, model, tokenizer)
         with wrong_use("--resume"):

@@ -15,6 +15,7 @@ from nanogpt2 import terminal
 from nanogpt2.config import (
     DEVICES,
     DTYPES,
+    KERNELS,
     SCHEMES,
     check_data,
     check_model,
@@ -44,6 +45,7 @@ class EvaluateConfig:
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
+    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
     batch_size: int = flag(8, "sequences side by side", low=1)
     block_size: int | None = flag(None, "tokens that are seen (default: the model's)", low=1)
     stride: int | None = flag(
@@ -78,6 +80,7 @@ if __name__ == "__main__":
     terminal.prepare()
     CONFIG = parse(EvaluateConfig, sys.argv[1:])
 
+from nanogpt2 import ops
 from nanogpt2.evaluation.classification import measure_classification
 from nanogpt2.evaluation.examples import read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
@@ -97,15 +100,24 @@ def main(config: EvaluateConfig) -> None:
     model: Any
     with wrong_use("--device"):
         device = choose_device(config.device)
+    with wrong_use():
+        ops.choose_kernels(config.kernels, device)
     with wrong_use("--model"):
         tokenizer = load_tokenizer(config.model)
     with wrong_use("FILE"):
         count, measure = JOBS[config.task](config, tokenizer)
     with wrong_use("--model"):
         if config.task == "classify":
-            model = load_classifier(config.model, device, config.dtype)
+            model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
         else:
-            model = load_model(config.model, device, config.dtype, quantize=config.quantize)
+            model = load_model(
+                config.model,
+                device,
+                config.dtype,
+                quantize=config.quantize,
+                kernels=config.kernels,
+            )
+    terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     longest = model.config.block_size
     block_size = config.block_size or longest
     if block_size > longest:

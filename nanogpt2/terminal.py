@@ -84,8 +84,8 @@ def speak(aloud: bool) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line for the person, on stderr: stdout is for results."""
-    if not _speaks:
+    """Print a line for the person, on stderr: stdout is for results. An empty one is nothing."""
+    if not (_speaks and text):
         return
     # above the bar, if there is one; tqdm is loaded when one is first drawn
     tqdm = sys.modules.get("tqdm")

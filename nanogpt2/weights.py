@@ -21,10 +21,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanogpt2 import tensor_file
 from nanogpt2.classifier import GPTClassifier, Model
@@ -74,34 +75,45 @@ def load_model(
     dtype: str = "float32",
     dropout: float | None = None,
     quantize: str | None = None,
+    kernels: str = "auto",
 ) -> GPT:
     """Load a GPT in eval mode.
 
     `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32,
     bfloat16 and float16; `dropout` is given to train it further; `quantize`, fp16 or int8, makes it
-    one for generating only, on a CPU, which a file of int8 always is. Raises ValueError or OSError,
-    in one line that names the file or the tensor.
+    one for generating only, on a CPU, which a file of int8 always is; `kernels`, torch or triton,
+    is what computes, by default triton on a GPU. Raises ValueError or OSError, in one line that
+    names the file or the tensor.
     """
-    return _load(GPT, name, device, dtype, dropout, quantize)
+    return _load(GPT, name, device, dtype, dropout, quantize, kernels)
 
 
 def load_generator(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", quantize: str | None = None
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    kernels: str = "auto",
 ) -> GPT:
     """Load a GPT to generate with as fast as may be; arguments and errors as for `load_model`."""
-    model = load_model(name, device, dtype, quantize=quantize)
-    few_rows = device == "cpu" and dtype == "float32" and can_pack()
-    return pack(model) if few_rows and not isinstance(model, PackedGPT) else model
+    model = load_model(name, device, dtype, quantize=quantize, kernels=kernels)
+    if isinstance(model, PackedGPT) or model.kernels == "triton":
+        return model
+    return pack(model) if device == "cpu" and dtype == "float32" and can_pack() else model
 
 
 def load_classifier(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", dropout: float | None = None
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    dropout: float | None = None,
+    kernels: str = "auto",
 ) -> GPTClassifier:
     """Load a classifier in eval mode: ours, or transformers' GPT2ForSequenceClassification.
 
     Arguments and errors are those of `load_model`.
     """
-    return _load(GPTClassifier, name, device, dtype, dropout)
+    return _load(GPTClassifier, name, device, dtype, dropout, None, kernels)
 
 
 def is_classifier(name: str | Path) -> bool:
@@ -202,7 +214,8 @@ def _load(
     device: str,
     dtype: str,
     dropout: float | None,
-    quantize: str | None = None,
+    quantize: str | None,
+    kernels: str,
 ) -> M:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -217,10 +230,12 @@ def _load(
             quantize = "int8"
         if quantize is not None:
             check_scheme(quantize, torch.device(device).type, getattr(torch, dtype))
+            if kernels == "triton":
+                raise ValueError("kernels must be auto or torch for narrow weights, not triton")
         config = replace(_config(source, stored), dropout=dropout or 0.0)
         labels = read_labels(source, stored[SCORE].shape) if SCORE in stored else ()
         with _memory_for(config, device, getattr(torch, dtype)):
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 gpt = GPT(config)
                 model = GPTClassifier(gpt, labels) if labels else gpt
             if not isinstance(model, kind):
@@ -228,12 +243,29 @@ def _load(
                 is_none = f"no classifier: it has no tensor {SCORE}"
                 raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
             _check_tensors(stored, model, opened[0].path)
+            model.use_kernels(kernels, device)
             state = _read_state(source, opened, stored, device, getattr(torch, dtype), quantize)
             if quantize is not None:
                 return PackedGPT(gpt, state, quantize)  # type: ignore[return-value]
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are.
+
+    A checkpoint's values come later, and to draw on the meta device torch imports its compiler,
+    which takes as long as torch itself.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # a type's slots, called through here too, have no module
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from nanogpt2.config.generation import FROM_CHECKPOINT, SENSIBLE_SAMPLING, Gener
 from nanogpt2.config.model import (
     DEVICES,
     DTYPES,
+    KERNELS,
     MODEL_NAMES,
     MOST_LAYERS,
     MOST_PARAMETERS,
@@ -50,6 +51,7 @@ __all__ = [
     "PICKLES",
     "DEVICES",
     "DTYPES",
+    "KERNELS",
     "SCHEMES",
     "check_model",
     "FROM_CHECKPOINT",

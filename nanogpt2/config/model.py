@@ -58,6 +58,7 @@ MODEL_NAMES = (*PRESETS, "demo")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("auto", "torch", "triton")
 SCHEMES = ("fp16", "int8")  # of narrow weights, on a CPU
 
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
-from nanogpt2.config.model import DEVICES, DTYPES, MODEL_NAMES, SCHEMES, check_model
+from nanogpt2.config.model import (
+    DEVICES,
+    DTYPES,
+    KERNELS,
+    MODEL_NAMES,
+    SCHEMES,
+    check_model,
+)
 from nanogpt2.flags import check, fail, flag, wrong_use
 from nanogpt2.presets import TASKS
 
@@ -44,6 +51,7 @@ CLASSIFY_FLAGS = (
     "model",
     "device",
     "dtype",
+    "kernels",
     "json",
     "list_presets",
 )
@@ -63,6 +71,7 @@ class SampleConfig:
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
+    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts

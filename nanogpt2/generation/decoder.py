@@ -1,8 +1,8 @@
 """How a model reads tokens while it generates: what is read once is kept, and shared by the rows.
 
-Two ways, with the same results but for rounding. `ModelDecoder` runs model.py with its cache, on
-any device. `RowsDecoder` is for a few rows on a CPU, where a step takes as long as the weights take
-to be read if only nothing else does:
+Three ways, with the same results but for rounding. `ModelDecoder` runs model.py with its cache, on
+any device; so does `KernelDecoder`, with Triton's kernels. `RowsDecoder` is for a few rows on a
+CPU, where a step takes as long as the weights take to be read if only nothing else does:
 
 - the same arithmetic without the modules' steps, and products made for few rows (packed.py);
 - the prompt's keys and values are stored once, and read once for all of its rows:
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT, Linear
 from nanogpt2.packed import FloatProduct, Product, can_pack
 
@@ -61,12 +62,20 @@ class Decoder(Protocol):
         """Begin anew, with all N rows."""
 
 
-def decoder_for(model: GPT, prompts: int, rows: int, max_length: int) -> Decoder:
-    """The faster of the two that can run this model."""
+def decoder_for(
+    model: GPT, prompts: int, rows: int, max_length: int, left_padded: bool = True
+) -> Decoder:
+    """The faster of those that can run this model, which Triton's kernels do where it has them.
+
+    left_padded: all that masks will hide is padding before the prompts' first tokens.
+    """
+    if model.kernels == "triton" and left_padded:
+        return KernelDecoder(model, prompts, rows, max_length)
     weight = model.wpe.weight
     linears = [m for layer in map(_Layer, model.h) for m in layer.linears]
     few = (
-        weight.device.type == "cpu"
+        model.kernels == "torch"
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         # neither sharded nor adapted
         and type(weight) in (nn.Parameter, Tensor)
@@ -80,9 +89,11 @@ def decoder_for(model: GPT, prompts: int, rows: int, max_length: int) -> Decoder
 class ModelDecoder:
     """Runs model.py with its cache."""
 
+    _masked = True  # what is hidden, masks hide
+
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         self._model, self._rows = model, rows
-        self._cache = model.new_cache(prompts, max_length)
+        self._cache = model.new_cache(prompts, max_length, masked=self._masked)
         self._shared = 0  # positions of the cache that are the same in all rows of a prompt
         self.forked = rows == 1
 
@@ -111,6 +122,19 @@ class ModelDecoder:
     def forget(self) -> None:
         """See Decoder."""
         self._shared = self._cache.length = 0
+
+
+class KernelDecoder(ModelDecoder):
+    """Runs model.py with Triton's kernels, and with a cache whose rows share what is the same."""
+
+    _masked = False
+
+    def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """See Decoder."""
+        if mask is not None and isinstance(self._cache, SharedCache) and self.length == 0:
+            # the last token sees all but the padding
+            self._cache.start = mask[:, 0, -1].int().argmax(dim=1).int()
+        return super().read(ids, positions, None)
 
 
 class RowsDecoder:

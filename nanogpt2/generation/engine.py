@@ -37,7 +37,9 @@ class Engine:
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
         length = min(self.block_size, self.max_length)
-        self.decoder = decoder_for(model, len(request.ids), self.rows, length)
+        # whether what is masked is nothing but padding before a prompt's first token
+        left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
+        self.decoder = decoder_for(model, len(request.ids), self.rows, length, bool(left))
         # what the model knew at the tokens it read last: (B or N, T, C), T of them
         self.hidden = torch.empty(0)
 

@@ -37,6 +37,13 @@ class Noise(Protocol):
         """Return q itself, positive float64 (R, N)."""
 
 
+def nothing_left(step: int) -> Exception:
+    """What a draw raises where it has nothing to draw from."""
+    return (FloatingPointError if step else ValueError)(
+        "do_sample must have tokens left to draw, which the other options do not leave"
+    )
+
+
 class StreamNoise:
     """torch.multinomial with the global generator, or with one of its own where a seed is given."""
 
@@ -59,9 +66,7 @@ class StreamNoise:
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
-            raise (FloatingPointError if step else ValueError)(
-                "do_sample must have tokens left to draw, which the other options do not leave"
-            ) from error
+            raise nothing_left(step) from error
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
@@ -74,10 +79,12 @@ class CounterNoise:
 
     def __init__(self, seed: int, samples: Tensor) -> None:
         """samples: int64 (R,), the number of each row's text among those of its prompt."""
-        self._seed, self._samples = seed, samples
+        self.seed, self.samples = seed, samples
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise."""
+        """See Noise; raises what StreamNoise does where a row's are no numbers."""
+        if probabilities.isnan().any():
+            raise nothing_left(step)
         probabilities = probabilities.double()
         few = _possible(probabilities, count)
         if few is not None:
@@ -89,12 +96,12 @@ class CounterNoise:
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
-        columns = torch.arange(shape[1], device=self._samples.device)
+        columns = torch.arange(shape[1], device=self.samples.device)
         return _hashed(self._keys(step)[:, None] + columns)
 
     def _keys(self, step: int) -> Tensor:
         """One for each row, int64 (R,), mixed before the columns come in."""
-        return _mix(_mix(self._samples + _mix_int(self._seed)) + step)
+        return _mix(_mix(self.samples + _mix_int(self.seed)) + step)
 
 
 class _Possible:
