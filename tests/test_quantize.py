@@ -35,10 +35,8 @@ def test_narrowed_compared_and_written(folder):
     assert found["bytes"] == (folder / "narrow/model.int8.safetensors").stat().st_size
     assert load_tokenizer(folder / "narrow").vocab_size == 257
     flags = ("--max_new_tokens", "9", "--seed", "1")
-    one = run_script("sample.py", "Das", "--model", "narrow", *flags, cwd=folder)
-    two = run_script(
-        "sample.py", "Das", "--model", "wide", "--quantize", "int8", *flags, cwd=folder
-    )
+    models = (("narrow",), ("wide", "--quantize", "int8"))
+    one, two = (run_script(SAMPLE, "Das", "--model", *m, *flags, cwd=folder) for m in models)
     assert one.returncode == 0 and one.stdout == two.stdout
     again = run_module("nanogpt2.quantize", "narrow", "--text", "text.txt", cwd=folder)
     assert again.stderr.startswith(b"error: MODEL 'narrow' is narrow already")
