@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanogpt2 import tensor_file
 from nanogpt2.classifier import GPTClassifier, Model
@@ -178,7 +179,7 @@ def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: flo
         config = replace(_config(source, stored), dropout=dropout)
         labels = read_labels(source, stored[SCORE].shape) if SCORE in stored else ()
         with _memory_for(config, device, getattr(torch, dtype)):
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 gpt = GPT(config)
                 model = GPTClassifier(gpt, labels) if labels else gpt
             if not isinstance(model, kind):
@@ -190,6 +191,22 @@ def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: flo
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, torch.nn.init leaves tensors as they are.
+
+    A checkpoint's values come later, and to draw on the meta device torch imports its compiler,
+    which takes as long as torch itself.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # a type's slots, called through here too, have no module
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
