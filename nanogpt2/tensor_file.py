@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +106,20 @@ class TensorFile:
         kept = {*wanted} - {*passing}
         sizes = [entry.end - entry.start for entry in self.entries if entry.name not in kept]
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
-        for entry in self.entries:
-            size = entry.end - entry.start
-            data = torch.empty(size, dtype=torch.uint8) if entry.name in kept else buffer[:size]
-            if self._file.readinto(data.numpy().data) < data.numel():  # type: ignore[attr-defined]
-                raise self._broken(f"it was cut short at {entry.name!r} while it was read")
-            if sha256 is not None:
-                digest.update(data.numpy().data)
-            if entry.name in wanted:
-                yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
+        # digested while the next one is read and this one is used, which takes as long
+        last: Future[None] | None = None
+        with ThreadPoolExecutor(1) as worker:
+            for entry in self.entries:
+                size, keep = entry.end - entry.start, entry.name in kept
+                if last is not None and not keep:
+                    last.result()
+                data = torch.empty(size, dtype=torch.uint8) if keep else buffer[:size]
+                if self._file.readinto(data.numpy().data) < size:  # type: ignore[attr-defined]
+                    raise self._broken(f"it was cut short at {entry.name!r} while it was read")
+                if sha256 is not None:
+                    last = worker.submit(digest.update, data.numpy().data)
+                if entry.name in wanted:
+                    yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
         if sha256 is not None and digest.hexdigest() != sha256:
             raise ValueError(f"{str(self.path)!r} is damaged: its SHA-256 is not the one stated")
 

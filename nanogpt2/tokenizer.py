@@ -36,12 +36,13 @@ class Tokenizer:
         self.name = name
         self.merges = merges
         self.vocabulary = _vocabulary(merges)
-        byte_of = {char: byte for byte, char in _printable_bytes().items()}
+        # Latin-1's characters are the bytes of their own number
+        byte_of = {ord(char): byte for byte, char in _printable_bytes().items()}
         self._encoding = tiktoken.Encoding(
             name=name,
             pat_str=PATTERN,
             mergeable_ranks={
-                bytes(byte_of[char] for char in token): rank
+                token.translate(byte_of).encode("latin-1"): rank
                 for token, rank in self.vocabulary.items()
                 if token != END_OF_TEXT
             },

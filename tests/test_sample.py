@@ -492,3 +492,16 @@ def test_the_demo_model_continues_a_text(tmp_path):
     assert ran.returncode == 0 and ran.stderr == b""
     words = ran.stdout.decode().split()
     assert words[:6] == ["The", "state", "of", "the", "Union", "is"] and len(words) > 20
+
+
+@pytest.mark.parametrize("options", [[], ["--num_beams", "3", "--do_sample"]])
+def test_a_text_needs_no_compiler(folder, options):
+    """Torch imports it for the oddest things, and it takes as long as torch itself."""
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "assert not {'torch._dynamo', 'sympy', 'triton', 'huggingface_hub'} & set(sys.modules)"
+    )
+    argv = ["Hello", "--model", folder, "--max_new_tokens", "3", *options]
+    command = [sys.executable, "-W", "error", "-c", code, str(ROOT / "sample.py"), *argv]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)

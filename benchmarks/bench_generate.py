@@ -1,0 +1,469 @@
+"""How fast does text come, from how much memory? Writes results/generate_DEVICE.{md,json,png}
+
+    pip install -e ".[bench]"                      ctranslate2, gguf
+    pip install llama-cpp-python                   compiles for some ten minutes
+    python -m benchmarks.bench_generate            124M parameters, ten minutes on two cores
+    python -m benchmarks.bench_generate --quick    a small shape, a minute; writes nothing
+    python -m benchmarks.bench_generate --only mission --seeds 50
+
+All arms decode the same random weights, seeded and scaled so that a text does not repeat itself, in
+one process by turns (see generate_peers.py); a peer that is not installed is named and left out.
+First the tokens are compared: those of the exact arms must be transformers', of the others the
+next token must mostly be the same along transformers' text. Then whole calls are timed.
+"""
+
+import argparse
+import functools
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from benchmarks.generate_peers import (
+    CTranslate2,
+    LlamaCpp,
+    MissingError,
+    Ours,
+    Transformers,
+    WithoutCache,
+)
+from nanogpt2.config import PRESETS, GPTConfig
+
+AGAINST = "transformers"
+ARMS: dict[str, dict[str, Callable]] = {
+    "cpu": {
+        "ours": Ours,
+        "ours, counter noise": partial(Ours, noise="counter"),
+        "ours, fp16": partial(Ours, quantize="fp16"),
+        "ours, int8": partial(Ours, quantize="int8"),
+        "transformers": Transformers,
+        "CTranslate2": CTranslate2,
+        "CTranslate2, int8": partial(CTranslate2, weights="int8"),
+        "llama.cpp": LlamaCpp,
+        "llama.cpp, Q8_0": partial(LlamaCpp, weights="Q8_0"),
+        "no cache, as nanoGPT": WithoutCache,
+    },
+    "cuda": {
+        "ours": partial(Ours, device="cuda", dtype="bfloat16"),
+        "ours, counter noise": partial(Ours, device="cuda", dtype="bfloat16", noise="counter"),
+        "transformers": partial(Transformers, device="cuda", dtype="bfloat16"),
+        "transformers, static cache, compiled": partial(
+            Transformers, device="cuda", dtype="bfloat16", static=True
+        ),
+    },
+}
+# in float32 on a CPU these give transformers' tokens, not nearly so: exactly
+EXACT = ("ours", "no cache, as nanoGPT")
+OTHER_NOISE = "counter noise"
+LEAST_AGREEMENT = 0.5  # of next tokens along transformers' text: a broken arm has none
+
+BEAMS = {"num_beams": 5}
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 50}
+MISSION = {**BEAMS, "do_sample": True, "temperature": 0.7, "top_k": 50, "no_repeat_ngram_size": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A piece of work, and the arms that can do it."""
+
+    title: str
+    unit: str
+    arms: tuple[str, ...]
+    options: Mapping[str, object] = field(default_factory=dict)
+    new: int = 0  # tokens of a timed call
+    remark: str = "transformers' tokens"  # heads the last column
+
+
+WIDE = ("ours", "transformers", "transformers, static cache, compiled", "CTranslate2")
+SAMPLERS = ("ours", "ours, counter noise", *WIDE[1:3])
+NARROW = ("ours, fp16", "ours, int8", "transformers", "CTranslate2, int8", "llama.cpp, Q8_0")
+ALONE = ("ours", "ours, fp16", "ours, int8", *WIDE[1:])
+ROWS = {
+    "greedy": Row("greedy, one row", "ms a token", (*WIDE, "llama.cpp", EXACT[1]), {}, 48),
+    "sampled": Row("sampled, one row", "ms a token", (*SAMPLERS, EXACT[1]), SAMPLED, 48),
+    "beams": Row("5 beams", "ms a token", WIDE, BEAMS, 24),
+    "mission": Row(
+        "the mission's command: 5 beams, sampled, T 0.7, top-k 50, no repeated bigram",
+        "ms a token",
+        (*SAMPLERS, "ours, fp16", "ours, int8"),
+        MISSION,
+        24,
+    ),
+    "int8": Row("greedy, one row, narrow weights", "ms a token", NARROW, {}, 48),
+    "first": Row("first token of a prompt of {long}, 5 beams", "s", WIDE, BEAMS),
+    "step": Row("a step at context {long}, 5 beams", "ms", WIDE, BEAMS, 16),
+    "start": Row(
+        "from the process's start to its first token, weights on disk", "s", (), remark=""
+    ),
+    "memory": Row("peak of anonymous memory, 5 beams", "MB", ALONE, remark="of its weights"),
+    "resident": Row(
+        "the same with the pages of mapped files", "MB", ALONE, remark="of its weights"
+    ),
+    "cache": Row("cache of 5 beams, {long} tokens and room for {new}", "MB", ALONE, remark=""),
+}
+# rows that are measured together
+TOGETHER = {"first": ("first", "step"), "memory": ("memory", "resident", "cache")}
+SCALE = {"ms a token": 1e3, "ms": 1e3, "s": 1.0, "MB": 1e-6}
+
+
+def prompt_of(length: int) -> list[int]:
+    """Random token ids, the same ones each time."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(50256, (length,), generator=generator).tolist()
+
+
+def save_random_model(folder: Path, shape: GPTConfig) -> None:
+    """Write weights that act like a trained model's where speed and rounding are concerned.
+
+    GPT-2's initialisation says the last token again and again: here the layers outweigh the
+    embedding of the token just read, and the last gain sets how far the best token is ahead. No
+    token ends a text, so that all have the same length.
+    """
+    from nanogpt2 import GPT, save_model
+
+    torch.manual_seed(0)
+    model = GPT(replace(shape, eos_token_id=None))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif name.startswith("h.") and "ln_" not in name:
+                parameter.normal_(std=2 / math.sqrt(parameter.size(1)))
+        # wte's are 0.02 each: scores of standard deviation 3
+        model.ln_f.weight.fill_(3 / (0.02 * math.sqrt(shape.n_embd)))
+    save_model(model, folder)
+
+
+# ---- the tokens first
+
+
+def leading(tokens: Sequence[int], expected: Sequence[int]) -> int:
+    """How many tokens from the start on are the same."""
+    same = [a == b for a, b in zip(tokens, expected, strict=True)]
+    return [*same, False].index(False)
+
+
+def gate(texts: Mapping[str, Sequence[int]], exact: Sequence[str]) -> dict[str, str]:
+    """Compare each arm's text with transformers'; return what to say of each.
+
+    Raises AssertionError for an exact arm with another token.
+    """
+    said = {}
+    for name, tokens in texts.items():
+        same = leading(tokens, texts[AGAINST])
+        if name in exact:
+            assert same == len(tokens), (
+                f"{name}: token {same} is {tokens[same]}, not {texts[AGAINST][same]}"
+            )
+        first = "all" if same == len(tokens) else f"first {same}"
+        said[name] = "other noise" if OTHER_NOISE in name else f"{first} of {len(tokens)}"
+    return said
+
+
+def agreement(arm: object, prompt: list[int], text: list[int]) -> float:
+    """Of the places along a text, the share at which the arm's next token is the text's."""
+    found = [arm.generate(prompt + text[:n], 1)[0] for n in range(len(text))]
+    return sum(a == b for a, b in zip(found, text, strict=True)) / len(text)
+
+
+class Bench:
+    """The arms, each made once, and what is known of them."""
+
+    def __init__(self, folder: Path, shape: GPTConfig, args: argparse.Namespace) -> None:
+        save_random_model(folder, shape)
+        self.folder, self.args, self.device = folder, args, args.device
+        self.parameters = shape.n_parameters
+        self.long = 90 if args.quick else 900
+        self.exact = EXACT if args.device == "cpu" else ()
+        self.missing: dict[str, str] = {}
+        self.agreements: dict[str, float] = {}
+        self.made: dict[str, object] = {}
+        self.prompt = prompt_of(16)
+
+    @functools.cached_property
+    def text(self) -> list[int]:
+        """Transformers' greedy text, along which the other arms are compared."""
+        return self.arm(AGAINST).generate(self.prompt, 8 if self.args.quick else 32)
+
+    def arm(self, name: str) -> object:
+        """Make an arm. Raises MissingError, AssertionError for one whose next tokens are others."""
+        if name not in self.made:
+            print(f"making: {name}", file=sys.stderr)
+            self.made[name] = ARMS[self.device][name](self.folder)
+            if name != AGAINST:
+                share = self.agreements[name] = agreement(self.made[name], self.prompt, self.text)
+                least = 1.0 if name in self.exact else LEAST_AGREEMENT
+                assert share >= least, f"{name}: only {share:.0%} of next tokens are {AGAINST}'"
+        return self.made[name]
+
+    def arms(self, row: Row) -> dict[str, object]:
+        """The row's arms that can be made here; the others are remembered with the reason."""
+        found = {}
+        for name in row.arms:
+            if name not in ARMS[self.device]:
+                continue
+            try:
+                found[name] = self.arm(name)
+            except MissingError as why:
+                self.missing[name] = str(why)
+        return found
+
+    def weights(self, name: str) -> int:
+        """Bytes of the weights as the arm uses them, without what goes with narrow ones."""
+        narrow = {"fp16": 2, "int8": 1, "Q8_0": 1}.get(name.rpartition(", ")[2])
+        return self.parameters * (narrow or (4 if self.device == "cpu" else 2))
+
+    def take_turns(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, list]:
+        """What each arm returns, once a round, in an order drawn anew every round."""
+        found: dict[str, list] = {name: [] for name in arms}
+
+        def note(name: str) -> None:
+            found[name].append(arms[name]())
+
+        harness.interleave({name: partial(note, name) for name in arms}, self.args.rounds)
+        return found
+
+
+@dataclass
+class Measured:
+    """A row's numbers: for each arm one a round, in seconds or bytes, and a remark on it."""
+
+    numbers: dict[str, list[float]]
+    said: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+# ---- the rows
+
+
+def measure_tokens(bench: Bench, name: str) -> dict[str, Measured]:
+    """Whole calls, reading the short prompt included, over the number of new tokens."""
+    row = ROWS[name]
+    new = 8 if bench.args.quick else row.new
+    arms = bench.arms(row)
+    texts = {
+        arm: decoder.generate(bench.prompt, new, **row.options) for arm, decoder in arms.items()
+    }
+    said, notes = gate(texts, bench.exact), ""
+    if name == "mission" and bench.exact:
+        for seed in range(1, bench.args.seeds):
+            texts = {
+                arm: arms[arm].generate(bench.prompt, 20, seed, **row.options)
+                for arm in ("ours", AGAINST)
+            }
+            gate(texts, bench.exact)
+        notes = f"Tokens equal to {AGAINST}' for {bench.args.seeds} of {bench.args.seeds} seeds."
+
+    def call(decoder) -> float:
+        return seconds(lambda: decoder.generate(bench.prompt, new, **row.options)) / new
+
+    works = {arm: partial(call, decoder) for arm, decoder in arms.items()}
+    return {name: Measured(bench.take_turns(works), said, notes)}
+
+
+def measure_long(bench: Bench, _: str) -> dict[str, Measured]:
+    """A call for one token after a long prompt, and one for more, whose difference is the steps."""
+    prompt, new = prompt_of(bench.long), 4 if bench.args.quick else ROWS["step"].new
+    arms = bench.arms(ROWS["step"])
+    texts = {arm: decoder.generate(prompt, 1 + new, **BEAMS) for arm, decoder in arms.items()}
+    said = gate(texts, bench.exact)
+
+    def calls(decoder) -> tuple[float, float]:
+        first = seconds(lambda: decoder.generate(prompt, 1, **BEAMS))
+        return first, (seconds(lambda: decoder.generate(prompt, 1 + new, **BEAMS)) - first) / new
+
+    pairs = bench.take_turns({arm: partial(calls, decoder) for arm, decoder in arms.items()})
+    firsts = {arm: [first for first, _ in found] for arm, found in pairs.items()}
+    steps = {arm: [step for _, step in found] for arm, found in pairs.items()}
+    return {"first": Measured(firsts, said), "step": Measured(steps, said)}
+
+
+OUR_LINES = """
+import sys, torch
+from nanogpt2 import generate, load_model, load_tokenizer
+folder, device, dtype = sys.argv[1:]
+model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
+ids = torch.tensor([tokenizer.encode("Once upon a time")])
+print(tokenizer.decode(generate(model, ids, max_new_tokens=1).sequences[0].tolist()), flush=True)
+"""
+THEIR_LINES = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, device, dtype = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=1)[0]), flush=True)
+"""
+
+
+def programs(bench: Bench) -> dict[str, list[str]]:
+    """What follows `python`: the first token of a text, as a user of each would have it."""
+    folder, device = str(bench.folder), bench.device
+    where = [folder, device, "float32" if device == "cpu" else "bfloat16"]
+    flags = ["--model", folder, "--device", device, "--dtype", where[-1], "--max_new_tokens", "1"]
+    return {
+        "ours, sample.py": ["sample.py", "Once upon a time", *flags],
+        "ours, in Python": ["-c", OUR_LINES, *where],
+        AGAINST: ["-c", THEIR_LINES, *where],
+        "import torch alone": ["-c", "import torch; print(flush=True)"],
+    }
+
+
+def measure_start(bench: Bench, name: str) -> dict[str, Measured]:
+    """Programs, from their start until their first output."""
+    works = {arm: partial(first_output, program) for arm, program in programs(bench).items()}
+    for work in works.values():
+        work()
+    notes = "Each has run before: its files are in the system's memory."
+    return {name: Measured(bench.take_turns(works), notes=notes)}
+
+
+def first_output(program: list[str]) -> float:
+    """Seconds until a Python program writes its first byte."""
+    paths = {"PYTHONPATH": str(harness.ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *program],
+        cwd=harness.ROOT,
+        env=os.environ | paths,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        written = process.stdout.read(1)
+        found = time.perf_counter() - started
+        process.stdout.read()
+    assert written and process.returncode == 0, f"{program[:2]} failed"
+    return found
+
+
+def measure_memory(bench: Bench, _: str) -> dict[str, Measured]:
+    """One process an arm; nothing is timed, so one round will do."""
+    found = {
+        arm: harness.in_a_process(
+            "benchmarks.generate_alone",
+            *(arm, str(bench.folder), bench.device, str(bench.long), str(ROWS["step"].new)),
+        )
+        for arm in bench.arms(ROWS["memory"])
+    }
+    rows = {}
+    for name in ("memory", "resident", "cache"):
+        rows[name] = Measured({arm: [f[name]] for arm, f in found.items() if name in f})
+        if name != "cache":
+            rows[name].said = {
+                arm: f"{numbers[0] / bench.weights(arm):.2f}x"
+                for arm, numbers in rows[name].numbers.items()
+            }
+    return {name: measured for name, measured in rows.items() if measured.numbers}
+
+
+MEASURES = {"first": measure_long, "start": measure_start, "memory": measure_memory}
+
+
+# ---- the report
+
+
+def lines_of(measured: Measured, unit: str) -> list[tuple]:
+    """A table's lines: an arm each, the ratio against transformers in the same run."""
+    base = statistics.median(measured.numbers[AGAINST])
+    lines = []
+    for arm, numbers in measured.numbers.items():
+        median, least, most = (
+            f"{SCALE[unit] * f(numbers):.4g}" for f in (statistics.median, min, max)
+        )
+        spread = f"{median} ({least}-{most})" if len(numbers) > 1 else median
+        ratio = f"{base / statistics.median(numbers):.2f}x"
+        lines.append((arm, spread, ratio, measured.said.get(arm, "")))
+    return lines
+
+
+def page(bench: Bench, rows: Mapping[str, Measured]) -> str:
+    """The whole report as Markdown."""
+    parts = []
+    for name, measured in rows.items():
+        row = ROWS[name]
+        title = row.title.format(long=bench.long, new=ROWS["step"].new)
+        header = ["arm", f"{row.unit}: median (least-most)", "better by", row.remark]
+        body = harness.table(header, lines_of(measured, row.unit))
+        parts.append(f"## {title}\n\n{measured.notes}\n\n{body}".replace("\n\n\n\n", "\n\n"))
+    shares = [(name, f"{share:.0%}") for name, share in bench.agreements.items()]
+    if shares:
+        header = ["arm", f"next tokens that are {AGAINST}'"]
+        parts.append(f"## Along one text\n\n{harness.table(header, shares)}")
+    if bench.missing:
+        left_out = "\n".join(f"- {name}: {why}" for name, why in bench.missing.items())
+        parts.append(f"## Left out\n\n{left_out}")
+    return "\n\n".join(parts)
+
+
+def plot(rows: Mapping[str, Measured], file: Path) -> None:
+    """How much better than transformers, a bar for each arm, a panel for each row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.28 * sum(2 + len(m.numbers) for m in rows.values())))
+    heights = [len(m.numbers) for m in rows.values()]
+    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (name, measured) in zip(panels, rows.items(), strict=True):
+        base = statistics.median(measured.numbers[AGAINST])
+        ratios = {arm: base / statistics.median(n) for arm, n in measured.numbers.items()}
+        colours = ["C0" if arm.startswith("ours") else "0.6" for arm in ratios]
+        bars = panel.barh(list(ratios), list(ratios.values()), color=colours)
+        panel.bar_label(bars, fmt="%.2fx", padding=2, fontsize=7)
+        panel.set_title(name, loc="left", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.invert_yaxis()
+        panel.axvline(1, color="0.3", linewidth=0.7)
+        panel.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape; writes nothing")
+    parser.add_argument("--device", default="cpu", choices=tuple(ARMS))
+    parser.add_argument("--only", choices=tuple(ROWS), help="one row; writes nothing")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the mission's command")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rig = harness.rig(args.device, dtype="float32" if args.device == "cpu" else "bfloat16")
+    shape = GPTConfig(n_layer=2, n_head=4, n_embd=128) if args.quick else PRESETS["gpt2"]
+    first_of = {name: first for first, names in TOGETHER.items() for name in names}
+    asked = [args.only] if args.only else list(ROWS)
+    rows: dict[str, Measured] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), shape, args)
+        for first in dict.fromkeys(first_of.get(name, name) for name in asked):
+            print(f"measuring: {first}", file=sys.stderr)
+            rows |= MEASURES.get(first, measure_tokens)(bench, first)
+        body = page(bench, rows)
+    keep = not (args.quick or args.only)
+    raw = {"rows": rows, "agreement": bench.agreements, "left out": bench.missing}
+    harness.report(f"generate_{args.device}", "Decoding", rig, body, raw, keep)
+    if keep:
+        try:
+            plot(rows, harness.RESULTS / f"generate_{args.device}.png")
+        except ImportError:
+            print("no picture: matplotlib is not installed", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,184 @@
+"""bench_generate's own arithmetic, and the arms that are always there, on a tiny model."""
+
+import argparse
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import bench_generate, generate_peers
+from benchmarks.bench_generate import (
+    ARMS,
+    EXACT,
+    MEASURES,
+    ROWS,
+    SCALE,
+    TOGETHER,
+    Bench,
+    agreement,
+    gate,
+    leading,
+    page,
+    plot,
+)
+from benchmarks.generate_alone import tensor_bytes
+from benchmarks.generate_peers import GGUF_NAMES, MissingError, Ours, Transformers, WithoutCache
+from nanogpt2 import GPT
+from nanogpt2.config import GPTConfig
+
+# the peers' vocabulary is GPT-2's
+SHAPE = GPTConfig(block_size=128, n_layer=3, n_head=2, n_embd=64)
+
+
+def not_installed(folder):
+    raise MissingError("not installed")
+
+
+class Wrong(Ours):
+    """Says something else at the fourth token of a text."""
+
+    def generate(self, prompt, new, seed=0, **options):
+        tokens = super().generate(prompt, new, seed, **options)
+        return [token ^ (n == 3) for n, token in enumerate(tokens)]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """The arms that need no peer, and one whose library is not there."""
+    there = {name: ARMS["cpu"][name] for name in (*EXACT, "ours, counter noise", "transformers")}
+    monkeypatch.setitem(ARMS, "cpu", {**there, "CTranslate2": not_installed})
+    args = argparse.Namespace(device="cpu", rounds=2, quick=True, seeds=3)
+    return Bench(tmp_path / "model", SHAPE, args)
+
+
+def test_the_gate():
+    texts = {"transformers": [1, 2, 3], "ours": [1, 2, 3], "ours, int8": [1, 7, 3]}
+    texts["ours, counter noise"] = [9, 9, 9]
+    assert gate(texts, EXACT) == {
+        "transformers": "all of 3",
+        "ours": "all of 3",
+        "ours, int8": "first 1 of 3",
+        "ours, counter noise": "other noise",
+    }
+    with pytest.raises(AssertionError, match="ours: token 2 is 4, not 3"):
+        gate({**texts, "ours": [1, 2, 4]}, EXACT)
+    # another number of tokens is no faster
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        gate({**texts, "ours, int8": [1, 2]}, EXACT)
+    assert [leading(t, [1, 2, 3]) for t in ([1, 2, 3], [1, 5, 3], [0, 2, 3])] == [3, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled", "beams", "mission"])
+def test_a_row_of_tokens(bench, name):
+    (measured,) = bench_generate.measure_tokens(bench, name).values()
+    there = [arm for arm in ROWS[name].arms if arm in ARMS["cpu"] and arm != "CTranslate2"]
+    there = [arm for arm in there if arm not in bench.missing]
+    assert [*measured.numbers] == there and {"ours", "transformers"} <= {*there}
+    assert all(len(numbers) == 2 for numbers in measured.numbers.values())
+    assert {measured.said[arm] for arm in there if arm in EXACT} == {"all of 8"}
+    assert ("3 of 3 seeds" in measured.notes) == (name == "mission")
+    body = page(bench, {name: measured})
+    assert f"## {ROWS[name].title}\n" in body and "| ours | 100% |" in body
+    assert re.search(r"\| transformers \| \S+ \(\S+\) \| 1.00x \| all of 8 \|", body)
+    assert ("- CTranslate2: not installed" in body) == ("CTranslate2" in ROWS[name].arms)
+
+
+def test_a_long_prompt_and_the_picture(bench, tmp_path):
+    rows = bench_generate.measure_long(bench, "first")
+    assert [*rows] == ["first", "step"]
+    assert all([*m.numbers] == ["ours", "transformers"] for m in rows.values())
+    assert "## first token of a prompt of 90, 5 beams" in page(bench, rows)
+    plot(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_memory(bench):
+    (found,) = (bench_generate.measure_memory(bench, "memory")[name] for name in ["cache"])
+    per_position = 2 * SHAPE.n_layer * SHAPE.n_embd * 4
+    # the last token is read by nobody
+    assert found.numbers["transformers"] == [5 * (90 + 16 - 1) * per_position]
+    assert 0 < found.numbers["ours"][0] <= 5 * (90 + 16) * per_position
+
+
+def test_a_wrong_arm_is_not_timed(bench, monkeypatch):
+    monkeypatch.setitem(ARMS["cpu"], "ours", Wrong)
+    # its single next tokens are right, its text is not
+    with pytest.raises(AssertionError, match="ours: token 3 is"):
+        bench_generate.measure_tokens(bench, "greedy")
+    with pytest.raises(AssertionError, match="ours: token 3 is"):
+        bench_generate.measure_long(bench, "first")
+
+
+def test_an_arm_of_other_weights_is_not_timed(bench, tmp_path, monkeypatch):
+    Bench(tmp_path / "other", replace(SHAPE, n_layer=2), bench.args)
+    monkeypatch.setitem(ARMS["cpu"], "CTranslate2", lambda _: Ours(tmp_path / "other"))
+    with pytest.raises(AssertionError, match=r"CTranslate2: only \d+% of next tokens"):
+        bench_generate.measure_tokens(bench, "greedy")
+
+
+def test_the_text_does_not_repeat_itself(bench):
+    assert len(set(bench.text)) > len(bench.text) / 2
+    assert agreement(bench.arm("ours"), bench.prompt, bench.text) == 1.0
+    assert agreement(bench.arm("ours"), bench.prompt, [0] * 8) < 1.0
+
+
+def test_every_row_has_its_arms_and_its_measure():
+    assert {*MEASURES} <= {*ROWS} and {n for names in TOGETHER.values() for n in names} <= {*ROWS}
+    for name, row in ROWS.items():
+        assert row.unit in SCALE
+        assert {*row.arms} <= {arm for arms in ARMS.values() for arm in arms}, name
+        assert "transformers" in row.arms or name == "start"
+
+
+def test_programs_until_their_first_output(bench):
+    assert bench_generate.first_output(["-c", "print(1)"]) > 0
+    for program in ("import nothing_such", "pass"):
+        with pytest.raises(AssertionError, match="failed"):
+            bench_generate.first_output(["-c", program])
+
+
+@pytest.mark.slow
+def test_the_programs_run(bench):
+    programs = bench_generate.programs(bench)
+    assert {"ours, sample.py", "ours, in Python", "transformers"} < {*programs}
+    for program in programs.values():
+        assert bench_generate.first_output(program) > 0
+
+
+def test_what_is_not_installed_is_named():
+    with pytest.raises(MissingError, match="not installed"):
+        generate_peers.need("no_such_module")
+
+
+def test_the_arms_options_are_the_same_draw(bench):
+    arms = [kind(bench.folder) for kind in (Ours, Transformers, WithoutCache)]
+    drawn = {
+        tuple(arm.generate(bench.prompt, 12, seed, do_sample=True, temperature=2.0, top_k=9))
+        for seed in (1, 2)
+        for arm in arms
+    }
+    assert len(drawn) == 2
+
+
+def test_gguf_names():
+    model = GPT(GPTConfig(vocab_size=11, block_size=7, n_layer=2, n_head=1, n_embd=4))
+    found = dict(generate_peers.gguf_tensors(model.state_dict().items()))
+    assert len(found) == len(model.state_dict())
+    assert found["token_embd.weight"].shape == (11, 4)
+    assert found["position_embd.weight"].shape == (7, 4)
+    # [out, in]
+    assert found["blk.1.attn_qkv.weight"].shape == (12, 4)
+    assert torch.equal(found["blk.1.ffn_down.weight"], model.h[1].mlp.c_proj.weight)
+    assert torch.equal(found["blk.0.attn_norm.bias"], model.h[0].ln_1.bias)
+    assert torch.equal(found["output_norm.weight"], model.ln_f.weight)
+    # no two of ours under one of theirs
+    assert len({*GGUF_NAMES.values()}) == len(GGUF_NAMES)
+
+
+def test_bytes_of_a_cache():
+    cache = GPT(GPTConfig(vocab_size=11, block_size=7, n_layer=2, n_head=1, n_embd=4)).new_cache(3)
+    assert tensor_bytes(cache) == 2 * 2 * 3 * 7 * 4 * 4
+    # views share a storage
+    assert tensor_bytes([cache.k, cache.k[0], {"v": cache.v}]) == tensor_bytes(cache)
+    assert tensor_bytes(None) == 0
