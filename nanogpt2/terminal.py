@@ -156,7 +156,7 @@ class Signals:
         if self.received is not None:
             sys.exit(128 + number)
         self.received = number
-        note("stopping after this step; once more stops at once")
+        note("finishing what is under way; once more stops at once")
 
 
 def _on_signals(action: Callable[[int], Any]) -> None:
