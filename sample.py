@@ -23,6 +23,7 @@ if __name__ == "__main__":
             terminal.write(terminal.table(rows) + "\n")
             sys.exit()
 
+from nanogpt2 import ops
 from nanogpt2.cli import compare, text
 from nanogpt2.cli.classify import show_labels
 from nanogpt2.cli.interactive import Conversation, run_interactive
@@ -32,7 +33,7 @@ from nanogpt2.generation.explain import draw, explain, shade
 from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import choose_device, load_model, load_tokenizer
+from nanogpt2.weights import choose_device, load_generator, load_tokenizer
 
 
 def main(config: SampleConfig) -> None:
@@ -44,12 +45,15 @@ def main(config: SampleConfig) -> None:
         lines = read_prompts(config.prompts, config.skip_bad, key) if config.prompts else {}
     with wrong_use("--device"):
         device = choose_device(config.device)
+    with wrong_use():
+        ops.choose_kernels(config.kernels, device)
     if config.classify:
         show_labels(config, device, [*lines.values()] or [prompt])
         return
     with wrong_use("--model"):
         tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model, device, config.dtype)
+        model = load_generator(config.model, device, config.dtype, config.quantize, config.kernels)
+    terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     # a seed of our own where none is given, so that any text can be made again
     seed = config.generation.seed
     options = replace(
@@ -67,7 +71,9 @@ def main(config: SampleConfig) -> None:
                 terminal.write(text.as_line(found))
         elif config.compare is not None:
             with wrong_use("--compare"):
-                other = load_model(config.compare, device, config.dtype)
+                other = load_generator(
+                    config.compare, device, config.dtype, config.quantize, config.kernels
+                )
                 if load_tokenizer(config.compare) is not tokenizer:
                     raise ValueError(f"{config.compare!r} has another vocabulary than --model")
             show_comparison(config, model, other, tokenizer, template.format(prompt))

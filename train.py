@@ -25,11 +25,12 @@ if __name__ == "__main__":
 
 import torch
 
-from nanogpt2 import weights
+from nanogpt2 import ops, weights
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus
-from nanogpt2.data.examples import Examples, preview
+from nanogpt2.data.examples import Examples
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
+from nanogpt2.data.preview import preview
 from nanogpt2.model_folder import model_digest
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
@@ -69,8 +70,11 @@ def main(config: TrainConfig) -> None:
         if state.get("finished") and "after" in folder.record():
             terminal.note(f"the run in {folder.path} is finished: nothing to resume")
             return
+        with wrong_use():
+            ops.choose_kernels(config.kernels, world.device)
         with wrong_use("--init"):
             model, tokenizer = make_model(config, checkpoint, world.device)
+            model.use_kernels(config.kernels, world.device)
         with wrong_use("DATA"), world.first_before_others():
             corpus = read_data(config, model, tokenizer)
         with wrong_use("--resume"):
@@ -87,7 +91,9 @@ def main(config: TrainConfig) -> None:
         prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
         run = Run(config, folder, learner, tokenizer, batches, validation, prompt)
         if isinstance(corpus.train, Examples):
-            terminal.note(preview(corpus.train, tokenizer))
+            first = state.get("step", 0) * config.batch_size * config.grad_accum
+            x, y = batches.rows(first, min(2, config.batch_size))
+            terminal.note(preview(x, y, tokenizer, corpus.labels))
         if config.dry_run:
             speed = [take_step(config, learner, batches, step) for step in (1, 2)][-1]
             terminal.write(plan.describe(config, learner, batches.sequences, speed) + "\n")

@@ -9,6 +9,7 @@ so that all can take the same batches in the same order. None of ours is called 
 the folder. Source of the recipe: karpathy/nanoGPT, its README and the options of its train.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CLIP = 1.0
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-class Peer:
+class Peer(ABC):
     """A model, AdamW as users write it, and the step."""
 
     def __init__(self, model: nn.Module, weight_decay: float, fused: bool) -> None:
@@ -34,8 +35,9 @@ class Peer:
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=fused)
         self.precision = torch.autocast(next(iter(trained)).device.type, enabled=False)
 
+    @abstractmethod
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The mean cross-entropy of y after x."""
 
     def step(self, x: Tensor, y: Tensor, lr: float) -> float:
         for group in self.optimizer.param_groups:

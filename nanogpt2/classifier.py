@@ -36,6 +36,15 @@ class GPTClassifier(nn.Module):
         )
         nn.init.normal_(self.score.weight, std=0.02)
 
+    @property
+    def kernels(self) -> str:
+        """Whose kernels compute."""
+        return self.transformer.kernels
+
+    def use_kernels(self, asked: str, device: torch.device | str | None = None) -> None:
+        """See GPT."""
+        self.transformer.use_kernels(asked, device)
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Score the labels at every token, or measure how badly the right ones were scored.
 
@@ -46,7 +55,10 @@ class GPTClassifier(nn.Module):
         x = self.transformer.hidden_states(idx)  # (B, T, C)
         if targets is None:
             return self.score(x)
-        return ops.linear_cross_entropy(x.flatten(0, 1), self.score.weight, targets.flatten())
+        weight = self.score.weight
+        return ops.linear_cross_entropy(
+            x.flatten(0, 1), weight, targets.flatten(), kernels=self.kernels
+        )
 
     @torch.no_grad()
     def classify(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -66,7 +78,7 @@ class GPTClassifier(nn.Module):
         x = self.transformer.hidden_states(idx.to(self.score.weight.device))  # (B, T, C)
         self.train(was_training)
         last = x[torch.arange(len(texts)), lengths - 1]  # (B, C)
-        return ops.softmax(self.score(last).float())
+        return ops.softmax(self.score(last).float(), self.kernels)
 
 
 Model = GPT | GPTClassifier

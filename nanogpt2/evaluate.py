@@ -12,7 +12,17 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import DEVICES, DTYPES, check_data, check_model, fail, parse, wrong_use
+from nanogpt2.config import (
+    DEVICES,
+    DTYPES,
+    KERNELS,
+    SCHEMES,
+    check_data,
+    check_model,
+    fail,
+    parse,
+    wrong_use,
+)
 from nanogpt2.flags import check, flag
 
 TASKS = ("perplexity", "lambada", "hellaswag", "classify")
@@ -34,6 +44,8 @@ class EvaluateConfig:
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
+    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
     batch_size: int = flag(8, "sequences side by side", low=1)
     block_size: int | None = flag(None, "tokens that are seen (default: the model's)", low=1)
     stride: int | None = flag(
@@ -46,6 +58,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.quantize and (self.dtype != "float32" or self.task == "classify"):
+            raise ValueError("quantize must come with dtype float32 and a model that writes texts")
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "EvaluateConfig":
@@ -66,6 +80,7 @@ if __name__ == "__main__":
     terminal.prepare()
     CONFIG = parse(EvaluateConfig, sys.argv[1:])
 
+from nanogpt2 import ops
 from nanogpt2.evaluation.classification import measure_classification
 from nanogpt2.evaluation.examples import read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
@@ -82,15 +97,27 @@ Job = tuple[int, Callable[[Any, int, Advance], Mapping[str, Any]]]
 
 def main(config: EvaluateConfig) -> None:
     """Read the file, load the model, print the figures."""
+    model: Any
     with wrong_use("--device"):
         device = choose_device(config.device)
+    with wrong_use():
+        ops.choose_kernels(config.kernels, device)
     with wrong_use("--model"):
         tokenizer = load_tokenizer(config.model)
     with wrong_use("FILE"):
         count, measure = JOBS[config.task](config, tokenizer)
     with wrong_use("--model"):
-        load = load_classifier if config.task == "classify" else load_model
-        model = load(config.model, device, config.dtype)
+        if config.task == "classify":
+            model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
+        else:
+            model = load_model(
+                config.model,
+                device,
+                config.dtype,
+                quantize=config.quantize,
+                kernels=config.kernels,
+            )
+    terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     longest = model.config.block_size
     block_size = config.block_size or longest
     if block_size > longest:

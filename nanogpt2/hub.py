@@ -84,7 +84,8 @@ def fetch_weights(name: str) -> Path:
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, WEIGHTS, revision=revision))
             path = Path(hub.hf_hub_download(repo, WEIGHTS, revision=revision))
         except Exception as error:
-            # the transport's exceptions differ from one version of huggingface-hub to the next
+            # no narrower class holds: requests', httpx's, httpx2's or xet's, by huggingface-hub's
+            # version, and all that a wrong HF_ENDPOINT brings
             raise OSError(
                 f"{name!r} is not on this machine and cannot be downloaded "
                 f"({type(error).__name__}); go online once, give a folder or .safetensors file, "

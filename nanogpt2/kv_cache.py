@@ -1,11 +1,16 @@
 """The keys and values of the tokens already read, so that a new token is the only one computed.
 
 Buffers have their full length from the start: nothing is allocated or copied while decoding.
-This file does not know what attention does with them.
+Where rows share what they have in common (beams do), a table of rows is copied instead of keys and
+values. This file does not know what attention does with them.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nanogpt2.ops import Mask, Seen
 
 
 class KVCache:
@@ -52,6 +57,14 @@ class KVCache:
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def seen(self, count: int) -> Mask:
+        """What `count` new tokens a row may look at: a mask (count, length + count), or all."""
+        if self.length == 0 or count == 1:
+            return None
+        # new token t stands at length + t and sees all up to there
+        shape = count, self.length + count
+        return torch.ones(shape, dtype=torch.bool, device=self.k.device).tril(self.length)
+
     def advance(self, count: int) -> None:
         """Count the positions that every layer has just been given."""
         self.length += count
@@ -70,3 +83,57 @@ class KVCache:
         for buffer in (self.k, self.v):
             tail = buffer[:, :, :, start : self.length]
             tail.copy_(tail[:, parents])
+
+
+class SharedCache(KVCache):
+    """A cache for Triton's kernels: a table says in which row each position of a row lies.
+
+    A prompt is stored once, however many rows go on from it, and a row that becomes another's
+    continuation copies the other's row of the table. Row n's own new tokens always go to row n of
+    the buffers, so nothing that a table still names is overwritten.
+
+    ancestors: int32 (B, max_length); start: int32 (B,), the first position that is no padding, or
+    None where there is none.
+    """
+
+    def __init__(self, *shape: Any) -> None:
+        super().__init__(*shape)
+        self.ancestors = self._own_rows()
+        self.start: Tensor | None = None
+
+    def _own_rows(self) -> Tensor:
+        rows = torch.arange(self.batch_size, dtype=torch.int32, device=self.k.device)
+        return rows[:, None].repeat(1, self.max_length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As KVCache's, but return the buffers, or, where there is nothing before them, k and v."""
+        super().extend(layer, k, v)
+        return (self.k[layer], self.v[layer]) if self.length else (k, v)
+
+    def seen(self, count: int) -> Seen:
+        """See KVCache."""
+        if self.length == 0:
+            # read anew: what rows had in common they have no more
+            self.ancestors = self._own_rows()
+            return Seen(self.start)
+        lengths = self.ancestors.new_full((self.batch_size,), self.length + count)
+        return Seen(self.start, lengths, self.ancestors)
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Let `repeats` rows share every row: B -> B * repeats rows."""
+        past = self.ancestors[:, : self.length].repeat_interleave(repeats, dim=0)
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            L, B, H, S, D = old.shape
+            new = old.new_empty(L, B * repeats, H, S, D)
+            new[:, :B, :, : self.length] = old[:, :, :, : self.length]
+            setattr(self, name, new)
+        self.ancestors = self._own_rows()
+        self.ancestors[:, : self.length] = past
+        if self.start is not None:
+            self.start = self.start.repeat_interleave(repeats)
+
+    def reorder(self, parents: Tensor, start: int = 0) -> None:
+        """See KVCache; the buffers stay as they are."""
+        shared = self.ancestors[:, start : self.length]
+        shared.copy_(shared[parents])

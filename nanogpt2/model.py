@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from nanogpt2 import ops
 from nanogpt2.config import GPTConfig
-from nanogpt2.kv_cache import KVCache
+from nanogpt2.kv_cache import KVCache, SharedCache
 
 
 class Linear(nn.Linear):
@@ -34,6 +34,8 @@ class Linear(nn.Linear):
 class LayerNorm(nn.Module):
     """Each position brought to mean 0 and variance 1, then scaled and shifted."""
 
+    kernels = "torch"  # see GPT.use_kernels
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.n_embd))
@@ -42,11 +44,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
 
 
 class CausalSelfAttention(nn.Module):
     """Every position gathers from itself and those before it, by H heads side by side."""
+
+    kernels = "torch"  # see GPT.use_kernels
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -56,25 +60,28 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: ops.Mask = None, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); `mask` (B, 1, T, S) is True where a query may look."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
-        if cache is not None:
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = ops.self_attention(qkv, mask, dropout, self.kernels)  # (B, T, H, D)
+        else:
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
             k, v = cache.extend(self.layer, k, v)  # each (B, H, S, D)
-        dropout = self.dropout if self.training else 0.0
-        # a single query comes last, so it may see every key: nothing to mask
-        causal = mask is None and T > 1
-        y = ops.attention(q, k, v, causal=causal, mask=mask, dropout=dropout)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+            # a single query comes last, so it may see every key: nothing to mask
+            causal = T > 1 and not isinstance(mask, Tensor)
+            y = ops.attention(q, k, v, causal=causal, mask=mask, kernels=self.kernels)
+            y = y.transpose(1, 2)  # (B, T, H, D)
+        y = y.reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
     """Each position on its own: widen four times, bend, narrow."""
+
+    kernels = "torch"  # see GPT.use_kernels
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -84,7 +91,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = ops.gelu(self.c_fc(x))  # (B, T, 4C)
+        x = ops.gelu(self.c_fc(x), self.kernels)  # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -98,9 +105,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: ops.Mask = None, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
@@ -108,6 +113,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The whole network, freshly initialised; `nanogpt2.load_model` fills it from a checkpoint."""
+
+    kernels = "torch"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -134,6 +141,19 @@ class GPT(nn.Module):
                 std = 0.01 if "wpe" in name else residual_std if "c_proj" in name else 0.02
                 nn.init.normal_(parameter, std=std)
 
+    def use_kernels(self, asked: str, device: torch.device | str | None = None) -> None:
+        """Compute by "torch" or by "triton" from now on; "auto": see ops.choose_kernels.
+
+        device: where the model is going to run, by default where it is. Raises ValueError for
+        triton where it cannot run, or not with heads of this size.
+        """
+        device = self.wte.weight.device if device is None else device
+        shape = self.config.n_embd, self.config.n_head
+        self.kernels = ops.choose_kernels(asked, device, *shape)
+        for module in self.modules():
+            if isinstance(module, LayerNorm | CausalSelfAttention | MLP):
+                module.kernels = self.kernels
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Score every next token, or measure how badly the given ones were predicted.
 
@@ -143,19 +163,23 @@ class GPT(nn.Module):
         x = self.hidden_states(idx)  # (B, T, C)
         if targets is None:
             return self.logits(x)
-        return ops.linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten())
+        weight = self.wte.weight
+        return ops.linear_cross_entropy(
+            x.flatten(0, 1), weight, targets.flatten(), kernels=self.kernels
+        )
 
     def hidden_states(
         self,
         idx: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: ops.Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """What the last layer knows at each position: int64 (B, T) -> (B, T, C).
 
         positions: int64 (B, T) or (T,), by default counted on from the cache's length. mask: bool
-        (B, 1, T, S), True where a query may look, by default causal. cache: extended by T.
+        (B, 1, T, S), True where a query may look, by default causal; a SharedCache takes none, and
+        knows what is padding. cache: extended by T.
         Raises ValueError for a context longer than block_size.
         """
         T = idx.size(1)
@@ -166,9 +190,8 @@ class GPT(nn.Module):
             )
         if positions is None:
             positions = torch.arange(past, past + T, device=idx.device)  # (T,)
-        if mask is None and past and T > 1:
-            # new token t stands at past + t and sees all up to there
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
+        if mask is None and cache is not None:
+            mask = cache.seen(T)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
@@ -181,12 +204,18 @@ class GPT(nn.Module):
         """Compare hidden states with every token's embedding: (B, T, C) -> (B, T, V)."""
         return F.linear(x, self.wte.weight)
 
-    def new_cache(self, batch_size: int, max_length: int | None = None) -> KVCache:
-        """An empty cache for this model, on its device and in its dtype."""
+    def new_cache(
+        self, batch_size: int, max_length: int | None = None, masked: bool = False
+    ) -> KVCache:
+        """An empty cache for this model, on its device and in its dtype.
+
+        masked: it will be read with masks of one's own, which only PyTorch's attention takes.
+        """
         c = self.config
         weight = self.wte.weight
         length = c.block_size if max_length is None else max_length
-        return KVCache(
+        kind = SharedCache if self.kernels == "triton" and not masked else KVCache
+        return kind(
             c.n_layer,
             batch_size,
             c.n_head,

@@ -1,6 +1,6 @@
 """The files of a model beside its tensors: where they are, what they state, what they must be.
 
-    model.safetensors, or shards named by model.safetensors.index.json
+    model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json
     config.json, generation_config.json        the shape, and the ids that end a text
     vocab.json or tokenizer.json, ...          the vocabulary
     manifest.json                              {file: {"size", "sha256"}}, in a run's folder
@@ -23,6 +23,8 @@ from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
+# a name of its own: transformers would read the numbers without their scales
+WEIGHTS_INT8 = "model.int8.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_JSON = 2**27  # bytes
 # config.json's names where they are not ours
@@ -54,8 +56,9 @@ def find_checkpoint(name: str | Path) -> Checkpoint:
 
 
 def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ...]:
-    if (folder / WEIGHTS).exists():
-        return (folder / WEIGHTS,)
+    for name in (WEIGHTS, WEIGHTS_INT8):
+        if (folder / name).exists():
+            return (folder / name,)
     index = _read_json(folder / INDEX, manifest)
     if index is not None:
         shards = index.get("weight_map")

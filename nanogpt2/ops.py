@@ -1,10 +1,14 @@
-"""The seam between the model and what computes it: each operation of GPT-2, by PyTorch.
+"""The seam between the model and what computes it: each operation of GPT-2, by PyTorch or Triton.
 
-`model.py` calls these six functions and nothing below them, so a faster kernel is one `if` here
-and no line there. This file does not know what a transformer is.
+`model.py` calls these functions and nothing below them, so a faster kernel is one `if` here and no
+line there. `kernels` is "torch" or "triton", chosen once for a model by `choose_kernels`; an error
+in a kernel is an error, and nothing goes on with the other. Triton is imported where it is used and
+nowhere else. This file does not know what a transformer is.
 """
 
-from typing import Any
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,77 @@ from torch.autograd.function import once_differentiable
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ELSEWHERE = 2**28
 TOKENS = 2**13  # of the vocabulary, whose share of the weight's gradient is made at once
+
+ROOMS = (
+    "attention",
+    "cross_entropy",
+    "decode_attention",
+    "gelu",
+    "layer_norm",
+    "sampling",
+    "softmax",
+)
+
+
+def choose_kernels(
+    asked: str, device: torch.device | str, n_embd: int = 768, n_head: int = 12
+) -> str:
+    """Return whose kernels are to run, "torch" or "triton", for one of config.KERNELS.
+
+    auto is triton on a GPU where it is installed and its kernels fit the model, else torch. Raises
+    ValueError for triton where it cannot run.
+    """
+    kind = torch.device(device).type
+    if asked == "torch" or (asked == "auto" and (kind != "cuda" or find_spec("triton") is None)):
+        return "torch"
+    if asked not in ("auto", "triton"):
+        raise ValueError(f"kernels must be auto, torch or triton, not {asked!r}")
+    if find_spec("triton") is None:
+        raise ValueError("kernels must be auto or torch where triton is not installed, not triton")
+    from nanogpt2.kernels.attention import HEAD_SIZES, INTERPRETED
+    from nanogpt2.kernels.layer_norm import MAX_COLUMNS
+
+    if not (kind == "cuda" or (INTERPRETED and kind == "cpu")):
+        raise ValueError(
+            f"kernels must be auto or torch on {kind}, not triton, which runs on a GPU "
+            "(and on a CPU to try it out, with TRITON_INTERPRET=1)"
+        )
+    if n_embd // n_head in HEAD_SIZES and n_embd <= MAX_COLUMNS:
+        return "triton"
+    if asked == "auto":
+        return "torch"
+    raise ValueError(
+        f"kernels must be auto or torch for {n_head} heads of {n_embd // n_head}, not triton, "
+        f"whose heads are of {', '.join(map(str, HEAD_SIZES))}, {MAX_COLUMNS} in all"
+    )
+
+
+def describe_kernels(asked: str, kernels: str, device: torch.device | str) -> str:
+    """One line on what runs, or nothing where nobody asked and there is no choice."""
+    if asked == "auto" and torch.device(device).type != "cuda":
+        return ""
+    if kernels == "torch":
+        return f"kernels: torch {torch.__version__}"
+    from nanogpt2.kernels.attention import INTERPRETED
+
+    how = ", interpreted" if INTERPRETED else ""
+    return f"kernels: triton {version('triton')}{how} ({', '.join(ROOMS)})"
+
+
+class Seen(NamedTuple):
+    """What each row's tokens may look at, as Triton's kernels read it; all int32.
+
+    `start` (B,): the position of the row's first token, those before it are padding. Where keys and
+    values come from a cache: `lengths` (B,), how many positions of it are filled, the queries' own
+    among them; `ancestors` (B, max_length), the cache's row in which position t of row b lies.
+    """
+
+    start: Tensor | None = None
+    lengths: Tensor | None = None
+    ancestors: Tensor | None = None
+
+
+Mask = Tensor | Seen | None
 
 
 def chunk_rows(vocab_size: int, width: int, device: str) -> int:
@@ -35,13 +110,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernels: str = "torch"
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis: (..., C) -> (..., C)."""
+    if kernels == "triton":
+        from nanogpt2.kernels import layer_norm as room
+
+        return room.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor, kernels: str = "torch") -> Tensor:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): GPT-2's tanh form, not the erf one."""
+    if kernels == "triton":
+        from nanogpt2.kernels import gelu as room
+
+        return room.gelu(x)
     return F.gelu(x, approximate="tanh")
 
 
@@ -51,26 +136,95 @@ def attention(
     v: Tensor,
     *,
     causal: bool,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     dropout: float = 0.0,
+    kernels: str = "torch",
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
     q: (B, H, T, D); k, v: (B, H, S, D). `causal` lets query t see keys 0 to t and needs S = T;
-    `mask`, bool and broadcastable to (B, H, T, S), is True where a query may look. -> (B, H, T, D).
+    `mask`, bool and broadcastable to (B, H, T, S), is True where a query may look. Triton's kernels
+    know padding at a row's start and no other: they take a Seen, whose `lengths` say that k and v
+    are a cache's (rows, H, max_length, D); with a mask attention is PyTorch's. -> (B, H, T, D).
     """
+    if kernels == "triton" and not isinstance(mask, Tensor):
+        seen = mask or Seen()
+        if seen.lengths is not None:
+            return _decode_attention(q, k, v, seen.lengths, seen.start, seen.ancestors)
+        from nanogpt2.kernels import attention as room
+
+        return room.attention(q, k, v, causal, start=seen.start, **_options(dropout))
+    if isinstance(mask, Seen):
+        raise ValueError('mask must be a tensor or None for kernels "torch", not a Seen')
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
     )
 
 
-def softmax(x: Tensor) -> Tensor:
+def self_attention(
+    qkv: Tensor, mask: Mask = None, dropout: float = 0.0, kernels: str = "torch"
+) -> Tensor:
+    """attention of queries, keys and values side by side: (B, T, 3, H, D) -> (B, T, H, D).
+
+    Without a mask, or with a Seen, it is causal.
+    """
+    if kernels == "triton" and not isinstance(mask, Tensor):
+        from nanogpt2.kernels import attention as room
+
+        # in place: no copy of q, k, v or their gradients
+        start = None if mask is None else mask.start
+        y = room.attention_qkv(qkv.flatten(2), qkv.size(3), start=start, **_options(dropout))
+        return y.unflatten(2, qkv.shape[3:])
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+    # a single query may see the only key: nothing to mask
+    causal = mask is None and q.size(2) > 1
+    return attention(q, k, v, causal=causal, mask=mask, dropout=dropout).transpose(1, 2)
+
+
+def _options(dropout: float) -> dict[str, Any]:
+    return {
+        "dropout": dropout,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    start: Tensor | None,
+    ancestors: Tensor | None,
+) -> Tensor:
+    """The kernel takes a few new tokens at a time."""
+    from nanogpt2.kernels.decode_attention import MAX_TOKENS, decode_attention
+
+    T, found = q.size(2), []
+    for first in range(0, T, MAX_TOKENS):
+        some = q[:, :, first : first + MAX_TOKENS]
+        # positions that are filled once the last of these is
+        filled = lengths - (T - first - some.size(2))
+        found.append(
+            decode_attention(some, k_cache, v_cache, filled, start=start, ancestors=ancestors)
+        )
+    return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+
+def softmax(x: Tensor, kernels: str = "torch") -> Tensor:
     """exp(x - max) / sum over the last axis: (..., N) -> (..., N)."""
+    if kernels == "triton":
+        from nanogpt2.kernels import softmax as room
+
+        return room.softmax(x)
     return F.softmax(x, dim=-1)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    kernels: str = "torch",
 ) -> Tensor:
     """Mean over the targets of -log softmax(x weight^T)[target], never holding all the logits.
 
@@ -81,7 +235,35 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if kernels == "triton":
+        from nanogpt2.kernels import cross_entropy as room
+
+        return room.linear_cross_entropy(x, weight, targets, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, torch.is_grad_enabled())
+
+
+def sample(
+    scores: Tensor,
+    ids: Tensor,
+    seed: int,
+    samples: Tensor,
+    step: int,
+    *,
+    no_repeat_ngram_size: int,
+    temperature: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Ban repeated n-grams, divide by the temperature, keep the top k and draw, all in one kernel.
+
+    scores: (R, V); ids: int64 (R, T), the texts so far; samples: int64 (R,), their numbers. -> the
+    tokens, int64 (R,), -1 where none is possible, and the processed scores, float32 (R, V). Only
+    Triton has it; PyTorch's way is generation/processors.py and noise.py.
+    """
+    from nanogpt2.kernels import sampling as room
+
+    return room.sample(
+        scores, seed, samples, step, temperature, top_k, ids, None, no_repeat_ngram_size
+    )
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -90,11 +272,11 @@ def _by_onednn(x: Tensor) -> bool:
     PyTorch itself gives such products to MKL, which was measured at half the rate there.
     """
     return (
-        x.device.type == "cpu"
+        # torch.compile's own operation: it chooses for itself, and another version may lack it
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
-        # torch.compile's own operation: it chooses for itself, and another version may lack it
-        and not torch.compiler.is_compiling()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not torch.is_autocast_enabled("cpu")
     )

@@ -84,8 +84,8 @@ def speak(aloud: bool) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line for the person, on stderr: stdout is for results."""
-    if not _speaks:
+    """Print a line for the person, on stderr: stdout is for results. An empty one is nothing."""
+    if not (_speaks and text):
         return
     # above the bar, if there is one; tqdm is loaded when one is first drawn
     tqdm = sys.modules.get("tqdm")
@@ -156,7 +156,7 @@ class Signals:
         if self.received is not None:
             sys.exit(128 + number)
         self.received = number
-        note("stopping after this step; once more stops at once")
+        note("finishing what is under way; once more stops at once")
 
 
 def _on_signals(action: Callable[[int], Any]) -> None:

@@ -8,7 +8,8 @@ GPT-2's files differ in small ways, all of which are read here:
 - `score.weight`: a classifier's head; such a file is not read as a model that writes;
 - projections stored [in, out] (TensorFlow's order, transformers' Conv1D); torch's Linear is
   [out, in], so they are transposed on the way in and out;
-- F32, F16 or BF16, in one file or sharded with an index, aligned or not.
+- F32, F16 or BF16, in one file or sharded with an index, aligned or not;
+- I8, in a file of its own name, with a scale for each output: written here by quantize.py.
 
 Every name, shape and type is checked from the headers, and config.json against them, before a model
 is made or a tensor read, so a wrong file leaves nothing half-loaded. Pickles are never opened.
@@ -35,6 +36,7 @@ from nanogpt2.model_folder import (
     MANIFEST,
     THEIR_NAMES,
     WEIGHTS,
+    WEIGHTS_INT8,
     Checkpoint,
     check_vocabulary,
     config_files,
@@ -42,41 +44,76 @@ from nanogpt2.model_folder import (
     read_labels,
     tokenizer_files,
 )
+from nanogpt2.packed import (
+    EMBEDDING,
+    MATRICES,
+    SCALE,
+    PackedGPT,
+    can_pack,
+    check_scheme,
+    narrowed,
+    pack,
+)
 from nanogpt2.tensor_file import StoredTensor, TensorFile
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRANSPOSED = tuple(name for name in MATRICES if name != EMBEDDING)
 MASKS = (".attn.bias", ".attn.masked_bias")
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
-EMBEDDING = "wte.weight"
 SCORE = "score.weight"
 READABLE_DTYPES = ("F32", "F16", "BF16")
+NARROW = "I8"  # of a matrix that has a scale
 DTYPES = ("float32", "bfloat16", "float16")
 
 M = TypeVar("M", GPT, GPTClassifier)
 
 
 def load_model(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", dropout: float = 0.0
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    dropout: float | None = None,
+    quantize: str | None = None,
+    kernels: str = "auto",
 ) -> GPT:
     """Load a GPT in eval mode.
 
     `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32,
-    bfloat16 and float16; `dropout` is for training it further. Raises ValueError or OSError, in one
-    line that names the file or the tensor.
+    bfloat16 and float16; `dropout` is given to train it further; `quantize`, fp16 or int8, makes it
+    one for generating only, on a CPU, which a file of int8 always is; `kernels`, torch or triton,
+    is what computes, by default triton on a GPU. Raises ValueError or OSError, in one line that
+    names the file or the tensor.
     """
-    return _load(GPT, name, device, dtype, dropout)
+    return _load(GPT, name, device, dtype, dropout, quantize, kernels)
+
+
+def load_generator(
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    kernels: str = "auto",
+) -> GPT:
+    """Load a GPT to generate with as fast as may be; arguments and errors as for `load_model`."""
+    model = load_model(name, device, dtype, quantize=quantize, kernels=kernels)
+    if isinstance(model, PackedGPT) or model.kernels == "triton":
+        return model
+    return pack(model) if device == "cpu" and dtype == "float32" and can_pack() else model
 
 
 def load_classifier(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", dropout: float = 0.0
+    name: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    dropout: float | None = None,
+    kernels: str = "auto",
 ) -> GPTClassifier:
     """Load a classifier in eval mode: ours, or transformers' GPT2ForSequenceClassification.
 
     Arguments and errors are those of `load_model`.
     """
-    return _load(GPTClassifier, name, device, dtype, dropout)
+    return _load(GPTClassifier, name, device, dtype, dropout, None, kernels)
 
 
 def is_classifier(name: str | Path) -> bool:
@@ -130,7 +167,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     bits. Each file appears whole or not at all. Raises ValueError for a dtype that is not one of
     load_model's and for a model with LoRA, OSError for what cannot be written.
     """
-    state = model.state_dict()
+    state = dict(model.stored()) if isinstance(model, PackedGPT) else model.state_dict()
     if any(name.endswith(("lora_a", "lora_b")) for name in state):
         raise ValueError("the model has LoRA: save what merged(model) returns, or its adapter")
     labels = model.labels if isinstance(model, GPTClassifier) else ()
@@ -152,7 +189,8 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
         prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in state.items()
     }
-    with _whole(folder / WEIGHTS) as path:
+    narrow = state[EMBEDDING].dtype == torch.int8
+    with _whole(folder / (WEIGHTS_INT8 if narrow else WEIGHTS)) as path:
         tensor_file.write(path, theirs)
 
 
@@ -170,13 +208,31 @@ def _whole(path: Path) -> Iterator[Path]:
 # ---- what is stored, and whether it is this model
 
 
-def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: float) -> M:
+def _load(
+    kind: type[M],
+    name: str | Path,
+    device: str,
+    dtype: str,
+    dropout: float | None,
+    quantize: str | None,
+    kernels: str,
+) -> M:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     source = find_checkpoint(name)
     with _opened(source) as opened:
         stored = _by_our_names(opened)
-        config = replace(_config(source, stored), dropout=dropout)
+        if any(entry.dtype == NARROW for entry in stored.values()):
+            if quantize == "fp16":
+                raise ValueError(f"quantize must be int8, which {str(name)!r} is, not 'fp16'")
+            if dropout is not None:
+                raise ValueError(f"{str(name)!r} is int8, which generates but cannot be trained")
+            quantize = "int8"
+        if quantize is not None:
+            check_scheme(quantize, torch.device(device).type, getattr(torch, dtype))
+            if kernels == "triton":
+                raise ValueError("kernels must be auto or torch for narrow weights, not triton")
+        config = replace(_config(source, stored), dropout=dropout or 0.0)
         labels = read_labels(source, stored[SCORE].shape) if SCORE in stored else ()
         with _memory_for(config, device, getattr(torch, dtype)):
             with torch.device("meta"), _Undrawn():
@@ -187,7 +243,10 @@ def _load(kind: type[M], name: str | Path, device: str, dtype: str, dropout: flo
                 is_none = f"no classifier: it has no tensor {SCORE}"
                 raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
             _check_tensors(stored, model, opened[0].path)
-            state = _read_state(source, opened, stored, device, getattr(torch, dtype))
+            model.use_kernels(kernels, device)
+            state = _read_state(source, opened, stored, device, getattr(torch, dtype), quantize)
+            if quantize is not None:
+                return PackedGPT(gpt, state, quantize)  # type: ignore[return-value]
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
@@ -283,13 +342,20 @@ def _check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, first: 
         if name not in stored:
             raise ValueError(f"{str(first)!r}: tensor {name} is missing")
     expected[HEAD] = expected["wte.weight"]
+    outputs = {name: len(tensor) for name, tensor in model.state_dict().items()}
+    for name, found in stored.items():
+        if found.dtype == NARROW and name in outputs and name.endswith(MATRICES):
+            expected[name + SCALE] = (outputs[name],)
+            if name + SCALE not in stored:
+                raise ValueError(f"{str(first)!r}: tensor {name + SCALE} is missing")
     for name, found in stored.items():
         where = f"{str(found.file)!r}: tensor {show(found.name)}"
         if name not in expected:
             raise ValueError(f"{where} is no part of GPT-2")
         if found.shape != expected[name]:
             raise ValueError(f"{where} must be {expected[name]}, not {found.shape}")
-        if found.dtype not in READABLE_DTYPES:
+        narrow = found.dtype == NARROW and name + SCALE in expected
+        if found.dtype not in READABLE_DTYPES and not narrow:
             raise ValueError(f"{where} must be {', '.join(READABLE_DTYPES)}, not {found.dtype}")
 
 
@@ -302,8 +368,9 @@ def _read_state(
     stored: Mapping[str, StoredTensor],
     device: str,
     dtype: torch.dtype,
+    quantize: str | None,
 ) -> dict[str, Tensor]:
-    """Read all the tensors, by our names and in our order of axes.
+    """Read all the tensors, by our names and in our order of axes, narrowed if asked for.
 
     Raises ValueError where a file is not what its manifest, or it itself, states.
     """
@@ -329,17 +396,20 @@ def _read_state(
         for name, tensor in file.tensors(wanted, sha256, passing):
             # GPT-2's output head is its embedding: whichever of the two comes first is kept
             ours = EMBEDDING if wanted[name] == HEAD else wanted[name]
-            if ours in state:
-                if not torch.equal(tensor.to(device, dtype), state[ours]):
-                    raise ValueError(
-                        f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head "
-                        "is tied"
-                    )
-                continue
             tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
-            if name in passing:
-                tensor = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-            state[ours] = tensor.to(device)
+            if name in passing and ours not in state:
+                kept = torch.int8 if tensor.dtype == torch.int8 else dtype
+                tensor = torch.empty(tensor.shape, dtype=kept, device=device).copy_(tensor)
+            if tensor.dtype == torch.int8:
+                parts = {ours: tensor}
+            else:
+                parts = dict(narrowed(ours, tensor.to(device, dtype), quantize))
+            if ours in state and not all(torch.equal(part, state[n]) for n, part in parts.items()):
+                raise ValueError(
+                    f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head "
+                    "is tied"
+                )
+            state = parts | state
     return state
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_reference import DEVICE
+from triton.runtime import interpreter
 
 
 def philox(key, counter):
@@ -33,7 +34,6 @@ def kept(B, H, T, dropout, seed):
 @pytest.fixture
 def bf16_dots(monkeypatch):
     """Triton's interpreter holds bfloat16 as uint16 and would multiply the integers: widen them."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
     original = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, *rest):

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,3 +67,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A process interprets its kernels or compiles them: the other sort of test gets its own."""
+    if not (pyfuncitem.get_closest_marker("interpreted") and torch.cuda.is_available()):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", pyfuncitem.nodeid]
+    unseen = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=pyfuncitem.config.rootpath, env=unseen, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return True

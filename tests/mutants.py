@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("nanogpt2", "kernels", "tests", "pyproject.toml", "train.py", "sample.py")
+COPIED = ("nanogpt2", "kernels", "tests", "benchmarks", "pyproject.toml", "train.py", "sample.py")
 SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
@@ -890,6 +890,8 @@ def main() -> None:
         for mutant in mutants
         if arguments.only in f"{file} {mutant.what}"
     ]
+    if not chosen:
+        parser.exit(2, f"error: --only {arguments.only!r}: no mutant has this word\n")
     unmutated({test for _, mutant in chosen for test in mutant.tests})
     verdicts = []
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -7,6 +7,7 @@ import torch
 from attention_reference import bf16_dots, kept  # noqa: F401
 from kernel_reference import DEVICE, assert_close
 from torch.library import opcheck
+from triton.runtime import interpreter
 
 from nanogpt2.kernels import attention as room
 from nanogpt2.kernels.attention import attention, attention_qkv, attention_ref
@@ -226,10 +227,8 @@ def test_packed_with_dropout_strides_and_scale():
     assert torch.equal(attention_qkv(qkv, H, False, **options), expected)
 
 
+@pytest.mark.interpreted
 def test_five_products_or_seven(monkeypatch):
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if not room.INTERPRETED:
-        pytest.skip("counts what the interpreter does")
     original, counted = interpreter.InterpreterBuilder.create_dot, []
 
     def create_dot(*arguments):
@@ -244,18 +243,16 @@ def test_five_products_or_seven(monkeypatch):
         assert len(counted) == products
 
 
+@pytest.mark.interpreted
 def test_deterministic_means_no_atomics(monkeypatch):
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-
     def create_atomic_rmw(*_):
         raise AssertionError("an atomic")
 
     q, k, v, do = inputs(1, 1, 20, 16)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_atomic_rmw", create_atomic_rmw)
     results(attention, q, k, v, do, deterministic=True)
-    if room.INTERPRETED:
-        with pytest.raises(Exception, match="an atomic"):
-            results(attention, q, k, v, do)
+    with pytest.raises(Exception, match="an atomic"):
+        results(attention, q, k, v, do)
 
 
 # torch 2.15's own check reads the .grad of what it computed

@@ -7,6 +7,7 @@ import torch
 from attention_reference import bf16_dots  # noqa: F401
 from kernel_reference import DEVICE, assert_close
 from torch.library import opcheck
+from triton.runtime import interpreter
 
 from nanogpt2.kernels import decode_attention as room
 from nanogpt2.kernels.decode_attention import decode_attention, decode_attention_ref
@@ -129,11 +130,9 @@ def test_one_token_is_the_last_row_of_full_attention():
     assert_close(decode_attention(q[:, :, -5:], k, v, whole(70, 70), splits=2), expected)
 
 
+@pytest.mark.interpreted
 def test_shares_are_even_at_any_length(monkeypatch):
     """A graph of eight splits, made for the cache's size, does not leave seven of them idle."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if not room.INTERPRETED:
-        pytest.skip("counts what the interpreter does")
     original, rounds = interpreter.InterpreterBuilder.create_dot, []
 
     def create_dot(self, *arguments):

@@ -103,7 +103,6 @@ print(field("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("rows, block, dtype", [(12, 128, "float32"), (24, 100, "bfloat16")])
 def test_memory_is_near_the_measured_peak(rows, block, dtype):
     script = peak_script(rows, block, dtype)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nanogpt2.data.encode import encode_chat, encode_labelled
-from nanogpt2.data.examples import chat_examples, labelled_examples, preview
+from nanogpt2.data.examples import chat_examples, labelled_examples
 from nanogpt2.tokenizer import byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -71,21 +71,3 @@ def test_examples_may_be_chosen():
     assert len(examples) == 2 and examples.tokens == 8 and examples.labels == ("a", "b")
     assert lists(examples.example(0, 9)) == [[*b"three"], [-100] * 4 + [0]]
     assert lists(examples.example(1, 9)) == [[*b"two"], [-100, -100, 1]]
-
-
-def test_a_preview_shows_the_mask():
-    examples = chat([("You: hi\nFriend:", False), (" hello", True)], [("a", False), ("b", True)])
-    assert preview(examples, BYTES) == (
-        "example 1, 21 tokens:\n"
-        "  [not trained] 'You: hi\\nFriend:'\n"
-        "  [trained    ] ' hello<|endoftext|>'\n"
-        "example 2, 2 tokens:\n"
-        "  [not trained] 'a'\n"
-        "  [trained    ] 'b<|endoftext|>'"
-    )
-    assert preview(examples, BYTES, n=1).count("example") == 1
-    assert preview(labelled(("good", "up"), ("bad", "down")), BYTES, n=1) == (
-        "example 1, 4 tokens:\n  [not trained] 'good'\n  [trained    ] label 'up'"
-    )
-    long = preview(labelled(("ab " * 5000, "x"), ("b", "y")), BYTES)
-    assert " ... " in long and len(long) < 600

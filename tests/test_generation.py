@@ -296,8 +296,11 @@ def test_one_impossible_token_is_no_broken_model(models):
     scores = torch.zeros(1, TINY.vocab_size)
     scores[0, 3] = float("-inf")
     engine = Engine(models[0], request)
-    engine.model = SimpleNamespace(
-        hidden_states=lambda *a: torch.zeros(1, 4, TINY.n_embd), logits=lambda x: scores
+    engine.decoder = SimpleNamespace(
+        length=0,
+        forked=True,
+        read=lambda *a: torch.zeros(1, 4, TINY.n_embd),
+        logits=lambda x: scores,
     )
     assert torch.equal(engine.next_scores(ids), scores)
 
@@ -324,10 +327,8 @@ def test_what_no_memory_can_hold_is_said_at_once(models, options, named):
     ("options", "number"), [({"num_beams": 4}, 4), ({"penalty_alpha": 0.5, "top_k": 6}, 6), ({}, 1)]
 )
 def test_what_memory_is_counted(models, monkeypatch, options, number):
-    """By hand: keys and values, scores and two copies, one byte for each position."""
-    cache = 2 * 2 * 24 * 25 * 4 * number * 2
-    if "num_beams" in options:
-        cache = cache * 3 // 2
+    """By hand: the new keys and values, scores and two copies, one byte for each position."""
+    cache = 2 * 2 * 24 * 20 * 4 * number * 2
     needed = cache + number * 2 * (3 * 4 * 61 + 25)
     there = {"SC_PHYS_PAGES": needed, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr("nanogpt2.generation.engine.os.sysconf", there.get)

@@ -25,6 +25,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as a download of one file needs."""
 
     requests: list[str] = []
+    sent = CONTENT
 
     def answer(self, body):
         self.requests.append(f"{self.command} {self.path}")
@@ -35,7 +36,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", REVISION)
         self.end_headers()
         if body and known:
-            self.wfile.write(CONTENT)
+            self.wfile.write(self.sent)
 
     def do_GET(self):
         self.answer(body=True)
@@ -127,13 +128,23 @@ def test_a_file_changed_in_the_cache_is_refused(tmp_path, server):
     assert again.startswith("ValueError") and path in again
 
 
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {}])
+# told so; nobody listens; a protocol that is none
+@pytest.mark.parametrize(
+    "environment", [{"HF_HUB_OFFLINE": "1"}, {}, {"endpoint": "ftp://127.0.0.1"}]
+)
 def test_without_a_network_one_line_says_what_to_do(tmp_path, environment):
     ran = fetch(tmp_path, **environment)
     out = ran.stdout
-    assert out.count("\n") == 1 and ran.stderr == ""
+    assert out.startswith("OSError") and out.count("\n") == 1 and ran.stderr == ""
     for words in ("'gpt2'", "cannot be downloaded", "demo", ".safetensors"):
         assert words in out
+
+
+def test_a_download_that_breaks_off(tmp_path, server, monkeypatch):
+    """The server closes the connection at half of what it promised, however often it is asked."""
+    monkeypatch.setattr(Hub, "sent", CONTENT[: SIZE // 2])
+    out = fetch(tmp_path, server).stdout
+    assert out.startswith("OSError 'gpt2'") and out.count("\n") == 1, out
 
 
 def test_the_script_says_it_too(tmp_path):

@@ -11,7 +11,12 @@ from reference import TINY, left_padded, prompts, twins
 
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
-from nanogpt2.generation.noise import CounterNoise, StreamNoise
+from nanogpt2.generation.noise import (
+    CounterNoise,
+    StreamNoise,
+    _possible,
+    _stream_is_uniform,
+)
 
 # degrees of freedom -> what chi-square exceeds once in a thousand
 LIMIT = {3: 16.27, 11: 31.26, 48: 84.04}
@@ -325,3 +330,53 @@ def test_samples_share_nothing_but_the_prompt(model):
     observed = (found[1:] == found[:-1]).double().mean().item()
     # neighbours share a sample, which adds covariance; five deviations leave room
     assert abs(observed - agree) < 5 * math.sqrt(agree * (1 - agree) / count)
+
+
+# ---- few that can be drawn
+
+
+def sparse(R, N, possible, seed):
+    """Probabilities (R, N), about `possible` of each row above 0."""
+    torch.manual_seed(seed)
+    p = torch.rand(R, N) * (torch.rand(R, N) < possible / N)
+    return p / p.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("R", "N", "count"), [(1, 5 * 997, 10), (4, 997, 1), (3, 997, 2)])
+def test_torchs_stream_is_drawn_from_as_torch_draws(R, N, count, seed):
+    p = sparse(R, N, 40, seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = StreamNoise(seed, torch.device("cpu"))
+    for step in range(3):
+        expected = torch.multinomial(p, count, generator=generator)
+        assert torch.equal(noise.draw(p, count, step), expected)
+    assert torch.equal(noise._generator.get_state(), generator.get_state())
+
+
+def test_torchs_exponential_variables_are_made_of_uniform_ones():
+    """If this fails nothing breaks: draws are torch.multinomial's again, and slower."""
+    assert _stream_is_uniform()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_are_drawn_as_all_are(seed):
+    p = sparse(3, 997, 40, seed)
+    noise = CounterNoise(seed, torch.tensor([4, 0, 9]))
+    q = noise.exponential((3, 997), step=2)
+    assert torch.equal(noise.draw(p, 5, 2), (p.double() / q).topk(5, dim=1).indices)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_few_are_picked_out(count):
+    p = sparse(2, 997, 40, 0)
+    assert _possible(p, count) is not None
+    # most are possible; too few are; one is no probability
+    assert _possible(torch.full((2, 997), 1 / 997), count) is None
+    assert _possible(p * (p == p.amax(dim=1, keepdim=True)), count + 1) is None
+    for bad in (-1.0, float("nan"), float("inf")):
+        broken = p.clone()
+        broken[1, 5] = bad
+        assert _possible(broken, count) is None
+        with pytest.raises(ValueError, match="do_sample"):
+            StreamNoise(0, torch.device("cpu")).draw(broken, count, 0)

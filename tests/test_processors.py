@@ -360,6 +360,35 @@ def test_top_p(scores, p, keep):
         assert len(kept) <= keep or kept.sum() - kept.min() < p + 1e-5
 
 
+def wide(seed, spread):
+    torch.manual_seed(seed)
+    return torch.randn(3, 5003) * spread
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [2.0, 4.0])
+def test_top_p_without_sorting_all(p, spread, keep):
+    at_once = 0
+    for seed in range(5):
+        scores = wide(seed, spread)
+        expected = theirs.TopPLogitsWarper(p, min_tokens_to_keep=keep)(None, scores)
+        assert torch.equal(ours.keep_top_p(None, scores, p, keep), expected)
+        at_once += ours._outside_top_p(scores, p, keep) is not None
+    # what is flat, or hangs on rounding, is sorted after all
+    assert at_once >= 3 or p in (0.0, 0.99) or (p, spread) == (0.9, 2.0)
+
+
+def test_top_p_sorts_where_two_are_alike():
+    scores = torch.full((1, 5003), -30.0)
+    scores[0, [7, 4, 2000]] = 0.0
+    assert ours._outside_top_p(scores, 0.5, 1) is None
+    assert ours._outside_top_p(scores, 0.9, 1) is not None
+    for p in (0.2, 0.5, 0.9):
+        expected = theirs.TopPLogitsWarper(p)(None, scores)
+        assert torch.equal(ours.keep_top_p(None, scores, p), expected)
+
+
 def test_top_p_at_a_tie_of_masses():
     """Exactly p is held by two of four: no third is kept."""
     scores = torch.zeros(1, 4)

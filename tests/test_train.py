@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,45 @@ def test_a_stopped_run_goes_on_bit_for_bit(book, tmp_path, number, code):
     assert resumed.returncode == 0, resumed.stderr
     assert b"resuming after step" in resumed.stderr
     assert numbers("stopped") == numbers("whole")
+
+
+def test_a_signal_after_the_last_step_stops_nothing(book, monkeypatch, capsys):
+    def finish(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "finish", finish)
+    assert run(book, *SMALL, "--steps", "2") == 0
+    err = capsys.readouterr().err
+    assert "finishing what is under way; once more stops at once" in err
+    assert RunFolder(Path("out")).record()["after"]
+
+
+def test_the_preview_is_of_the_next_steps_batch(book, monkeypatch):
+    """Not of the file's first examples: also where a run is resumed."""
+    rows = [{"prompt": f"{i} sheep", "completion": " baa" * (i % 5 + 1)} for i in range(40)]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["chat.jsonl", "--task", "chat", *SMALL, "--block_size", "48", "--steps", "5"]
+    argv += ["--grad_accum", "2", "--save_every", "1"]
+    shown, trained = [], []
+    preview, backward = train.preview, train.Learner.backward
+
+    def recording_preview(x, y, *rest):
+        shown.append((x, y))
+        return preview(x, y, *rest)
+
+    def recording_backward(self, x, y, *rest, **last):
+        trained.append((x, y))
+        return backward(self, x, y, *rest, **last)
+
+    monkeypatch.setattr(train, "preview", recording_preview)
+    monkeypatch.setattr(train.Learner, "backward", recording_backward)
+    assert run(*argv) == 0
+    shutil.rmtree("out/checkpoints/step-5")
+    assert run(*argv, "--resume") == 0
+    assert len(shown) == 2 and len(trained) == (5 + 1) * 2
+    for ours, theirs in zip(shown, (trained[0], trained[5 * 2]), strict=True):
+        for mine, whole in zip(ours, theirs, strict=True):
+            assert len(mine) == 2 and torch.equal(mine, whole[:2, : mine.size(1)])
 
 
 def test_resuming_a_finished_run_changes_nothing(capsys, book):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanogpt2 import terminal
+from nanogpt2 import ops, terminal
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.cli.text import as_line
 from nanogpt2.config import SampleConfig, fail, wrong_use
@@ -22,7 +22,8 @@ def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
         fail("PROMPT is empty: there is nothing to classify")
     with wrong_use("--model"):
         tokenizer = load_tokenizer(config.model)
-        model = load_classifier(config.model, device, config.dtype)
+        model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
+    terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     show = as_line if config.json or config.prompts else draw
     try:
         for found in classify(model, tokenizer, texts, config.batch_size):

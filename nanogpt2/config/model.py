@@ -58,6 +58,8 @@ MODEL_NAMES = (*PRESETS, "demo")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("auto", "torch", "triton")
+SCHEMES = ("fp16", "int8")  # of narrow weights, on a CPU
 
 
 def check_model(name: str | Path) -> None:

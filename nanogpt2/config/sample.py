@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
-from nanogpt2.config.model import DEVICES, DTYPES, MODEL_NAMES, check_model
+from nanogpt2.config.model import (
+    DEVICES,
+    DTYPES,
+    KERNELS,
+    MODEL_NAMES,
+    SCHEMES,
+    check_model,
+)
 from nanogpt2.flags import check, fail, flag, wrong_use
 from nanogpt2.presets import TASKS
 
@@ -44,6 +51,7 @@ CLASSIFY_FLAGS = (
     "model",
     "device",
     "dtype",
+    "kernels",
     "json",
     "list_presets",
 )
@@ -62,6 +70,8 @@ class SampleConfig:
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
+    quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
+    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts
@@ -89,6 +99,8 @@ class SampleConfig:
             raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
         if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
             raise ValueError(f"json must be left out where --{chosen[0]} is given")
+        if self.quantize and self.dtype != "float32":
+            raise ValueError(f"quantize must come with dtype float32, not {self.dtype}")
         if self.tree and self.generation.num_beams == 1:
             raise ValueError("tree must come with --num_beams above 1")
         if self.unique and not self.generation.samples:

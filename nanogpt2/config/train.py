@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanogpt2.config.model import DEVICES, DTYPES, MOST_LAYERS, GPTConfig, check_model
+from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.flags import MAX_SEED, check, flag, show, wrong_use
 
 DATA_NAMES = ("pydocs", "shakespeare")
@@ -80,6 +80,7 @@ class TrainConfig:
     seed: int = flag(1337, "of the weights, the data's order and dropout", low=0, high=MAX_SEED)
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("auto", "of the matrix products", choices=("auto", *DTYPES))
+    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
     compile: bool = flag(False, "by torch.compile: minutes to begin, faster steps")
     activation_checkpointing: bool = flag(
         False, "compute activations twice instead of keeping them"

@@ -9,4 +9,5 @@ streams.py   a source and a task -> a stream of ids, kept in a cache
 examples.py  one example of a chat or a classification -> its inputs and targets
 corpus.py    a stream -> what is trained on, what is held out
 loader.py    -> batches, each a function of the seed and its place
+preview.py   a batch of examples -> what is trained on, as text
 """

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt2.data.encode import END
-from nanogpt2.tokenizer import Tokenizer
 
 NOT_COUNTED = -100
-SHOWN = 300  # characters of a text in a preview
 
 Ints = NDArray[np.int64]
 
@@ -105,23 +103,3 @@ def labelled_examples(stream: NDArray[np.integer], labels: tuple[str, ...] = ())
 def _rank(label: str) -> tuple[bool, int, str]:
     is_number = label.isascii() and label.removeprefix("-").isdigit() and len(label) < 20
     return not is_number, int(label) if is_number else 0, label
-
-
-def preview(examples: Examples, tokenizer: Tokenizer, n: int = 2) -> str:
-    """The first examples as text: what is trained on, apart from what is only read."""
-    lines = []
-    for i in range(min(n, len(examples))):
-        entries = examples.stream[examples.starts[i] : examples.stops[i]].astype(np.int64)
-        lines.append(f"example {i + 1}, {examples.lengths[i]} tokens:")
-        # a new part begins where the sign changes
-        for part in np.split(entries, np.flatnonzero(np.diff(entries < 0)) + 1):
-            mark = "trained    " if part[0] < 0 else "not trained"
-            ids = np.where(part < 0, ~part, part)
-            lines.append(f"  [{mark}] {_shown(tokenizer.decode(ids.tolist()))}")
-        if examples.classes is not None:
-            lines.append(f"  [trained    ] label {examples.labels[examples.classes[i]]!r}")
-    return "\n".join(lines)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}")

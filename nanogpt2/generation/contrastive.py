@@ -55,8 +55,6 @@ def contrastive_search(model: GPT, request: Request) -> Iterator[Step]:
 
             chosen = places + torch.arange(B, device=device) * k  # (B,), of the engine's rows
             engine.reorder(chosen.repeat_interleave(k))
-            # the rows of a prompt are all the same again
-            engine.shared = engine.cache.length
             next_scores = following[chosen]
             context = torch.cat([context, hidden.flatten(0, 1)[chosen][:, None]], dim=1)
             mask = F.pad(mask, (0, 1), value=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nanogpt2.generation.decoder import decoder_for
 from nanogpt2.generation.request import Request
 from nanogpt2.model import GPT
 
@@ -24,7 +25,6 @@ class Engine:
 
     def __init__(self, model: GPT, request: Request, rows: int | None = None) -> None:
         """rows: those of each prompt, by default as many as the request is decoded with."""
-        self.model = model
         self.rows = request.rows if rows is None else rows
         self.max_length = request.max_length
         self.block_size = model.config.block_size
@@ -36,10 +36,12 @@ class Engine:
         # the first token of each row that is in the context, and the cache's first position
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
-        self.cache = model.new_cache(len(request.ids), min(self.block_size, self.max_length))
-        self.shared = 0  # positions of the cache that are the same in all rows of a prompt
+        length = min(self.block_size, self.max_length)
+        # whether what is masked is nothing but padding before a prompt's first token
+        left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
+        self.decoder = decoder_for(model, len(request.ids), self.rows, length, bool(left))
         # what the model knew at the tokens it read last: (B or N, T, C), T of them
-        self.hidden = model.wte.weight.new_empty(0)
+        self.hidden = torch.empty(0)
 
     def next_scores(self, ids: Tensor) -> Tensor:
         """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V).
@@ -49,22 +51,21 @@ class Engine:
         length = ids.size(1)
         if length - self.base > self.block_size:
             self._slide(length)
-        known = self.base + self.cache.length
+        known = self.base + self.decoder.length
         # until the first token is chosen the rows of a prompt are one
-        one = self.cache.batch_size < len(ids)
+        one = not self.decoder.forked
         rows = slice(None, None, self.rows if one else 1)
         positions, mask = self._positions_and_mask(known, length, rows)
-        x = self.model.hidden_states(ids[rows, known:], positions, mask, self.cache)
+        x = self.decoder.read(ids[rows, known:], positions, mask)
         self.hidden = x
-        scores = self.model.logits(x[:, -1]).float()  # (B, V) or (N, V)
+        scores = self.decoder.logits(x[:, -1]).float()  # (B, V) or (N, V)
         if not scores.amax(dim=1).isfinite().all():
             raise FloatingPointError(
                 "the model's scores are not finite numbers: are its weights damaged, or its dtype "
                 "too narrow?"
             )
         if one:
-            self.cache.repeat_interleave(self.rows)
-            self.shared = self.cache.length
+            self.decoder.fork()
             scores = scores.repeat_interleave(self.rows, dim=0)
         return scores
 
@@ -74,12 +75,13 @@ class Engine:
         self.starts = [s if length - s <= self.block_size else start for s in self.starts]
         for row, first in enumerate(self.starts):
             self.mask[row, :first] = False
-        self.base, self.shared, self.cache.length = min(self.starts), 0, 0
+        self.base = min(self.starts)
+        self.decoder.forget()
         self.holes = self.holes or self.base < max(self.starts)
 
     def reorder(self, parents: Tensor) -> None:
         """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
-        self.cache.reorder(parents, start=self.shared)
+        self.decoder.reorder(parents)
 
     def _positions_and_mask(
         self, known: int, length: int, rows: slice
@@ -106,9 +108,8 @@ def context_start(length: int, max_length: int, block_size: int) -> int:
 def check_memory(model: GPT, request: Request) -> None:
     """Raise ValueError where a request surely needs more memory than its device has.
 
-    Counts what grows with the rows: the cache, half of it once more where beams are reordered, the
-    scores and two copies of them. A system that promises more memory than there is would kill the
-    process without a word.
+    Counts what grows with the rows: the new tokens' keys and values, the scores and two copies of
+    them. A system that promises more memory than there is would kill the process without a word.
     """
     config, shape = request.config, model.config
     name, number = "num_return_sequences", request.rows
@@ -117,10 +118,9 @@ def check_memory(model: GPT, request: Request) -> None:
     elif config.penalty_alpha is not None:
         name, number = "top_k", min(config.top_k or shape.vocab_size, shape.vocab_size)
     rows = len(request.ids) * number
-    length = min(shape.block_size, request.max_length)
-    cache = 2 * shape.n_layer * shape.n_embd * length * model.wte.weight.element_size()
-    copies = 1.5 if config.num_beams > 1 else 1.0
-    needed = rows * (copies * cache + 3 * 4 * shape.vocab_size + request.max_length)
+    length = min(shape.block_size, request.max_length - request.prompt_length)
+    cache = 2 * shape.n_layer * shape.n_embd * length * model.wpe.weight.element_size()
+    needed = rows * (cache + 3 * 4 * shape.vocab_size + request.max_length)
     device = request.ids.device
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
@@ -128,7 +128,7 @@ def check_memory(model: GPT, request: Request) -> None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ValueError(
-            f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of up to {length} "
+            f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of {length} "
             f"tokens, more than the {there / 2**30:,.0f} GiB there are; lower it or max_new_tokens"
         )
 

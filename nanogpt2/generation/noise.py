@@ -9,13 +9,22 @@ Stochastic beams take q itself: -log q is Gumbel noise.
 - `CounterNoise` computes q from (seed, sample, step, token) by a hash, so that text number 7 of 64
   can be made again alone.
 
+Most columns cannot be drawn where there is a top_k, and a q is made only for those that can. In
+torch's stream too: on a CPU its exponential variables are -log(1 - u) of uniform ones, which cost a
+fifth of them, and that is checked once before it is relied upon.
+
 Source of the hash: Steele, Lea and Flood 2014, SplitMix64's finaliser.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+# columns a row that must be ruled out, on average, for the others to be worth picking out
+FEW = 1 / 8
 
 
 class Noise(Protocol):
@@ -26,6 +35,13 @@ class Noise(Protocol):
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """Return q itself, positive float64 (R, N)."""
+
+
+def nothing_left(step: int) -> Exception:
+    """What a draw raises where it has nothing to draw from."""
+    return (FloatingPointError if step else ValueError)(
+        "do_sample must have tokens left to draw, which the other options do not leave"
+    )
 
 
 class StreamNoise:
@@ -41,12 +57,16 @@ class StreamNoise:
         Where too few columns are possible or one is no number, raises ValueError at the first step,
         which is for the options to blame, and FloatingPointError after it.
         """
+        few = _possible(probabilities, count)
+        if few is not None and probabilities.device.type == "cpu" and _stream_is_uniform():
+            uniform = torch.rand(
+                probabilities.shape, dtype=torch.float64, generator=self._generator
+            )
+            return few.best(lambda rows, columns: _exponential(uniform[rows, columns]), count)
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
-            raise (FloatingPointError if step else ValueError)(
-                "do_sample must have tokens left to draw, which the other options do not leave"
-            ) from error
+            raise nothing_left(step) from error
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
@@ -59,23 +79,95 @@ class CounterNoise:
 
     def __init__(self, seed: int, samples: Tensor) -> None:
         """samples: int64 (R,), the number of each row's text among those of its prompt."""
-        self._seed, self._samples = seed, samples
+        self.seed, self.samples = seed, samples
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise."""
-        R, N = probabilities.shape
+        """See Noise; raises what StreamNoise does where a row's are no numbers."""
+        if probabilities.isnan().any():
+            raise nothing_left(step)
+        probabilities = probabilities.double()
+        few = _possible(probabilities, count)
+        if few is not None:
+            keys = self._keys(step)
+            return few.best(lambda rows, columns: _hashed(keys[rows] + columns), count)
         # a token of probability 0 is never preferred to one that is possible
-        return (probabilities.double() / self.exponential((R, N), step)).topk(count, dim=1).indices
+        q = self.exponential((len(probabilities), probabilities.size(1)), step)
+        return (probabilities / q).topk(count, dim=1).indices
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
-        columns = torch.arange(shape[1], device=self._samples.device)
-        # one key a row, mixed before the columns come in: (R, 1)
-        row = _mix(_mix(self._samples + _mix_int(self._seed)) + step)[:, None]
-        bits = _mix(row + columns)  # int64 (R, N)
-        # 53 random bits in (0, 1): never 0, so the logarithm is finite
-        uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
-        return -uniform.log()
+        columns = torch.arange(shape[1], device=self.samples.device)
+        return _hashed(self._keys(step)[:, None] + columns)
+
+    def _keys(self, step: int) -> Tensor:
+        """One for each row, int64 (R,), mixed before the columns come in."""
+        return _mix(_mix(self.samples + _mix_int(self.seed)) + step)
+
+
+class _Possible:
+    """The entries above 0 of probabilities (R, N), of which there are few: M in all."""
+
+    def __init__(
+        self, probabilities: Tensor, rows: Tensor, columns: Tensor, counts: Tensor
+    ) -> None:
+        """rows, columns: int64 (M,), in order; counts: those of each row, int64 (R,)."""
+        self._p = probabilities[rows, columns]  # (M,)
+        self._rows, self._columns = rows, columns
+        # each one's place in a table with a line for each row
+        first = counts.cumsum(0) - counts
+        self._places = torch.arange(len(rows), device=rows.device) - first[rows]
+        self._shape = (len(counts), int(counts.max()))
+
+    def best(self, noise: Callable[[Tensor, Tensor], Tensor], count: int) -> Tensor:
+        """The columns, int64 (R, count), with the largest p / q; noise(rows, columns) is q."""
+        ratio = self._p / noise(self._rows, self._columns).to(self._p.dtype)
+        table = ratio.new_full(self._shape, -1.0)  # (R, most in a row)
+        table[self._rows, self._places] = ratio
+        columns = self._columns.new_zeros(self._shape)
+        columns[self._rows, self._places] = self._columns
+        return columns.gather(1, table.topk(count, dim=1).indices)
+
+
+def _possible(probabilities: Tensor, count: int) -> _Possible | None:
+    """None where most are possible, a row has fewer than `count`, or something is no probability.
+
+    On a GPU as well: to know how many there are it would have to be waited for.
+    """
+    if probabilities.device.type != "cpu":
+        return None
+    low, high = (float(x) for x in torch.aminmax(probabilities))
+    # not a number is neither
+    if not (low >= 0 and high < float("inf")):
+        return None
+    rows, columns = probabilities.nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(probabilities))
+    if len(rows) > FEW * probabilities.numel() or int(counts.min()) < count:
+        return None
+    return _Possible(probabilities, rows, columns, counts)
+
+
+@cache
+def _stream_is_uniform() -> bool:
+    """Whether torch's exponential variables are made of its uniform ones, number by number."""
+    a, b = (torch.Generator().manual_seed(0) for _ in range(2))
+    exponential = torch.empty(64).exponential_(generator=a)
+    uniform = torch.rand(64, dtype=torch.float64, generator=b)
+    return torch.equal(exponential, _exponential(uniform).float()) and torch.equal(
+        a.get_state(), b.get_state()
+    )
+
+
+def _exponential(uniform: Tensor) -> Tensor:
+    """Exponential variables of uniform ones in [0, 1)."""
+    return -torch.log1p(-uniform)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """Exponential variables, float64, of int64 numbers."""
+    bits = _mix(x)
+    # 53 random bits in (0, 1): never 0, so the logarithm is finite
+    uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
+    return -uniform.log()
 
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

@@ -17,6 +17,9 @@ from torch import Tensor
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request
 
 INF = float("inf")
+# tokens that top_p looks at before it sorts them all, and what a sum of float32 may be off by
+TOP_P_CANDIDATES = 1024
+ROUNDING = 1e-5
 
 
 def processors_for(request: Request, rows: int | None = None) -> list[tuple[str, Processor]]:
@@ -256,10 +259,36 @@ def keep_top_k(ids: Tensor, scores: Tensor, k: int) -> Tensor:
 
 def keep_top_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
     """Ban the unlikeliest tokens, whose probabilities add up to 1 - p at most; `keep` best stay."""
+    banned_at_once = _outside_top_p(scores, p, keep)
+    if banned_at_once is not None:
+        return scores.masked_fill(banned_at_once, -INF)
     ascending, order = scores.sort(dim=1)
     banned = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (N, V), in order of score
     banned[:, -keep:] = False
     return scores.masked_fill(banned.scatter(1, order, banned), -INF)
+
+
+def _outside_top_p(scores: Tensor, p: float, keep: int) -> Tensor | None:
+    """What keep_top_p bans, bool (N, V), without a sort of the whole vocabulary.
+
+    None where the best tokens do not hold enough, and where which is banned hangs on rounding or on
+    the order of two that are alike: then only the same sums in the same order tell.
+    """
+    if scores.size(1) <= TOP_P_CANDIDATES or scores.device.type != "cpu":
+        return None
+    best = scores.softmax(dim=1).topk(TOP_P_CANDIDATES, dim=1)  # descending
+    masses = best.values.double()
+    rest = 1 - masses.sum(dim=1, keepdim=True)
+    # what each one and all below it hold
+    tails = rest + masses.flip(1).cumsum(dim=1).flip(1)
+    near = (tails - (1 - p)).abs() < ROUNDING
+    last = (tails > 1 - p).sum(dim=1, keepdim=True).clamp(min=keep)  # kept, (N, 1)
+    if near.any() or (rest > 1 - p - ROUNDING).any() or (last >= TOP_P_CANDIDATES).any():
+        return None
+    if (best.values.gather(1, last) == best.values.gather(1, last - 1)).any():
+        return None
+    banned = torch.arange(TOP_P_CANDIDATES, device=scores.device) >= last  # (N, 1024)
+    return torch.ones_like(scores, dtype=torch.bool).scatter(1, best.indices, banned)
 
 
 def keep_min_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:

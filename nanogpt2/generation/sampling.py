@@ -1,20 +1,30 @@
 """Greedy decoding and sampling: one token a row and step, until every row has ended.
 
+With Triton's kernels a draw by noise "counter" from scores that nothing but FUSED changes is one
+kernel. The noise is CounterNoise's to the bit, so the token is the same, except where the chances
+of two are as near as rounding; on a GPU the scores may differ in their last bit.
+
 This file does not know the model's inside, nor text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from nanogpt2 import ops
+from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.engine import Engine, evaluating
-from nanogpt2.generation.noise import CounterNoise, Noise, StreamNoise
+from nanogpt2.generation.noise import CounterNoise, Noise, StreamNoise, nothing_left
 from nanogpt2.generation.processors import processors_for
-from nanogpt2.generation.request import Request
+from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
+
+# the processors that the kernel of the draw has in it
+FUSED = {"no_repeat_ngram_size", "temperature", "top_k"}
 
 
 @dataclass(frozen=True)
@@ -29,28 +39,63 @@ class Step:
 @torch.no_grad()
 def decode(model: GPT, request: Request) -> Iterator[Step]:
     """Yield step after step; N = B * num_return_sequences, the rows of a prompt side by side."""
-    config, device = request.config, request.ids.device
+    device = request.ids.device
     engine, stopping = Engine(model, request), Stopping(request)
-    chain = [process for _, process in processors_for(request)]
-    noise = make_noise(request)
+    choose = chooser(model, request)
     ids = request.ids.repeat_interleave(request.rows, dim=0)  # (N, T)
     running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
     filler = torch.tensor(filler_token(request), device=device)
     with evaluating(model):
         while running.any():
-            scores = engine.next_scores(ids)  # (N, V)
-            for process in chain:
-                scores = process(ids, scores)
-            if config.samples:
-                # rows that ended draw too: transformers' random stream counts them
-                step = ids.size(1) - request.prompt_length
-                tokens = noise.draw(scores.softmax(dim=1), 1, step).squeeze(1)  # (N,)
-            else:
-                tokens = scores.argmax(dim=1)  # (N,)
+            step = ids.size(1) - request.prompt_length
+            tokens, scores = choose(ids, engine.next_scores(ids), step)  # (N,), (N, V)
             tokens = tokens.where(running, filler)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             yield Step(tokens, running, scores)
             running = running & ~stopping.ended(ids)
+
+
+def chooser(model: GPT, request: Request) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """The way from (ids (N, T), scores (N, V), step) to tokens (N,) and the processed scores."""
+    config, chain, noise = request.config, processors_for(request), make_noise(request)
+    fuses = model.kernels == "triton" and {name for name, _ in chain} <= FUSED
+    if fuses and config.samples and isinstance(noise, CounterNoise):
+        return partial(_draw_fused, config, noise)
+    return partial(_choose, config, noise, [process for _, process in chain])
+
+
+def _choose(
+    config: GenerationConfig,
+    noise: Noise,
+    chain: list[Processor],
+    ids: Tensor,
+    scores: Tensor,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    for process in chain:
+        scores = process(ids, scores)
+    if config.samples:
+        # rows that ended draw too: transformers' random stream counts them
+        return noise.draw(scores.softmax(dim=1), 1, step).squeeze(1), scores
+    return scores.argmax(dim=1), scores
+
+
+def _draw_fused(
+    config: GenerationConfig, noise: CounterNoise, ids: Tensor, scores: Tensor, step: int
+) -> tuple[Tensor, Tensor]:
+    tokens, scores = ops.sample(
+        scores,
+        ids,
+        noise.seed,
+        noise.samples,
+        step,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        temperature=config.temperature,
+        top_k=config.top_k or 0,
+    )
+    if (tokens < 0).any():
+        raise nothing_left(step)
+    return tokens, scores
 
 
 def make_noise(request: Request) -> Noise:

@@ -8,9 +8,9 @@ A checkpoint is a folder `step-N`:
     manifest.json                         {file: {size, sha256}} of all of these
 
 It is written aside as `step-N.tmp`, the manifest last, synced to the disk, and only then renamed; a
-reader trusts a folder only if its manifest holds. What follows from its being there (it is the
-best, its model is the run's, older ones go) is done after that, and done again by whoever resumes
-from it: a kill in between leaves nothing undone. No pickle.
+reader trusts a folder only if its manifest holds. Then `best` points at the best one, its model
+becomes the run's, and older checkpoints go; a resumed run does these three again, so a kill
+among them leaves none undone. No pickle.
 
 This file does not know the loop, the schedule or what the tensors mean.
 """

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from nanogpt2 import ops
 from nanogpt2.config import GPTConfig, TrainConfig
 from nanogpt2.training.distributed import World
 from nanogpt2.training.estimate import memory_estimate
@@ -113,6 +114,9 @@ def describe(
         f"{config.steps:,} steps of {in_a_step} x {config.block_size} tokens: "
         f"{config.steps * in_a_step / sequences:.2g} epochs of {sequences:,} sequences",
     ]
+    kernels = learner.model.kernels
+    if said := ops.describe_kernels(config.kernels, kernels, learner.world.kind):
+        lines.append(said)
     if figures is not None:
         speed = figures["tokens_per_second"]
         minutes = config.steps * in_a_step * config.block_size / speed / 60

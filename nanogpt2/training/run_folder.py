@@ -37,6 +37,7 @@ FREE_ON_RESUME = {
     "resume",
     "overwrite",
     "device",
+    "kernels",
     "fsdp",
     "eval_every",
     "save_every",

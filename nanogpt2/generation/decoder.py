@@ -1,0 +1,283 @@
+"""How a model reads tokens while it generates: what is read once is kept, and shared by the rows.
+
+Three ways, with the same results but for rounding. `ModelDecoder` runs model.py with its cache, on
+any device; so does `KernelDecoder`, with Triton's kernels. `RowsDecoder` is for a few rows on a
+CPU, where a step takes as long as the weights take to be read if only nothing else does:
+
+- the same arithmetic without the modules' steps, and products made for few rows (packed.py);
+- the prompt's keys and values are stored once, and read once for all of its rows:
+
+      shared  (L, B, H, S, D)   positions that are the same in all rows of a prompt
+      own     (L, N, H, W, D)   the W last ones, where the rows differ
+
+  Attention to both is joined by their normalisers: o = w o_shared + (1 - w) o_own with
+  w = sigmoid(lse_shared - lse_own);
+- when beams go on from one another only `own` is reordered, and what has become the same in all
+  rows of a prompt moves to `shared`: beams soon descend from one, so W stays small.
+
+Axes: B prompts, N rows in all, L layers, H heads, T new tokens. This file does not know how a token
+is chosen, nor what positions mean.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt2.kv_cache import SharedCache
+from nanogpt2.model import GPT, Linear
+from nanogpt2.packed import FloatProduct, Product, can_pack
+
+
+class Decoder(Protocol):
+    """Reads tokens: of B rows at first, then, once the rows of a prompt are `forked`, of all N."""
+
+    forked: bool
+
+    @property
+    def length(self) -> int:
+        """Positions read, of each row."""
+
+    def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
+        """rows: those of each prompt."""
+
+    def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Read int64 (B or N, T); return what the model knows there, (B or N, T, C).
+
+        positions and mask: as for GPT.hidden_states.
+        """
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Score the next token: (..., C) -> (..., V)."""
+
+    def fork(self) -> None:
+        """Let the rows of a prompt, one until now, be read apart."""
+
+    def reorder(self, parents: Tensor) -> None:
+        """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
+
+    def forget(self) -> None:
+        """Begin anew, with all N rows."""
+
+
+def decoder_for(
+    model: GPT, prompts: int, rows: int, max_length: int, left_padded: bool = True
+) -> Decoder:
+    """The faster of those that can run this model, which Triton's kernels do where it has them.
+
+    left_padded: all that masks will hide is padding before the prompts' first tokens.
+    """
+    if model.kernels == "triton" and left_padded:
+        return KernelDecoder(model, prompts, rows, max_length)
+    weight = model.wpe.weight
+    linears = [m for layer in map(_Layer, model.h) for m in layer.linears]
+    few = (
+        model.kernels == "torch"
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        # neither sharded nor adapted
+        and type(weight) in (nn.Parameter, Tensor)
+        and all(type(m) is Linear or isinstance(m, Product) for m in linears)
+        and can_pack()
+    )
+    kind: type[Decoder] = RowsDecoder if few else ModelDecoder
+    return kind(model, prompts, rows, max_length)
+
+
+class ModelDecoder:
+    """Runs model.py with its cache."""
+
+    _masked = True  # what is hidden, masks hide
+
+    def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
+        self._model, self._rows = model, rows
+        self._cache = model.new_cache(prompts, max_length, masked=self._masked)
+        self._shared = 0  # positions of the cache that are the same in all rows of a prompt
+        self.forked = rows == 1
+
+    @property
+    def length(self) -> int:
+        """See Decoder."""
+        return self._cache.length
+
+    def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """See Decoder."""
+        return self._model.hidden_states(ids, positions, mask, self._cache)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See Decoder."""
+        return self._model.logits(x)
+
+    def fork(self) -> None:
+        """See Decoder."""
+        self._cache.repeat_interleave(self._rows)
+        self._shared, self.forked = self._cache.length, True
+
+    def reorder(self, parents: Tensor) -> None:
+        """See Decoder."""
+        self._cache.reorder(parents, start=self._shared)
+
+    def forget(self) -> None:
+        """See Decoder."""
+        self._shared = self._cache.length = 0
+
+
+class KernelDecoder(ModelDecoder):
+    """Runs model.py with Triton's kernels, and with a cache whose rows share what is the same."""
+
+    _masked = False
+
+    def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """See Decoder."""
+        if mask is not None and isinstance(self._cache, SharedCache) and self.length == 0:
+            # the last token sees all but the padding
+            self._cache.start = mask[:, 0, -1].int().argmax(dim=1).int()
+        return super().read(ids, positions, None)
+
+
+class RowsDecoder:
+    """GPT-2 for a few rows on a CPU; see the module."""
+
+    def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
+        c = model.config
+        self._model, self._rows = model, rows
+        self._layers = [
+            (layer.ln_1, layer.ln_2, *layer.products()) for layer in map(_Layer, model.h)
+        ]
+        self._H, self._D = c.n_head, c.n_embd // c.n_head
+        B, N = prompts, prompts * rows
+        # memory that is not written to is not taken
+        self._shared = torch.empty(2, c.n_layer, B, self._H, max_length, self._D)
+        self._own = torch.empty(2, c.n_layer, N, self._H, 16 if rows > 1 else 0, self._D)
+        self._S = self._W = 0
+        # (N, W): positions of two rows that bear the same number are the same
+        self._origin = torch.empty(N, 0, dtype=torch.int64)
+        self.forked = rows == 1
+
+    @property
+    def length(self) -> int:
+        """See Decoder."""
+        return self._S + self._W
+
+    @property
+    def _apart(self) -> bool:
+        return self.forked and self._rows > 1
+
+    def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """See Decoder."""
+        R, T = ids.shape
+        if self.length + T > self._model.config.block_size:
+            raise ValueError(
+                f"the context is at most {self._model.config.block_size} tokens, "
+                f"not {self.length + T}"
+            )
+        if positions is None:
+            positions = torch.arange(self.length, self.length + T)
+        if self._apart:
+            self._make_room(T)
+        attend = self._attend_apart if self._apart and self._S else self._attend
+        if mask is None and self.length and T > 1:
+            mask = torch.ones(T, self.length + T, dtype=torch.bool).tril(self.length)
+        if mask is not None:
+            # a row that sees nothing would be 0 / 0 with -inf
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
+        x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
+        for n, (ln_1, ln_2, c_attn, attn_proj, c_fc, mlp_proj) in enumerate(self._layers):
+            qkv = c_attn(ln_1(x)).view(R, T, 3, self._H, self._D)
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # each (R, H, T, D)
+            y = attend(n, q, k, v, mask)  # (R, H, T, D)
+            x = attn_proj.plus(y.transpose(1, 2).reshape(R, T, -1), x)
+            x = mlp_proj.plus(c_fc.gelu(ln_2(x)), x)
+        if self._apart:
+            self._W += T
+            labels = torch.arange(R)[:, None].expand(R, T)
+            self._origin = torch.cat([self._origin, labels], dim=1)
+        else:
+            self._S += T
+        return self._model.ln_f(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See Decoder."""
+        return self._model.logits(x)
+
+    def fork(self) -> None:
+        """See Decoder."""
+        self.forked = True
+
+    def reorder(self, parents: Tensor) -> None:
+        """See Decoder."""
+        if not self._W:
+            return
+        self._origin = self._origin[parents]
+        of_a_prompt = self._origin.view(-1, self._rows, self._W)
+        same = (of_a_prompt == of_a_prompt[:, :1]).all(dim=1).all(dim=0)  # (W,)
+        count = int(same.int().cumprod(0).sum())
+        S, W = self._S, self._W
+        first = parents[:: self._rows]
+        self._shared[..., S : S + count, :] = self._own[:, :, first, :, :count]
+        self._own[..., : W - count, :] = self._own[:, :, parents, :, count:W]
+        self._origin = self._origin[:, count:]
+        self._S, self._W = S + count, W - count
+
+    def forget(self) -> None:
+        """See Decoder."""
+        self._S = self._W = 0
+        self._origin = self._origin[:, :0]
+
+    def _make_room(self, count: int) -> None:
+        """Let `own` hold so many positions more."""
+        *shape, room, D = self._own.shape
+        if self._W + count > room:
+            own = self._own.new_empty(*shape, max(2 * room, self._W + count), D)
+            own[..., : self._W, :] = self._own[..., : self._W, :]
+            self._own = own
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention (R, H, T, D) to one of the two stores."""
+        T = q.size(2)
+        store, past = (self._own, self._W) if self._apart else (self._shared, self._S)
+        keys, values = store[:, layer, :, :, : past + T]
+        keys[:, :, past:], values[:, :, past:] = k, v
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None and T > 1
+        )
+
+    def _attend_apart(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention (N, H, 1, D) to both stores."""
+        N, H, _, D = q.shape
+        keys, values = self._own[:, layer, :, :, : self._W + 1]
+        keys[:, :, self._W :], values[:, :, self._W :] = k, v
+        own, own_lse = _attention(q, keys, values)  # (N, H, 1, D), (N, H, 1)
+        keys, values = self._shared[:, layer, :, :, : self._S]
+        # the rows of a prompt are so many queries to one
+        queries = q.view(-1, self._rows, H, D).transpose(1, 2)  # (B, H, rows, D)
+        seen = None if mask is None else mask[:: self._rows, :, :, : self._S]
+        all_, all_lse = _attention(queries, keys, values, seen)
+        all_ = all_.transpose(1, 2).reshape(N, H, 1, D)
+        all_lse = all_lse.transpose(1, 2).reshape(N, H, 1)
+        return own.lerp(all_, (all_lse - own_lse).sigmoid_()[..., None])
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D), and the log of its normaliser, (B, H, T)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+
+
+class _Layer:
+    """A block's parts."""
+
+    def __init__(self, block: Any) -> None:
+        attn, mlp = block.attn, block.mlp
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        self.linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+
+    def products(self) -> Iterator[Product]:
+        """The linear parts, made for few rows."""
+        for m in self.linears:
+            yield m if isinstance(m, Product) else FloatProduct(m.weight, m.bias)

@@ -1,0 +1,275 @@
+"""A model for generating only: its weights laid out, and if asked for narrowed, for few rows.
+
+One new token multiplies every weight by a single row, so a step takes as long as the weights take
+to be read. Fewer bytes, in the order in which they are needed, are what makes it faster:
+
+    float32   the same numbers; in oneDNN's blocks, once that pays
+    fp16      2 bytes a weight
+    int8      1 byte: W = s q, with one s for each output, |q| <= 127
+
+The input of int8 has 8 bits as well. Each row x has a range of its own, so that a text does not
+depend on its neighbours. With mid and half the middle and half the width of it,
+u = (x - mid) / half lies in [-1, 1], is rounded to 255 steps, and
+
+    x W^T = half (u W^T) + mid (the sum of W over its inputs)
+
+The tied embedding is narrowed with its head. All of this is for a CPU, and none of it can be
+trained. This file does not know how tokens are chosen, nor what a file looks like.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt2.config import SCHEMES
+from nanogpt2.model import GPT
+
+EMBEDDING = "wte.weight"
+MATRICES = (
+    "attn.c_attn.weight",
+    "attn.c_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+    EMBEDDING,
+)
+SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
+# rows that oneDNN's blocks are laid out for: 1 to 16 are about as fast
+FEW_ROWS = 8
+# products of few rows after which laying a matrix out has paid for itself; a block a step
+PAYS_AFTER = 48
+# steps of u on either side of 0: without VNNI, two products are added in 16 bits
+STEPS = 127 if torch.cpu._is_vnni_supported() else 63
+CHUNK = 256  # rows of logits at once
+LEAST = 1e-30  # of a range, which is divided by
+
+
+class Product(nn.Module):
+    """x W^T + b for a weight (N, K): (..., K) -> (..., N), and what often comes next."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The tanh form of GELU, of x W^T + b."""
+        return F.gelu(self(x), approximate="tanh")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x W^T + b + residual, which is (..., N)."""
+        return self(x).add_(residual)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The weight, by the ends of its tensors' names."""
+        raise NotImplementedError
+
+
+class FloatProduct(Product):
+    """In float32 by oneDNN; its weight is laid out after so many products of few rows, for good."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, lays_out_after: int = 0) -> None:
+        """lays_out_after: 0 is never."""
+        super().__init__()
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        self._left = lays_out_after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        weight = self._weight_for(x)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "none", [], "")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """See Product."""
+        weight = self._weight_for(x)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "gelu", [], "tanh")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See Product."""
+        weight = self._weight_for(x)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, self._bias, "add")
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        return {"": self._weight.to_dense() if self._weight.is_mkldnn else self._weight}
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        if self._left > 0 and x.numel() <= FEW_ROWS * x.size(-1):
+            self._left -= 1
+            if self._left == 0:
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, FEW_ROWS)
+        return self._weight
+
+
+class HalfProduct(Product):
+    """With a weight of 16 bits, by fbgemm; the sums are float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        # made of float32, each of whose numbers is one of float16 already
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        return {"": torch.ops.quantized.linear_unpack_fp16(self._packed)[0].half()}
+
+
+class Int8Product(Product):
+    """With q of 8 bits and a scale s for each output, by fbgemm; see the module."""
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """q: int8 (N, K); scale: float32 (N,)."""
+        super().__init__()
+        self._scale, self._sums = scale, q.sum(dim=1) * scale  # each (N,)
+        self._bias = torch.zeros_like(scale) if bias is None else bias.detach()
+        with warnings.catch_warnings():
+            # tensors of this kind are deprecated, but the product takes no other
+            warnings.simplefilter("ignore")
+            zero = torch.zeros(len(q), dtype=torch.int64)
+            weight = torch._make_per_channel_quantized_tensor(q, scale.double(), zero, 0)
+            self._packed = torch.ops.quantized.linear_prepack(weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)  # each (..., 1)
+        half = ((high - low) / 2).clamp_(min=LEAST)
+        mid = low + half
+        u = (x - mid).div_(half)
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            u, 1 / STEPS, STEPS + 1, self._packed
+        )
+        return torch.addcmul(torch.addcmul(self._bias, mid, self._sums), half, y)
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
+        return {"": weight.int_repr(), SCALE: self._scale}
+
+
+class NarrowEmbedding(nn.Module):
+    """Rows of a narrow matrix as float32: int64 (...) -> (..., C)."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
+        """weight: (V, C); scale: float32 (V,) for int8."""
+        super().__init__()
+        self.weight, self._scale = weight, scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See the class."""
+        x = self.weight[ids].float()
+        return x if self._scale is None else x * self._scale[ids][..., None]
+
+
+class PackedGPT(GPT):
+    """A GPT that generates, scores and measures, but cannot be trained."""
+
+    def __init__(self, model: GPT, state: Mapping[str, Tensor], scheme: str | None) -> None:
+        """Make the parts of `model`, which is used up, anew from what `narrowed` returned."""
+        nn.Module.__init__(self)
+        self.config, self.scheme = model.config, scheme
+        self.h, self.wte, self.wpe, self.ln_f = model.h, model.wte, model.wpe, model.ln_f
+        rest = {n: t for n, t in state.items() if not n.removesuffix(SCALE).endswith(MATRICES)}
+        self.load_state_dict(rest, strict=False, assign=True)
+        for n, block in enumerate(self.h):
+            for part, name in (m.split(".")[:2] for m in MATRICES if m != EMBEDDING):
+                module = getattr(block, part)
+                bias = getattr(module, name).bias.detach()
+                weight = f"h.{n}.{part}.{name}.weight"
+                product = _product(state, weight, bias, scheme, PAYS_AFTER + n)
+                product.register_buffer("bias", bias)
+                setattr(module, name, product)
+        # in float32 it stays as it is for its rows: a second one would be a third of the model
+        self.head = _product(state, EMBEDDING, None, scheme, 0)
+        if scheme is None:
+            self.wte.weight = nn.Parameter(state[EMBEDDING], requires_grad=False)
+        else:
+            rows = NarrowEmbedding(state[EMBEDDING], state.get(EMBEDDING + SCALE))
+            self.wte = rows  # type: ignore[assignment]
+        self.requires_grad_(False).eval()
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """See GPT."""
+        x = self.hidden_states(idx)  # (B, T, C)
+        if targets is None:
+            return self.logits(x)
+        # some rows at a time, or the logits would be most of the memory
+        parts = zip(x.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
+        total = sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in parts)
+        return total / (targets != -100).sum()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See GPT."""
+        return self.head(x)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The state that this was made of, a tensor at a time."""
+        for name, tensor in self.state_dict().items():
+            if name != EMBEDDING:
+                yield name, tensor
+        products = {EMBEDDING: self.head} | {
+            f"{name}.weight": m
+            for name, m in self.h.named_modules(prefix="h")
+            if isinstance(m, Product)
+        }
+        for name, product in products.items():
+            for end, tensor in product.stored().items():
+                yield name + end, tensor
+
+
+def pack(model: GPT, scheme: str | None = None) -> PackedGPT:
+    """Make a model on a CPU one that only generates, faster; `model` itself is used up.
+
+    scheme: fp16 or int8, by default float32 as it is. Raises ValueError for another one, and for a
+    model that is not in float32 on a CPU.
+    """
+    weight = model.wpe.weight
+    check_scheme(scheme, weight.device.type, weight.dtype)
+    state = model.state_dict()
+    return PackedGPT(
+        model, {k: t for n in [*state] for k, t in narrowed(n, state.pop(n), scheme)}, scheme
+    )
+
+
+def check_scheme(scheme: str | None, device: str, dtype: torch.dtype) -> None:
+    """Raise ValueError where a model cannot be packed so."""
+    if scheme not in (None, *SCHEMES):
+        raise ValueError(f"quantize must be one of {', '.join(SCHEMES)}, not {scheme!r}")
+    if device != "cpu" or dtype != torch.float32:
+        raise ValueError(
+            f"quantize must come with device cpu and dtype float32, not {device} and "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+    if not can_pack():
+        raise ValueError("quantize must come with a PyTorch that has oneDNN, unlike this one")
+
+
+def can_pack() -> bool:
+    """Whether this PyTorch has the products, which are no part of its stable interface."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def narrowed(name: str, tensor: Tensor, scheme: str | None) -> Iterator[tuple[str, Tensor]]:
+    """One of a GPT's tensors -> what a scheme keeps of it."""
+    if scheme is None or not name.endswith(MATRICES):
+        yield name, tensor
+    elif scheme == "fp16":
+        yield name, tensor.half()
+    else:
+        scale = (tensor.float().abs().amax(dim=1) / 127).clamp_(min=LEAST)  # (N,)
+        yield name, (tensor / scale[:, None]).round_().to(torch.int8)
+        yield name + SCALE, scale
+
+
+def _product(
+    state: Mapping[str, Tensor],
+    name: str,
+    bias: Tensor | None,
+    scheme: str | None,
+    lays_out_after: int,
+) -> Product:
+    if scheme is None:
+        return FloatProduct(state[name], bias, lays_out_after)
+    if scheme == "fp16":
+        return HalfProduct(state[name], bias)
+    return Int8Product(state[name], state[name + SCALE], bias)

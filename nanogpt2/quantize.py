@@ -1,0 +1,129 @@
+"""Narrow a model's weights: python -m nanogpt2.quantize gpt2 --quantize int8 --out gpt2-int8.
+
+The command line -> the model -> a folder of about half or a quarter of the size, for generating
+on a CPU, and what it costs: with --text, how much worse a text is predicted and how often the
+likeliest token stays the same. What is done to the weights is said at the top of packed.py.
+"""
+
+import json
+import sys
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt2 import terminal
+from nanogpt2.config import SCHEMES, check_data, check_model, fail, parse, wrong_use
+from nanogpt2.flags import check, flag
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """python -m nanogpt2.quantize MODEL [flags]: narrow a model's weights.
+
+    MODEL is gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path.
+    """
+
+    model: str = flag(MISSING, "the model", positional=True)
+    quantize: str = flag("int8", "how", choices=SCHEMES)
+    out: str | None = flag(None, "a new folder for the narrow model")
+    text: str | None = flag(None, "a text, or a folder of them, to compare both models on")
+    limit: int = flag(20_000, "only so many tokens of the text", low=2)
+    json: bool = flag(False, "print one JSON object")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.out is None and self.text is None:
+            raise ValueError("out must be given, or text, or both: there is nothing to do")
+        if self.out is not None and Path(self.out).exists():
+            raise ValueError(f"out must be a folder that is not there yet, not {self.out!r}")
+
+    @classmethod
+    def from_flags(cls, given: dict[str, Any]) -> "QuantizeConfig":
+        """Build the configuration from the flags that were given."""
+        config = cls(**given)
+        with wrong_use("MODEL"):
+            check_model(config.model)
+        if config.text is not None:
+            with wrong_use("--text"):
+                check_data(config.text)
+        return config
+
+
+if __name__ == "__main__":
+    # before torch loads: --help and mistakes answer at once
+    terminal.prepare()
+    CONFIG = parse(QuantizeConfig, sys.argv[1:])
+
+import torch
+
+from nanogpt2.evaluation.examples import read_texts
+from nanogpt2.evaluation.perplexity import windows
+from nanogpt2.metrics import perplexity
+from nanogpt2.model import GPT
+from nanogpt2.packed import PackedGPT
+from nanogpt2.tokenizer import Tokenizer
+from nanogpt2.weights import load_model, load_tokenizer, save_model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What narrow weights change on a text."""
+
+    tokens: int
+    perplexity_before: float
+    perplexity_after: float
+    top1_agreement: float  # share of the tokens whose likeliest successor is the same
+
+
+def main(config: QuantizeConfig) -> None:
+    """Narrow, compare, save."""
+    with wrong_use("MODEL"):
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model)
+        if isinstance(model, PackedGPT):
+            raise ValueError(f"{config.model!r} is narrow already")
+        narrow = load_model(config.model, quantize=config.quantize)
+    figures: dict[str, Any] = {"model": config.model, "quantize": config.quantize}
+    if config.text is not None:
+        with wrong_use("--text"):
+            ids = encode(tokenizer, config.text)[: config.limit]
+            figures |= asdict(measure(model, narrow, ids))
+    if config.out is not None:
+        try:
+            save_model(narrow, config.out, tokenizer)
+        except OSError as error:
+            fail(str(error), code=1)
+        figures |= {"out": config.out, "bytes": sum(map(_size, Path(config.out).glob("*.safe*")))}
+    rows = [[name, f"{v:,.4f}" if isinstance(v, float) else str(v)] for name, v in figures.items()]
+    terminal.write((json.dumps(figures) if config.json else terminal.table(rows)) + "\n")
+
+
+def encode(tokenizer: Tokenizer, path: str) -> list[int]:
+    """The tokens of a file's texts, one after the other."""
+    return [token for text in read_texts(path) for token in tokenizer.encode(text)]
+
+
+@torch.no_grad()
+def measure(model: GPT, narrow: GPT, ids: list[int]) -> Cost:
+    """Compare the two on a text's ids. Raises ValueError for fewer than two."""
+    if len(ids) < 2:
+        raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
+    longest = model.config.block_size
+    nats, same = [0.0, 0.0], 0
+    for inputs, targets in windows(ids, longest, longest, batch_size=1):
+        before, after = model(inputs), narrow(inputs)  # (1, T, V)
+        same += int((before.argmax(dim=2) == after.argmax(dim=2)).sum())
+        for n, logits in enumerate((before, after)):
+            loss = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
+            nats[n] += loss.item()
+    count = len(ids) - 1
+    return Cost(count, perplexity(nats[0] / count), perplexity(nats[1] / count), same / count)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+if __name__ == "__main__":
+    with terminal.checked_output():
+        main(CONFIG)

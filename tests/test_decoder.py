@@ -1,0 +1,154 @@
+"""How a model reads while it generates: the decoder for a few rows against model.py itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import TINY, left_padded, prompts, twins
+
+from nanogpt2.generation import generate
+from nanogpt2.generation.decoder import ModelDecoder, RowsDecoder, decoder_for
+from nanogpt2.model import GPT
+from nanogpt2.packed import FloatProduct, pack
+from nanogpt2.training.lora import add_lora
+
+B, ROWS, LENGTH = 2, 3, 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return twins(tmp_path_factory.mktemp("twins"))[0]
+
+
+def known_by_the_model(model, ids):
+    """model.py over whole rows, without a cache: (N, C) at the last token."""
+    with torch.no_grad():
+        return model.hidden_states(ids)[:, -1]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def follow(decoder, model, prompt, all_parents, seed=0):
+    """Decode random tokens along these reorderings; hold every step to model.py."""
+    torch.manual_seed(seed)
+    close(decoder.read(prompt, None, None)[:, -1], known_by_the_model(model, prompt))
+    decoder.fork()
+    ids = prompt.repeat_interleave(ROWS, dim=0)
+    for parents in all_parents:
+        ids = torch.cat([ids, torch.randint(TINY.vocab_size, (len(ids), 1))], dim=1)
+        close(decoder.read(ids[:, -1:], None, None)[:, -1], known_by_the_model(model, ids))
+        # of the same prompt
+        parents = (torch.arange(B)[:, None] * ROWS + parents).flatten()
+        decoder.reorder(parents)
+        ids = ids[parents]
+    return ids
+
+
+@pytest.mark.parametrize("kind", [ModelDecoder, RowsDecoder])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_reordering(model, kind, data):
+    row = st.lists(st.integers(0, ROWS - 1), min_size=ROWS, max_size=ROWS)
+    steps = data.draw(st.lists(st.lists(row, min_size=B, max_size=B), max_size=12))
+    decoder = kind(model, B, ROWS, LENGTH)
+    follow(decoder, model, prompts(B, 5), [torch.tensor(step) for step in steps])
+    assert decoder.length == 5 + len(steps)
+
+
+def test_what_is_the_same_in_all_rows_is_kept_once(model):
+    decoder = RowsDecoder(model, B, ROWS, LENGTH)
+    apart = torch.tensor([[0, 1, 2]] * B)
+    follow(decoder, model, prompts(B, 5), [apart] * 4)
+    assert (decoder._S, decoder._W) == (5, 4)
+    # in one prompt alone it is not enough
+    decoder.reorder(torch.tensor([1, 1, 1, 3, 4, 5]))
+    assert (decoder._S, decoder._W) == (5, 4)
+    decoder.reorder(torch.tensor([0, 1, 2, 5, 5, 5]))
+    assert (decoder._S, decoder._W) == (9, 0)
+
+
+def test_rows_far_apart_find_room(model):
+    decoder = RowsDecoder(model, B, ROWS, LENGTH)
+    before = decoder._own.size(4)
+    follow(decoder, model, prompts(B, 2), [torch.tensor([[0, 1, 2]] * B)] * 17)
+    assert decoder._own.size(4) > before == 16
+
+
+@torch.no_grad()
+def test_prompts_of_other_lengths(model):
+    """A mask reaches the prompt alone: what comes after it is seen by all."""
+    ids, mask = left_padded(B, 6, 3, vocab_size=TINY.vocab_size)
+    mask = mask.bool()
+    square = torch.ones(6, 6, dtype=torch.bool).tril()
+    first = square & (mask[:, None, None, :] | torch.eye(6, dtype=torch.bool))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    read = []
+    for kind in (ModelDecoder, RowsDecoder):
+        decoder = kind(model, B, ROWS, LENGTH)
+        found = [decoder.read(ids, positions, first)[:, -1]]
+        decoder.fork()
+        seen = mask.repeat_interleave(ROWS, dim=0)
+        for step in range(4):
+            seen = torch.nn.functional.pad(seen, (0, 1), value=True)
+            new = torch.arange(B * ROWS)[:, None] + step
+            place = seen.sum(1, keepdim=True) - 1
+            found.append(decoder.read(new, place, seen[:, None, None, :])[:, -1])
+            decoder.reorder(torch.tensor([0, 0, 2, 3, 5, 5]))
+        read.append(torch.cat(found))
+    close(*read)
+
+
+@torch.no_grad()
+def test_several_tokens_after_others(model):
+    ids = prompts(B, 9)
+    for kind in (ModelDecoder, RowsDecoder):
+        decoder = kind(model, B, 1, LENGTH)
+        parts = [decoder.read(part, None, None) for part in ids.split([4, 1, 3, 1], dim=1)]
+        close(torch.cat(parts, dim=1), model.hidden_states(ids))
+
+
+@torch.no_grad()
+def test_beginning_anew_with_all_rows(model):
+    """As where a text outgrows the context: the rows are read apart from the start."""
+    ids = torch.cat([prompts(B * ROWS, 4), prompts(B * ROWS, 4).flip(0)], dim=1)
+    decoder = RowsDecoder(model, B, ROWS, LENGTH)
+    decoder.read(prompts(B, 3), None, None)
+    decoder.fork()
+    decoder.forget()
+    close(decoder.read(ids, None, None)[:, -1], known_by_the_model(model, ids))
+    decoder.reorder(torch.tensor([2, 2, 2, 3, 3, 3]))
+    assert decoder._W == 0
+    new = torch.cat([ids[[2, 2, 2, 3, 3, 3]], prompts(6, 1)], dim=1)
+    close(decoder.read(new[:, -1:], None, None)[:, -1], known_by_the_model(model, new))
+
+
+@torch.no_grad()
+def test_no_more_than_the_context(model):
+    decoder = RowsDecoder(model, 1, 1, TINY.block_size)
+    decoder.read(prompts(1, TINY.block_size), None, None)
+    with pytest.raises(ValueError, match="the context is at most"):
+        decoder.read(prompts(1, 1), None, None)
+
+
+def test_which_runs_what(model):
+    kind = lambda model: type(decoder_for(model, 1, 1, 4))  # noqa: E731
+    assert kind(model) is kind(pack(GPT(TINY))) is RowsDecoder
+    assert kind(pack(GPT(TINY), "int8")) is RowsDecoder
+    assert kind(GPT(TINY).bfloat16()) is ModelDecoder
+    # its matrices are not all there is to it
+    add_lora(adapted := GPT(TINY), 2, 4.0)
+    assert kind(adapted) is ModelDecoder
+
+
+def test_generation_goes_through_it(model, monkeypatch):
+    rows = []
+    product = FloatProduct.forward
+    monkeypatch.setattr(
+        FloatProduct, "forward", lambda self, x: (rows.append(x.size(0)), product(self, x))[1]
+    )
+    generate(model, prompts(1, 4), max_new_tokens=3, num_beams=5, eos_token_id=None)
+    # the prompt is read once, not once a beam
+    assert rows == [1] * TINY.n_layer + [5] * 2 * TINY.n_layer

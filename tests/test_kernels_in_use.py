@@ -1,0 +1,527 @@
+"""The model by Triton's kernels beside the model by PyTorch: training, decoding, what is asked for.
+
+Without a GPU in Triton's interpreter. What is counted are the registered operations that ran, so a
+test fails where PyTorch quietly takes over.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from attention_reference import bf16_dots, kept  # noqa: F401
+from kernel_reference import DEVICE, rms_ratio
+from reference import ROOT, left_padded, prompts, settings
+from test_learner import stop_after
+from test_sample import run as run_sample
+from test_train import metrics, numbers
+from test_train import run as run_train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from nanogpt2 import evaluate, ops
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.config import GPTConfig, parse
+from nanogpt2.generation import generate
+from nanogpt2.kernels.attention import attention_ref
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import byte_tokenizer
+from nanogpt2.training import snapshot
+from nanogpt2.training.distributed import World
+from nanogpt2.training.learner import Learner
+from nanogpt2.weights import load_model, save_model
+
+SHAPE = GPTConfig(61, 20, n_layer=2, n_head=2, n_embd=32, bos_token_id=60, eos_token_id=60)
+# fp32 sums of some hundred terms in another order; a GPU's products may be three of TF32
+BOUND = 1e-5
+
+
+# on a machine with a GPU kernels are compiled, on others interpreted: the same tests of either
+@pytest.fixture(params=[*["cpu"][: DEVICE == "cpu"], pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    # the interpreter computes with numpy, which would warn of what a GPU computes in silence
+    with np.errstate(all="ignore"):
+        yield request.param
+
+
+class Calls(TorchDispatchMode):
+    """Counts the kernels' operations inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "nanogpt2":
+            self.count[function.name().removeprefix("nanogpt2::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def pair(device, dropout=0.0, dtype=torch.float32, **shape):
+    """The same random model twice: by PyTorch, by Triton."""
+    model = GPT(GPTConfig(**(SHAPE.__dict__ | {"dropout": dropout} | shape))).to(device, dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            # sharp enough that no two scores are nearly equal
+            p.add_(torch.randn_like(p) * (0.2 if p.dim() > 1 else 0.05))
+    other = copy.deepcopy(model)
+    other.use_kernels("triton")
+    assert (model.kernels, other.kernels) == ("torch", "triton")
+    return model, other
+
+
+def batch(device, B=2, T=7):
+    ids = torch.randint(SHAPE.vocab_size, (2, B, T), device=device)
+    ids[1, 0, :3] = -100
+    return ids.unbind()
+
+
+def assert_same_gradients(ours, theirs, bound=BOUND):
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert rms_ratio(p.grad, q.grad) < bound, name
+
+
+# ---- training
+
+
+def test_training(device):
+    """Logits, the loss and every gradient, all by kernels where there is one."""
+    model, ours = pair(device)
+    x, y = batch(device)
+    with Calls() as calls:
+        loss = ours(x, y)
+        loss.backward()
+    assert calls.count == {
+        "layer_norm_fwd": 5,
+        "layer_norm_bwd": 5,
+        "attention_qkv": 2,
+        "attention_qkv_backward": 2,
+        "gelu_fwd": 2,
+        "gelu_bwd": 2,
+        "linear_cross_entropy": 1,
+    }
+    with Calls() as calls:
+        expected = model(x, y)
+        expected.backward()
+    assert not calls.count
+    with torch.no_grad():
+        assert rms_ratio(ours(x), model(x)) < BOUND
+    assert rms_ratio(loss.detach(), expected.detach()) < BOUND
+    assert_same_gradients(ours, model)
+
+
+def test_dropout(device, monkeypatch):
+    """PyTorch with the attention's mask that the kernel draws, every other mask being the same."""
+    model, ours = pair(device, dropout=0.3)
+    x, y = batch(device)
+
+    def self_attention(qkv, mask, dropout, kernels):
+        if kernels == "triton":
+            return by_kernels(qkv, mask, dropout, kernels)
+        B, T, _, H, _ = qkv.shape
+        seed = torch.randint(2**63 - 1, (1,), device=device)
+        keep = kept(B, H, T, dropout, int(seed))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return attention_ref(q, k, v, keep=keep, dropout=dropout).transpose(1, 2)
+
+    by_kernels = ops.self_attention
+    monkeypatch.setattr(ops, "self_attention", self_attention)
+    losses = []
+    for each in (model, ours):
+        torch.manual_seed(7)
+        losses.append(each.train()(x, y))
+        losses[-1].backward()
+    assert rms_ratio(losses[1].detach(), losses[0].detach()) < BOUND
+    assert_same_gradients(ours, model)
+    # another draw, and none in eval mode
+    torch.manual_seed(8)
+    assert not torch.equal(ours(x, y), losses[1])
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing(device, dropout):
+    """What is computed twice draws the same masks twice."""
+    losses, models = [], []
+    for again in (False, True):
+        torch.manual_seed(5)
+        _, model = pair(device, dropout=dropout, n_layer=1)
+        config = settings(activation_checkpointing=again, kernels="triton")
+        learner = Learner(config, model, World(device, 0, 1))
+        x, y = batch(device)
+        torch.manual_seed(6)
+        losses.append(learner.backward(x, y, 1.0, last=True))
+        models.append(model)
+    assert torch.equal(*losses)
+    # on a GPU the gradient of the queries is added up in any order
+    assert_same_gradients(*models, bound=BOUND if device == "cuda" else 1e-30)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.usefixtures("bf16_dots")
+def test_autocast(device, dtype):
+    """As far from PyTorch's as two roundings of the products to that dtype."""
+    model, ours = pair(device, n_layer=1)
+    x, y = batch(device)
+    with torch.autocast(device, getattr(torch, dtype)), Calls() as calls:
+        losses = model(x, y), ours(x, y)
+    for loss in losses:
+        loss.backward()
+    assert calls.count["attention_qkv"] == calls.count["linear_cross_entropy"] == 1
+    bound = {"bfloat16": 4e-2, "float16": 5e-3}[dtype]
+    assert rms_ratio(losses[1].detach(), losses[0].detach()) < bound
+    assert_same_gradients(ours, model, bound)
+
+
+def test_left_padding(device):
+    """A Seen says where rows start: their real tokens are those of the row alone."""
+    model, ours = pair(device, n_layer=1)
+    x, _ = batch(device)
+    start = torch.tensor([3, 0], dtype=torch.int32, device=device)
+    positions = (torch.arange(7, device=device) - start[:, None]).clamp(min=0)
+    hidden = ours.hidden_states(x, positions, mask=ops.Seen(start)).detach()
+    alone = model.hidden_states(x[:1, 3:]).detach()
+    assert rms_ratio(hidden[:1, 3:], alone) < BOUND
+    assert rms_ratio(hidden[1:], model.hidden_states(x[1:]).detach()) < BOUND
+    with pytest.raises(ValueError, match=r'mask must be .* kernels "torch"'):
+        model.hidden_states(x, positions, mask=ops.Seen(start))
+
+
+def test_a_mask_of_ones_own_is_pytorchs(device):
+    model, ours = pair(device, n_layer=1)
+    x, _ = batch(device)
+    mask = torch.ones(7, 7, dtype=torch.bool, device=device).tril()
+    mask[5, 2] = False
+    with Calls() as calls:
+        found = ours.hidden_states(x, mask=mask)
+    assert "attention_qkv" not in calls.count and calls.count["layer_norm_fwd"] == 3
+    assert rms_ratio(found.detach(), model.hidden_states(x, mask=mask).detach()) < BOUND
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiler_keeps_the_graph_whole(device, backend):
+    _, ours = pair(device, n_layer=1)
+    x, y = batch(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    gradients = []
+    for forward in (compiled, ours):
+        ours.zero_grad()
+        forward(x, y).backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        assert rms_ratio(found, expected) < BOUND
+
+
+def test_twenty_steps(device):
+    """AdamW divides by the gradients' size, so that rounding grows: losses within 1e-4."""
+    losses = []
+    for kernels in ("torch", "triton"):
+        torch.manual_seed(3)
+        shape = {"n_layer": 1, "n_head": 1, "n_embd": 16}
+        model = GPT(GPTConfig(**(SHAPE.__dict__ | shape))).to(device)
+        model.use_kernels(kernels)
+        learner = Learner(settings(lr=1e-3, kernels=kernels), model, World(device, 0, 1))
+        x, y = batch(device, T=4)
+        with Calls() as calls:
+            for _ in range(20):
+                loss = learner.backward(x, y, 1.0, last=True)
+                learner.gradient_norm()
+                learner.step(1e-3)
+                losses.append(loss.item())
+        assert calls.count["attention_qkv_backward"] == (20 if kernels == "triton" else 0)
+    for theirs, ours in zip(losses[:20], losses[20:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert losses[39] < losses[20] - 0.5, "it learns"
+
+
+def test_a_classifier(device):
+    model, _ = pair(device, n_layer=1)
+    theirs = GPTClassifier(model, ("a", "b", "c")).to(device)
+    ours = copy.deepcopy(theirs)
+    ours.use_kernels("triton")
+    x, y = batch(device)
+    y = y.clamp(max=2)
+    for each in (theirs, ours):
+        each(x, y).backward()
+    assert_same_gradients(ours, theirs)
+    with Calls() as calls:
+        found = ours.classify([[1, 2, 3], [4]])
+    assert calls.count["softmax_fwd"] == 1 and ours.kernels == "triton"
+    assert rms_ratio(found, theirs.classify([[1, 2, 3], [4]])) < BOUND
+
+
+# ---- decoding
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "noise": "counter", "seed": 3, "top_k": 0},
+    "sampled, all that is fused": {
+        "do_sample": True,
+        "noise": "counter",
+        "seed": 2**63 - 1,
+        "num_return_sequences": 2,
+        "first_sample": 5,
+        "no_repeat_ngram_size": 2,
+        "temperature": 0.7,
+        "top_k": 5,
+    },
+    "sampled, more than is fused": {
+        "do_sample": True,
+        "noise": "counter",
+        "seed": 3,
+        "top_p": 0.9,
+    },
+    "by torch's stream": {"do_sample": True, "seed": 3},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"num_beams": 3, "do_sample": True, "noise": "counter", "seed": 4},
+    "groups of beams": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "stochastic beams": {"num_beams": 3, "stochastic_beams": True, "seed": 1},
+    "contrastive": {"penalty_alpha": 0.5, "top_k": 3},
+}
+FUSED = ("sampled", "sampled, all that is fused")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate(device, way):
+    """The tokens of PyTorch's model, by the kernels of decoding and, where it can be, of the draw.
+
+    Rows of several lengths; of the tokens all but the first come out of the cache.
+    """
+    model, ours = pair(device, n_layer=1)
+    ids, mask = left_padded(2, 5, vocab_size=61)
+    options = {"max_new_tokens": 6, "eos_token_id": None} | WAYS[way]
+    expected = generate(model, ids, mask, **options)
+    with Calls() as calls:
+        found = generate(ours, ids, mask, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    if expected.sequences_scores is not None:
+        torch.testing.assert_close(found.sequences_scores, expected.sequences_scores)
+    steps = 7 if way == "contrastive" else 6
+    assert calls.count["attention"] == 1, "the prompt, once"
+    assert calls.count["decode_attention"] == steps - 1
+    assert calls.count["sample"] == (6 if way in FUSED else 0)
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_a_long_text_slides(device, way):
+    """The context is read anew, by rows that have nothing in common any more."""
+    model, ours = pair(device, n_layer=1, block_size=9)
+    ids, mask = left_padded(2, 6, vocab_size=61)
+    options = {"max_new_tokens": 9, "eos_token_id": None} | WAYS[way]
+    with Calls() as calls:
+        found = generate(ours, ids, mask, **options)
+    assert calls.count["attention"] >= 3
+    assert torch.equal(found.sequences, generate(model, ids, mask, **options).sequences)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]], ids=str)
+def test_a_mask_with_holes_is_pytorchs(device, mask):
+    model, ours = pair(device, n_layer=1)
+    ids, mask = prompts(2, 4), torch.tensor([mask, [1, 1, 1, 1]])
+    options = {"max_new_tokens": 3, "num_beams": 2, "eos_token_id": None}
+    with Calls() as calls:
+        found = generate(ours, ids, mask, **options)
+    assert not {"attention", "decode_attention"} & calls.count.keys()
+    assert torch.equal(found.sequences, generate(model, ids, mask, **options).sequences)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_nothing_left_to_draw(device, kernels):
+    """No token is made up, whoever draws."""
+    model = GPT(GPTConfig(2, 20, 1, 1, 16, bos_token_id=0, eos_token_id=None)).to(device)
+    model.use_kernels(kernels)
+    options = {"do_sample": True, "noise": "counter", "seed": 1, "no_repeat_ngram_size": 1}
+    with pytest.raises(ValueError, match="left to draw"):
+        generate(model, torch.tensor([[0, 1]]), max_new_tokens=3, **options)
+    with pytest.raises(FloatingPointError, match="left to draw"):
+        generate(model, torch.tensor([[0]]), max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("bf16_dots")
+def test_half_precision(device, dtype):
+    model, ours = pair(device, dtype=dtype, n_layer=1)
+    x, _ = batch(device, T=9)
+    states = []
+    with torch.no_grad():
+        for each in (model, ours):
+            cache = each.new_cache(2, 9)
+            parts = [each.hidden_states(part, cache=cache) for part in x.split([6, 1, 2], dim=1)]
+            states.append(torch.cat(parts, dim=1))
+    assert states[1].dtype == dtype
+    assert rms_ratio(states[1], states[0]) < {torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+
+
+# ---- what is asked for
+
+
+def test_auto_on_a_cpu_is_torch():
+    model = GPT(SHAPE)
+    assert model.kernels == "torch"
+    model.use_kernels("auto")
+    assert model.kernels == "torch" == load_model("demo").kernels
+    assert ops.choose_kernels("auto", "mps") == "torch"
+    assert ops.describe_kernels("auto", "torch", "cpu") == ""
+    assert ops.describe_kernels("torch", "torch", "cpu") == f"kernels: torch {torch.__version__}"
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_is_triton():
+    assert load_model("demo", "cuda").kernels == "triton"
+    assert load_model("demo", "cuda", kernels="torch").kernels == "torch"
+    # heads that Triton's kernels do not take
+    model = GPT(GPTConfig(61, 20, 1, 3, 24, eos_token_id=None)).cuda()
+    model.use_kernels("auto")
+    assert model.kernels == "torch"
+    assert ops.describe_kernels("auto", "triton", "cuda").startswith("kernels: triton ")
+    model = load_model("demo", "cuda")
+    ids = torch.tensor([[1, 2, 3]])
+    with Calls() as calls:
+        generate(model, ids, max_new_tokens=3, do_sample=True, noise="counter", seed=1)
+    assert calls.count["decode_attention"] and calls.count["sample"] == 3
+
+
+def test_auto_goes_by_the_device_the_package_and_the_heads(monkeypatch):
+    assert ops.choose_kernels("auto", "cuda:1") == "triton"
+    assert ops.choose_kernels("torch", "cuda") == "torch"
+    assert ops.choose_kernels("auto", "cuda", 24, 3) == "torch"
+    assert ops.choose_kernels("auto", "cuda", 16384, 128) == "torch"
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert ops.choose_kernels("auto", "cuda") == "torch"
+    with pytest.raises(ValueError, match=r"^kernels .* not installed"):
+        ops.choose_kernels("triton", "cuda")
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"^kernels must be auto, torch or triton, not 'cuda'"):
+        GPT(SHAPE).use_kernels("cuda")
+    with pytest.raises(ValueError, match="on mps, not triton"):
+        ops.choose_kernels("triton", "mps")
+    save_model(GPT(GPTConfig(61, 20, 1, 3, 24, eos_token_id=None)), tmp_path)
+    with pytest.raises(ValueError, match="3 heads of 8, not triton, whose heads are of 16, 32"):
+        load_model(tmp_path, DEVICE, kernels="triton")
+
+
+def test_an_error_in_a_kernel_is_an_error(monkeypatch):
+    """PyTorch would go on; nobody asks it to."""
+    _, ours = pair(DEVICE, n_layer=1)
+    with pytest.raises(ValueError, match="float32, float16 or bfloat16"), torch.no_grad():
+        ours.double()(torch.tensor([[1, 2]], device=DEVICE))
+
+
+def child(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore::RuntimeWarning", *code],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_pytorchs_model_imports_no_triton():
+    code = (
+        "import sys, torch; from nanogpt2 import generate, load_model;"
+        "model = load_model('demo', device='cpu');"
+        "generate(model, torch.tensor([[1, 2]]), max_new_tokens=2, num_beams=2);"
+        "model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward();"
+        "assert 'triton' not in sys.modules"
+    )
+    ran = child(["-c", code])
+    assert ran.returncode == 0, ran.stderr
+
+
+SCRIPTS = [
+    ["sample.py", "Hi", "--model", "demo"],
+    ["sample.py", "Hi", "--model", "demo", "--classify"],
+    ["train.py", "pydocs", "--init", "demo", "--out", "nowhere"],
+    ["-m", "nanogpt2.evaluate", "README.md", "--model", "demo"],
+]
+
+
+@pytest.mark.parametrize("argv", SCRIPTS, ids=" ".join)
+def test_triton_without_a_gpu_is_wrong_use(argv):
+    if "--classify" in argv:
+        argv = ["nanogpt2/assets/demo" if word == "demo" else word for word in argv]
+    asked = [*argv, "--kernels", "triton", "--device", "cpu"]
+    ran = child(asked, TRITON_INTERPRET="0")
+    assert ran.returncode == 2 and ran.stdout == ""
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("error: --kernels must be auto or torch on cpu, not triton")
+    assert len(line) <= 200 and not Path(ROOT / "nowhere").exists()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A small byte-level model whose heads the kernels take; a text to train on."""
+    monkeypatch.chdir(tmp_path)
+    config = GPTConfig(257, 16, 1, 1, 16, bos_token_id=256, eos_token_id=256)
+    save_model(GPT(config), tmp_path / "init", byte_tokenizer())
+    (tmp_path / "book.txt").write_text("".join(f"{i} sheep jumped. " for i in range(8)))
+    monkeypatch.setattr(snapshot, "SAMPLE_TOKENS", 2)
+    return "init"
+
+
+SAID = "kernels: triton "
+
+
+def test_sample_says_what_runs(capsys, folder, device):
+    for kernels in ("triton", "torch"):
+        argv = ["Hello", "--max_new_tokens", "4", "--seed", "1", "--noise", "counter"]
+        run_sample(folder, *argv, "--top_k", "9", "--do_sample", "--kernels", kernels)
+    out, err = capsys.readouterr()
+    assert err.count(SAID) == 1 and err.count("kernels: torch ") == 1
+    # the same text twice
+    assert len(out) % 2 == 0 and out[: len(out) // 2] == out[len(out) // 2 :]
+
+
+def test_a_run_resumes_to_the_bit(capsys, folder, device, monkeypatch):
+    """Attention's dropout too: its seed is drawn by the generator that a checkpoint holds."""
+    argv = ["book.txt", "--init", folder, "--batch_size", "1", "--block_size", "8", "--lr", "0.01"]
+    argv += ["--dropout", "0.2", "--kernels", "triton", "--eval_every", "2", "--steps", "4"]
+    assert run_train(*argv, "--out", "whole") == 0
+    assert capsys.readouterr().err.count(SAID) == 1
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run_train(*argv, "--out", "stopped") == 143
+    assert run_train(*argv, "--out", "stopped", "--resume") == 0
+    if device == "cpu":
+        assert numbers("stopped") == numbers("whole")
+    else:
+        # a GPU adds up the embeddings' gradients in any order
+        assert metrics("stopped")[-1]["loss"] == pytest.approx(metrics("whole")[-1]["loss"], 1e-3)
+
+
+def test_a_run_resumes_with_others(capsys, folder, device, monkeypatch):
+    argv = ["book.txt", "--init", folder, "--batch_size", "1", "--block_size", "8", "--lr", "0.01"]
+    argv += ["--eval_every", "2", "--steps", "3"]
+    assert run_train(*argv, "--out", "whole", "--kernels", "torch") == 0
+    stop_after(monkeypatch, 2)
+    assert run_train(*argv, "--out", "other", "--kernels", "torch") == 143
+    monkeypatch.setattr(train.terminal, "Signals", lambda: SimpleNamespace(received=None))
+    assert run_train("book.txt", "--out", "other", "--resume", "--kernels", "triton") == 0
+    assert SAID in capsys.readouterr().err
+    for found, expected in zip(metrics("other"), metrics("whole"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_evaluate_says_what_runs(capsys, folder, device):
+    argv = ["book.txt", "--model", folder, "--limit", "20", "--json"]
+    figures = []
+    for kernels in ("triton", "torch"):
+        evaluate.main(parse(evaluate.EvaluateConfig, [*argv, "--kernels", kernels]))
+        shown = capsys.readouterr()
+        assert f"kernels: {kernels} " in shown.err
+        figures.append(json.loads(shown.out)["perplexity"])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)

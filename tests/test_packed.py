@@ -1,0 +1,235 @@
+"""Narrow weights: what each product computes, what is kept, what is refused."""
+
+import json
+
+import pytest
+import torch
+from reference import TINY, prompts, twins
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+from nanogpt2 import generate, load_classifier, load_model, load_tokenizer, save_model
+from nanogpt2.config import SCHEMES
+from nanogpt2.model import GPT
+from nanogpt2.packed import (
+    MATRICES,
+    PAYS_AFTER,
+    STEPS,
+    FloatProduct,
+    HalfProduct,
+    Int8Product,
+    narrowed,
+    pack,
+)
+from nanogpt2.quantize import measure
+
+M, K, N = 5, 24, 37
+
+
+@pytest.fixture
+def model(tmp_path):
+    return twins(tmp_path)[0]
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    return torch.randn(M, K) * torch.rand(M, 1) * 9 + 1, torch.randn(N, K), torch.randn(N)
+
+
+def int8_product(weight, bias):
+    return Int8Product(*dict(narrowed("wte.weight", weight, "int8")).values(), bias)
+
+
+PRODUCTS = {"float": FloatProduct, "fp16": HalfProduct, "int8": int8_product}
+# RMS of the difference / RMS; int8: 1 / 127 of a range of about 3 deviations, rounded evenly
+TOLERANCE = {"float": 1e-6, "fp16": 5e-4, "int8": 2e-2}
+
+
+def ratio(found, expected):
+    return (found - expected).norm() / expected.norm()
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products(parts, kind):
+    x, weight, bias = parts
+    product = PRODUCTS[kind](weight, bias)
+    expected, residual = F.linear(x, weight, bias), torch.randn(M, N)
+    assert ratio(product(x), expected) < TOLERANCE[kind]
+    assert ratio(product.gelu(x), F.gelu(expected, approximate="tanh")) < TOLERANCE[kind]
+    assert ratio(product.plus(x, residual), expected + residual) < TOLERANCE[kind]
+    assert ratio(product(x.view(1, M, K)), expected[None]) < TOLERANCE[kind]
+    without = PRODUCTS[kind](weight, None)
+    assert ratio(without(x), F.linear(x, weight)) < TOLERANCE[kind]
+
+
+def test_fp16_only_rounds_the_weights(parts):
+    x, weight, bias = parts
+    assert ratio(HalfProduct(weight, bias)(x), F.linear(x, weight.half().float(), bias)) < 1e-6
+
+
+def test_int8_by_hand(parts):
+    x, weight, bias = parts
+    product = int8_product(weight, bias)
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    q = (weight / scale).round()
+    assert torch.equal(product.stored()[""], q.to(torch.int8))
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    half, mid = (high - low) / 2, (high + low) / 2
+    u = ((x - mid) / half * STEPS).round() / STEPS
+    assert ratio(product(x), (u * half + mid) @ (q * scale).t() + bias) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_a_row_does_not_depend_on_its_neighbours(parts, kind):
+    x, weight, bias = parts
+    product = PRODUCTS[kind](weight, bias)
+    together = product(x)
+    for row in range(M):
+        torch.testing.assert_close(product(x[row : row + 1]), together[row : row + 1])
+
+
+def test_rows_of_one_number():
+    """Half of a range of nothing is no divisor."""
+    product = int8_product(torch.ones(3, 4), None)
+    assert product(torch.full((2, 4), 7.0)).tolist() == [[28.0] * 3] * 2
+    assert product(torch.zeros(1, 4)).tolist() == [[0.0] * 3]
+
+
+def test_a_matrix_is_laid_out_once_that_pays(parts):
+    x, weight, bias = parts
+    product = FloatProduct(weight, bias, lays_out_after=3)
+    expected = product(x)
+    # many rows are no step of decoding
+    product(x.repeat(9, 1))
+    assert not product._weight.is_mkldnn
+    product(x)
+    assert ratio(product(x), expected) < 1e-6
+    assert product._weight.is_mkldnn
+    assert torch.equal(product.stored()[""], weight)
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_a_packed_model_is_the_model(model, tmp_path, scheme):
+    ids = prompts(2, 9)
+    expected = model(ids).detach()
+    loss = model(ids, ids).detach()
+    packed = pack(load_model(tmp_path), scheme)
+    tolerance = {None: 1e-6, "fp16": 1e-3, "int8": 0.1}[scheme]
+    assert ratio(packed(ids), expected) < tolerance
+    assert abs(packed(ids, ids) / loss - 1) < tolerance
+    assert not packed.training and not any(p.requires_grad for p in packed.parameters())
+    if scheme is None:
+        found = generate(packed, ids, max_new_tokens=PAYS_AFTER + 9, num_beams=3, eos_token_id=None)
+        plain = generate(model, ids, max_new_tokens=PAYS_AFTER + 9, num_beams=3, eos_token_id=None)
+        assert torch.equal(found.sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saved_and_loaded(model, tmp_path, scheme):
+    packed = load_model(tmp_path, quantize=scheme)
+    save_model(packed, tmp_path / "narrow")
+    again = load_model(tmp_path / "narrow", quantize=scheme)
+    state = dict(packed.stored())
+    assert {name.removesuffix("_scale") for name in state} == {*model.state_dict()}
+    for name, tensor in again.stored():
+        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name])
+        narrow = name.endswith(MATRICES)
+        assert narrow == (tensor.dtype == {"fp16": torch.float16, "int8": torch.int8}[scheme])
+    ids = prompts(2, 7)
+    assert torch.equal(again(ids), packed(ids))
+
+
+def test_fp16_is_read_by_transformers(model, tmp_path):
+    save_model(load_model(tmp_path, quantize="fp16"), tmp_path / "narrow")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+    ids = prompts(2, 7)
+    expected = load_model(tmp_path / "narrow")(ids)
+    assert ratio(theirs(ids).logits, expected) < 1e-6
+
+
+def test_int8_is_read_by_nobody_by_mistake(model, tmp_path):
+    save_model(load_model(tmp_path, quantize="int8"), tmp_path / "narrow")
+    with pytest.raises(OSError, match="no file named"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "narrow")
+    # a quarter of the matrices, and one scale a row
+    file = tmp_path / "narrow/model.int8.safetensors"
+    whole = (tmp_path / "model.safetensors").stat().st_size
+    assert file.stat().st_size < 0.5 * whole
+    assert isinstance(load_model(tmp_path / "narrow"), GPT)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_wide_is_left(tmp_path, model, scheme):
+    """The narrow model's own tensors, what the products hold apart, take no wide copy."""
+    packed = load_model(tmp_path, quantize=scheme)
+    size = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
+    biases = sum(t.numel() * 4 for name, t in model.state_dict().items() if t.dim() == 1)
+    assert size <= biases + model.wpe.weight.numel() * 4
+
+
+def test_what_it_costs(tmp_path):
+    """On what the demo model itself writes: at most half a percent of perplexity."""
+    demo = load_model("demo")
+    start = torch.tensor([load_tokenizer("demo").encode("The state of the Union")])
+    ids = generate(demo, start, max_new_tokens=600, do_sample=True, seed=1, eos_token_id=None)
+    text = ids.sequences[0].tolist()
+    for scheme, least in (("fp16", 0.999), ("int8", 0.95)):
+        cost = measure(demo, load_model("demo", quantize=scheme), text)
+        assert abs(cost.perplexity_after / cost.perplexity_before - 1) < 5e-3
+        assert cost.top1_agreement >= least
+        assert cost.tokens == len(text) - 1
+    with pytest.raises(ValueError, match="2 tokens or more"):
+        measure(demo, demo, [5])
+
+
+def test_what_cannot_be(model, tmp_path):
+    with pytest.raises(ValueError, match=r"^quantize must be one of fp16, int8, not 'int4'"):
+        load_model(tmp_path, quantize="int4")
+    with pytest.raises(ValueError, match="device cpu and dtype float32, not cpu and bfloat16"):
+        load_model(tmp_path, dtype="bfloat16", quantize="int8")
+    with pytest.raises(ValueError, match="not cpu and bfloat16"):
+        pack(GPT(TINY).bfloat16(), "fp16")
+    save_model(load_model(tmp_path, quantize="int8"), tmp_path / "narrow")
+    with pytest.raises(ValueError, match="generates but cannot be trained"):
+        load_model(tmp_path / "narrow", dropout=0.0)
+    with pytest.raises(ValueError, match="quantize must be int8"):
+        load_model(tmp_path / "narrow", quantize="fp16")
+    with pytest.raises(ValueError, match="no classifier"):
+        load_classifier(tmp_path / "narrow")
+
+
+def change_file(folder, change):
+    """Rewrite the tensors of a folder of int8."""
+    file = folder / "model.int8.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+NAME = "transformer.h.0.attn.c_attn.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(NAME + "_scale"), "_scale is missing"),
+        (lambda t: t.update({NAME + "_scale": torch.ones(3)}), r"_scale' must be \(72,\), not"),
+        (lambda t: t.update({NAME + "_scale": torch.ones(72).to(torch.int8)}), "not I8"),
+        (lambda t: t.update({NAME: torch.ones(24, 72)}), "is no part of GPT-2"),
+        (lambda t: t.update({"transformer.ln_f.bias": torch.ones(24).to(torch.int8)}), "not I8"),
+    ],
+    ids=["no scale", "short scale", "narrow scale", "scale of a wide one", "narrow vector"],
+)
+def test_a_broken_folder(model, tmp_path, change, said):
+    save_model(load_model(tmp_path, quantize="int8"), tmp_path / "narrow")
+    change_file(tmp_path / "narrow", change)
+    with pytest.raises(ValueError, match=said):
+        load_model(tmp_path / "narrow")
+
+
+def test_the_shape_is_stated_beside_it(model, tmp_path):
+    save_model(load_model(tmp_path, quantize="int8"), tmp_path / "narrow")
+    stated = json.loads((tmp_path / "narrow/config.json").read_text())
+    assert stated["n_embd"] == TINY.n_embd
