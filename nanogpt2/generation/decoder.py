@@ -58,6 +58,9 @@ class Decoder(Protocol):
     def reorder(self, parents: Tensor) -> None:
         """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
 
+    def drop(self, count: int) -> None:
+        """Forget the last positions, of a prompt with one row."""
+
     def forget(self) -> None:
         """Begin anew, with all N rows."""
 
@@ -118,6 +121,10 @@ class ModelDecoder:
     def reorder(self, parents: Tensor) -> None:
         """See Decoder."""
         self._cache.reorder(parents, start=self._shared)
+
+    def drop(self, count: int) -> None:
+        """See Decoder."""
+        self._cache.length -= count
 
     def forget(self) -> None:
         """See Decoder."""
@@ -220,6 +227,10 @@ class RowsDecoder:
         self._own[..., : W - count, :] = self._own[:, :, parents, :, count:W]
         self._origin = self._origin[:, count:]
         self._S, self._W = S + count, W - count
+
+    def drop(self, count: int) -> None:
+        """See Decoder."""
+        self._S -= count
 
     def forget(self) -> None:
         """See Decoder."""
