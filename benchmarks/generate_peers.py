@@ -49,7 +49,7 @@ def need(module: str):
 
 
 class Ours:
-    """nanogpt2.generate on what sample.py loads; `noise` is an option of generate."""
+    """nanogpt2.generate; `quantize` is load_generator's, `noise` an option of generate."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Ours:
         quantize: str | None = None,
         noise: str = "hf",
     ) -> None:
-        from nanogpt2.weights import load_generator
+        from nanogpt2 import load_generator
 
         self.model = load_generator(folder, device, dtype, quantize)
         self.noise = noise
@@ -85,12 +85,12 @@ class Ours:
         from nanogpt2.generation.request import prepare
 
         config = GenerationConfig(max_new_tokens=new, **options)
-        device = self.model.wpe.weight.device
+        device = self.model.wte.weight.device
         request = prepare(self.model.config, device, config, torch.tensor([prompt]))
         engine = Engine(self.model, request)
         engine.next_scores(request.ids.repeat_interleave(request.rows, dim=0))
-        # the weights are no part of it
-        return {k: v for k, v in vars(engine.decoder).items() if k not in ("_model", "_layers")}
+        weights = ("_model", "_layers")
+        return {name: x for name, x in vars(engine.decoder).items() if name not in weights}
 
 
 class Transformers:

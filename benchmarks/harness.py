@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,22 +59,33 @@ def assert_equal(found: Mapping[str, Sequence[float]], against: str, tolerance: 
     return largest
 
 
-def interleave(
-    arms: Mapping[str, Work], rounds: int = 5, synchronize: Work = lambda: None
-) -> dict[str, Timing]:
-    """Time each arm once a round, in an order drawn anew; the callers have warmed them up."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+def turns(
+    arms: Mapping[str, Work], rounds: int, measure: Callable[[Work], Any]
+) -> dict[str, list[Any]]:
+    """What `measure` returns of each arm, once a round, in an order drawn anew every round."""
+    samples: dict[str, list[Any]] = {name: [] for name in arms}
     order, rng = list(arms), random.Random(0)
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
-            synchronize()
-            started, used = time.perf_counter(), time.process_time()
-            arms[name]()
-            synchronize()
-            seconds[name].append((time.perf_counter() - started, time.process_time() - used))
+            samples[name].append(measure(arms[name]))
+    return samples
+
+
+def interleave(
+    arms: Mapping[str, Work], rounds: int = 5, synchronize: Work = lambda: None
+) -> dict[str, Timing]:
+    """Time each arm once a round, in an order drawn anew; the callers have warmed them up."""
+
+    def seconds(work: Work) -> tuple[float, float]:
+        synchronize()
+        started, used = time.perf_counter(), time.process_time()
+        work()
+        synchronize()
+        return time.perf_counter() - started, time.process_time() - used
+
     timings = {}
-    for name, pairs in seconds.items():
+    for name, pairs in turns(arms, rounds, seconds).items():
         clock, cpu = zip(*pairs, strict=True)
         median = statistics.median(clock)
         timings[name] = Timing(median, min(clock), max(clock), rounds, statistics.median(cpu))
@@ -103,8 +116,6 @@ def in_a_process(module: str, *arguments: str) -> dict:
 
 def rig(device: str = "cpu", **more: object) -> dict:
     """What the figures were measured on: without it they say nothing."""
-    import transformers
-
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -116,7 +127,7 @@ def rig(device: str = "cpu", **more: object) -> dict:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "commit": commit.stdout.strip() + ("+" if changed.stdout else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **more,

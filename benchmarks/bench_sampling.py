@@ -1,0 +1,58 @@
+"""From logits to the next token, beside PyTorch's operations. Writes results/sampling.*
+
+    python -m benchmarks.bench_sampling [--quick | --check]
+
+R rows of 50257 logits in fp32, temperature 0.7, top-k 50, no bigram twice in a text of 900 tokens,
+and a draw by exponential noise. Bytes at the least 8 R V: logits in, scores out. The results that
+are compared are the scores; each arm draws by its own noise (ours counts, theirs is PyTorch's
+generator).
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu
+from nanogpt2.kernels.sampling import sample, sample_ref
+
+# rows, tokens, length of the text
+SHAPES = {
+    "full": [(1, 50257, 900), (5, 50257, 900), (64, 50257, 900)],
+    "quick": [(5, 50257, 900)],
+    "check": [(3, 300, 40)],
+}
+TEMPERATURE, TOP_K, NGRAM = 0.7, 50, 2
+
+
+def eager(logits: Tensor, ids: Tensor) -> Tensor:
+    """The processors of generate(), without a loop in Python, and the draw."""
+    repeated = ids[:, :-1] == ids[:, -1:]  # (R, T - 1): where the last token stood before
+    banned = torch.where(repeated, ids[:, 1:], logits.size(1))
+    scores = torch.nn.functional.pad(logits, (0, 1)).scatter(1, banned, -torch.inf)[:, :-1]
+    scores = scores / TEMPERATURE
+    kth = scores.topk(TOP_K).values[:, -1:]
+    scores = scores.masked_fill(scores < kth, -torch.inf)
+    torch.multinomial(scores.softmax(dim=-1), 1)
+    return scores
+
+
+def cases(R: int, V: int, T: int):
+    logits = torch.randn(R, V, device=gpu.DEVICE)
+    ids = torch.randint(V, (R, T), device=gpu.DEVICE)
+    # the last token stood before
+    ids[:, T // 2] = ids[:, -1]
+    samples, step = torch.arange(R, device=gpu.DEVICE), torch.tensor(3, device=gpu.DEVICE)
+
+    def ours(logits: Tensor, ids: Tensor) -> Tensor:
+        return sample(logits, 5, samples, step, TEMPERATURE, TOP_K, ids, None, NGRAM)[1]
+
+    def reference(logits: Tensor, ids: Tensor) -> Tensor:
+        noise = torch.ones_like(logits, dtype=torch.float64)
+        return sample_ref(logits, noise, TEMPERATURE, TOP_K, ids, NGRAM)[1]
+
+    functions = {"ours": ours, "eager": eager, "torch.compile": gpu.compiled(eager)}
+    work = {"forward": (8 * R * V, 40 * R * V)}
+    yield from gpu.passes(f"{R} x {V}", functions, reference, (logits, ids), work)
+
+
+if __name__ == "__main__":
+    gpu.main(__file__, __doc__, SHAPES, cases)

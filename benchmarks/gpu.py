@@ -1,0 +1,429 @@
+"""A kernel beside its peers on one GPU: first right, then timed in turns, then held to the roof.
+
+A bench yields cases, each one pass of one op at one shape by several arms. Of every case:
+
+1. The gate. Each arm's tensors are held to a float32 reference: RMS of the difference / RMS of the
+   reference. If ours is wrong the benchmark ends; a peer that is wrong or fails is left out, and
+   the report says why.
+2. The arms take turns, in a new order every round. Before each the L2 is overwritten, which also
+   takes longer than the CPU needs to launch what follows: CUDA's events see the device's time.
+3. The roof is the least time that the chip allows: that of a copy of as many bytes, which takes its
+   turns among the arms, or that of the operations at the datasheet's bf16 rate, if that is longer.
+
+Without a GPU nothing is timed. `--check` does the first step alone, at tiny shapes, in Triton's
+interpreter where there is no GPU. This file does not know what an op computes.
+"""
+
+import argparse
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter cannot multiply bfloat16
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+if DEVICE == "cpu":
+    # triton reads this when it is imported, after this line
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# RMS ratio: some roundings to the dtype, and the sums of an eager chain of operations
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# 20 times an H100's L2; 0.3 ms of its memory
+FLUSH_BYTES = 2**30
+WARM_UP = 3
+OURS = "ours"
+NO_GPU = "no CUDA device"
+
+Function = Callable[..., Any]
+Arms = Mapping[str, Function | str]  # an arm that is not there is the reason why
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pass of one op at one shape."""
+
+    name: str
+    arms: Arms  # each returns the same tensors
+    reference: Function  # these in float32
+    bytes: float  # what memory must see at the least
+    flops: float
+    bounds: Mapping[str, Function] = field(default_factory=dict)  # timed, with nothing to check
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one arm: seconds at the 20th, 50th and 80th percentile."""
+
+    case: str
+    arm: str
+    low: float
+    median: float
+    high: float
+    rate: float  # bytes a second where memory is the roof, else operations
+    share: float  # of the roof
+    against_ours: float  # times as long as ours
+    memory: int  # bytes at the peak above what lay there before
+
+
+# ---- arms
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(DTYPE)
+
+
+def compiled(function: Function) -> Function | str:
+    """By torch.compile, for one shape."""
+    if DEVICE == "cpu":
+        return NO_GPU
+    # a backward pass is repeated on the same graph
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False)
+
+
+def on_gpu(function: Function) -> Function | str:
+    return function if DEVICE == "cuda" else NO_GPU
+
+
+def liger(module: str, name: str) -> Function | str:
+    """A function of Liger-Kernel's, e.g. ("transformers.functional", "liger_layer_norm")."""
+    if DEVICE == "cpu":
+        return NO_GPU
+    try:
+        return getattr(importlib.import_module(f"liger_kernel.{module}"), name)
+    except ImportError:
+        return "liger-kernel is not installed"
+
+
+def _tuple(results: object) -> tuple[Tensor, ...]:
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+
+def _leaves(inputs: Sequence[object]) -> list[Any]:
+    """Copies that ask for a gradient: an arm may overwrite its own."""
+    return [
+        x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
+        for x in inputs
+    ]
+
+
+def _forward(function: Function, inputs: Sequence[object], grads: Sequence[Tensor]) -> Function:
+    inputs = _leaves(inputs)
+
+    def work() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return _tuple(function(*inputs))
+
+    return work
+
+
+def _both(function: Function, inputs: Sequence[object], grads: Sequence[Tensor]) -> Function:
+    inputs = _leaves(inputs)
+    wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+
+    def work() -> tuple[Tensor, ...]:
+        results = _tuple(function(*inputs))
+        return *results, *torch.autograd.grad(results, wanted, grads)
+
+    return work
+
+
+def _backward(function: Function, inputs: Sequence[object], grads: Sequence[Tensor]) -> Function:
+    inputs, results = _leaves(inputs), []
+    wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+
+    def work() -> tuple[Tensor, ...]:
+        if not results:
+            results.extend(_tuple(function(*inputs)))
+        return torch.autograd.grad(results, wanted, grads, retain_graph=True)
+
+    return work
+
+
+PASSES = {"forward": _forward, "backward": _backward, "forward and backward": _both}
+
+
+def passes(
+    shape: str,
+    functions: Arms,
+    reference: Function,
+    inputs: Sequence[object],
+    work: Mapping[str, tuple[float, float]],
+    bounds: Mapping[str, Function] | None = None,
+) -> Iterator[Case]:
+    """A case for each pass in `work`, which names its bytes and operations.
+
+    The same gradients arrive at each arm: random ones, or 1 where the result is a loss.
+    """
+    # each shape compiles anew
+    torch._dynamo.reset()
+    floats = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+    results = _forward(reference, floats, ())()
+    grads = [randn(*y.shape) if y.dim() else torch.ones_like(y) for y in results]
+    for kind, (size, flops) in work.items():
+        make = PASSES[kind]
+        arms = {
+            name: f if isinstance(f, str) else make(f, inputs, grads)
+            for name, f in functions.items()
+        }
+        expected = make(reference, floats, [grad.float() for grad in grads])
+        yield Case(f"{shape}, {kind}", arms, expected, size, flops, bounds or {})
+
+
+# ---- the gate
+
+
+def rms_ratio(result: Tensor, reference: Tensor) -> float:
+    """RMS of the difference / RMS of the reference, where both are not the same infinity."""
+    assert result.shape == reference.shape, f"{[*result.shape]}, not {[*reference.shape]}"
+    result, reference = result.float(), reference.float()
+    same = result == reference
+    difference = torch.where(same, 0.0, result - reference).pow(2).mean().sqrt()
+    scale = torch.where(reference.isfinite(), reference, 0.0).pow(2).mean().sqrt()
+    return (difference / torch.where(scale > 0, scale, 1.0)).item()
+
+
+def gate(case: Case, tolerance: float) -> tuple[dict[str, float], dict[str, str]]:
+    """-> the error of each arm that may be timed, and why each other may not.
+
+    Raises AssertionError where ours is wrong.
+    """
+    expected = [x.float() for x in _tuple(case.reference())]
+    errors, left_out = {}, {}
+    for name, arm in case.arms.items():
+        if isinstance(arm, str):
+            left_out[name] = arm
+            continue
+        try:
+            found = _tuple(arm())
+            error = max(rms_ratio(x, y) for x, y in zip(found, expected, strict=True))
+        except Exception as failure:
+            if name.startswith(OURS):
+                raise
+            said = str(failure).strip() or type(failure).__name__
+            left_out[name] = f"failed: {said.splitlines()[0][:120]}"
+            continue
+        # a NaN is not within
+        if error <= tolerance:
+            errors[name] = error
+            continue
+        left_out[name] = f"wrong: RMS ratio {error:.1e}, allowed {tolerance:.0e}"
+        assert not name.startswith(OURS), f"{case.name}: {name} is {left_out[name]}"
+    return errors, left_out
+
+
+# ---- the measurement
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return fifths[0], statistics.median(samples), fifths[3]
+
+
+def roof(copy: float, flops: float, peak: float) -> tuple[float, bool]:
+    """Seconds that the chip needs at the least, and whether memory is what it waits for."""
+    return max(copy, flops / peak), copy >= flops / peak
+
+
+def events() -> Callable[[Function], float]:
+    """A stopwatch: seconds of the device's, the caches cold."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def seconds(work: Function) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def peak_memory(work: Function) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def a_copy(size: float) -> Function:
+    """Reads half of the bytes and writes the other half."""
+    source = torch.empty(int(size) // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def measure(
+    case: Case,
+    names: Iterable[str],
+    rounds: int,
+    seconds: Callable[[Function], float],
+    memory: Callable[[Function], int],
+    peak: float,
+) -> tuple[list[Row], dict[str, list[float]]]:
+    """Time the arms of these names and the bounds -> a row for each, and all the samples."""
+    works = {"copy": a_copy(case.bytes), **case.bounds, **{name: case.arms[name] for name in names}}
+    for work in works.values():
+        for _ in range(WARM_UP):
+            work()
+    samples = harness.turns(works, rounds, seconds)
+    found = {name: quantiles(times) for name, times in samples.items()}
+    least, by_memory = roof(found["copy"][1], case.flops, peak)
+    amount = case.bytes if by_memory else case.flops
+    ours = next(median for name, (_, median, _) in found.items() if name.startswith(OURS))
+    rows = [
+        Row(case.name, name, low, median, high, amount / median, least / median, median / ours,
+            memory(works[name]))
+        for name, (low, median, high) in found.items()
+    ]  # fmt: skip
+    return rows, samples
+
+
+# ---- the report
+
+
+def rate(row: Row, by_memory: bool) -> str:
+    if by_memory:
+        return f"{row.rate / 1e9:,.0f} GB/s"
+    return f"{row.rate / 1e12:,.1f} TFLOP/s"
+
+
+def markdown(rows: Sequence[Row], by_memory: Mapping[str, bool]) -> str:
+    header = ["case", "arm", "ms (20-80 %)", "rate", "of the roof", "time / ours", "peak memory"]
+    lines = [
+        (
+            row.case,
+            row.arm,
+            f"{1e3 * row.median:.4f} ({1e3 * row.low:.4f}-{1e3 * row.high:.4f})",
+            rate(row, by_memory[row.case]),
+            f"{row.share:.0%} of {'a copy' if by_memory[row.case] else 'the peak'}",
+            f"{row.against_ours:.2f}",
+            f"{row.memory / 1e6:,.0f} MB",
+        )
+        for row in rows
+    ]
+    return harness.table(header, lines)
+
+
+def draw(path: Path, title: str, cases: Sequence[Mapping], peak: float) -> None:
+    """The roofline: operations a second over operations a byte, each arm a mark."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path.name} was not drawn: matplotlib is not installed", file=sys.stderr)
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    bandwidth = max(
+        case["bytes"] / row["median"]
+        for case in cases
+        for row in case["rows"]
+        if row["arm"] == "copy"
+    )
+    intensities = [case["flops"] / case["bytes"] for case in cases]
+    ends = [min(intensities) / 4, max(*intensities, peak / bandwidth) * 4]
+    steps = [ends[0] * (ends[1] / ends[0]) ** (i / 100) for i in range(101)]
+    axes.loglog(steps, [min(x * bandwidth, peak) / 1e12 for x in steps], "k-", label="the roof")
+    arms = {row["arm"] for case in cases for row in case["rows"]}
+    for arm in sorted(arms - {"copy"}, key=lambda arm: (not arm.startswith(OURS), arm)):
+        marks = [
+            (case["flops"] / case["bytes"], case["flops"] / row["median"] / 1e12)
+            for case in cases
+            for row in case["rows"]
+            if row["arm"] == arm
+        ]
+        axes.loglog(*zip(*marks, strict=True), "o" if arm.startswith(OURS) else "x", label=arm)
+    axes.set(xlabel="FLOP a byte", ylabel="TFLOP/s", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def rig() -> dict:
+    """harness.rig, and what a GPU's figures depend on besides."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):
+        found = ["unknown"]
+    triton = importlib.import_module("triton")
+    return harness.rig("cuda", dtype=str(DTYPE), triton=triton.__version__, driver=found[0])
+
+
+# ---- the command line
+
+
+def main(file: str, doc: str, shapes: Mapping[str, Sequence[tuple]], cases: Function) -> None:
+    """`python -m benchmarks.bench_<op>`: shapes["full" | "quick" | "check"], cases(*shape)."""
+    title, _, about = doc.split("\n\n", 2)
+    title, name = title.splitlines()[0], Path(file).stem.removeprefix("bench_")
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--check", action="store_true", help="compare results only, tiny shapes")
+    parser.add_argument("--quick", action="store_true", help="few shapes; writes nothing")
+    parser.add_argument("--rounds", type=int, default=50)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    size = "check" if args.check else "quick" if args.quick else "full"
+    chosen = (case for shape in shapes[size] for case in cases(*shape))
+    if args.check:
+        check(name, chosen)
+    elif DEVICE == "cpu":
+        print(f"{name}: not measured, {NO_GPU}; --check compares the results all the same")
+    else:
+        run(name, title, about.strip(), chosen, args.rounds, keep=not args.quick)
+
+
+def check(name: str, cases: Iterable[Case]) -> None:
+    rows, left_out = [], {}
+    for case in cases:
+        errors, reasons = gate(case, TOLERANCE[DTYPE])
+        rows += [(case.name, arm, f"{error:.1e}") for arm, error in errors.items()]
+        left_out |= reasons
+    print(harness.table([f"{name}: case", "arm", f"RMS ratio (<= {TOLERANCE[DTYPE]:g})"], rows))
+    for arm, reason in left_out.items():
+        print(f"{arm}: {reason}")
+
+
+def run(name: str, title: str, about: str, cases: Iterable[Case], rounds: int, keep: bool) -> None:
+    from nanogpt2.training.estimate import device_rate, measure_matmul_rate
+
+    machine, peak = rig(), device_rate("cuda", "bfloat16")
+    products = measure_matmul_rate("cuda", "bfloat16")
+    stopwatch, rows, raw, left_out, by_memory = events(), [], [], {}, {}
+    for case in cases:
+        print(case.name, file=sys.stderr)
+        errors, reasons = gate(case, TOLERANCE[DTYPE])
+        found, samples = measure(case, errors, rounds, stopwatch, peak_memory, peak.flops)
+        copy = next(row.median for row in found if row.arm == "copy")
+        by_memory[case.name] = roof(copy, case.flops, peak.flops)[1]
+        rows += found
+        left_out |= {f"{case.name}: {arm}": reason for arm, reason in reasons.items()}
+        raw.append(
+            {"case": case.name, "bytes": case.bytes, "flops": case.flops, "errors": errors}
+            | {"rows": [asdict(row) for row in found], "seconds": samples}
+        )
+    notes = [
+        f"The peak is {peak.flops / 1e12:,.0f} TFLOP/s ({peak.source}); products of 4096 x 4096 "
+        f"reached {products / 1e12:,.0f} in this run. Median of {rounds} rounds.",
+        *(f"Not timed: {arm}: {reason}." for arm, reason in left_out.items()),
+    ]
+    body = "\n\n".join([about, markdown(rows, by_memory), *notes])
+    numbers = {"cases": raw, "left_out": left_out, "peak": peak.flops, "products": products}
+    harness.report(name, title, machine, body, numbers, keep)
+    if keep:
+        draw(harness.RESULTS / f"{name}.png", title, raw, peak.flops)
