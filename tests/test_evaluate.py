@@ -442,7 +442,7 @@ def test_labels_and_models_that_do_not_fit(capsys, classifier, models, tmp_path)
 def test_published_figures_are_named_as_ours(capsys, models, monkeypatch, tmp_path):
     ours = models[0]
     path = write_lines(tmp_path / "h.jsonl", QUESTION)
-    monkeypatch.setattr(evaluate, "load_model", lambda *_: ours)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: ours)
     monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: TOKENIZER)
     shown = run(capsys, path, "--model", "gpt2", "--task", "hellaswag")
     rows = [line.split("  ")[0] for line in shown.splitlines()]

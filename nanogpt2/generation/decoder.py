@@ -1,8 +1,8 @@
 """How a model reads tokens while it generates: what is read once is kept, and shared by the rows.
 
-Three ways, with the same results but for rounding. `ModelDecoder` runs model.py with its cache, on
-any device; so does `KernelDecoder`, with Triton's kernels. `RowsDecoder` is for a few rows on a
-CPU, where a step takes as long as the weights take to be read if only nothing else does:
+Two ways, with the same results but for rounding. `ModelDecoder` runs model.py with its cache, on
+any device and by either kernels. `RowsDecoder` is for a few rows on a CPU, where a step takes as
+long as the weights take to be read if only nothing else does:
 
 - the same arithmetic without the modules' steps, and products made for few rows (packed.py);
 - the prompt's keys and values are stored once, and read once for all of its rows:
@@ -58,6 +58,9 @@ class Decoder(Protocol):
     def reorder(self, parents: Tensor) -> None:
         """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
 
+    def drop(self, count: int) -> None:
+        """Forget the last positions, of a prompt with one row."""
+
     def forget(self) -> None:
         """Begin anew, with all N rows."""
 
@@ -65,12 +68,10 @@ class Decoder(Protocol):
 def decoder_for(
     model: GPT, prompts: int, rows: int, max_length: int, left_padded: bool = True
 ) -> Decoder:
-    """The faster of those that can run this model, which Triton's kernels do where it has them.
+    """The faster of the two that can run this model.
 
     left_padded: all that masks will hide is padding before the prompts' first tokens.
     """
-    if model.kernels == "triton" and left_padded:
-        return KernelDecoder(model, prompts, rows, max_length)
     weight = model.wpe.weight
     linears = [m for layer in map(_Layer, model.h) for m in layer.linears]
     few = (
@@ -82,18 +83,19 @@ def decoder_for(
         and all(type(m) is Linear or isinstance(m, Product) for m in linears)
         and can_pack()
     )
-    kind: type[Decoder] = RowsDecoder if few else ModelDecoder
-    return kind(model, prompts, rows, max_length)
+    if few:
+        return RowsDecoder(model, prompts, rows, max_length)
+    return ModelDecoder(model, prompts, rows, max_length, left_padded)
 
 
 class ModelDecoder:
     """Runs model.py with its cache."""
 
-    _masked = True  # what is hidden, masks hide
-
-    def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
+    def __init__(
+        self, model: GPT, prompts: int, rows: int, max_length: int, left_padded: bool = True
+    ) -> None:
         self._model, self._rows = model, rows
-        self._cache = model.new_cache(prompts, max_length, masked=self._masked)
+        self._cache = model.new_cache(prompts, max_length, masked=not left_padded)
         self._shared = 0  # positions of the cache that are the same in all rows of a prompt
         self.forked = rows == 1
 
@@ -104,6 +106,11 @@ class ModelDecoder:
 
     def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         """See Decoder."""
+        if mask is not None and isinstance(self._cache, SharedCache):
+            if self.length == 0:
+                # the last token sees all but the padding
+                self._cache.start = mask[:, 0, -1].int().argmax(dim=1).int()
+            mask = None
         return self._model.hidden_states(ids, positions, mask, self._cache)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -119,22 +126,13 @@ class ModelDecoder:
         """See Decoder."""
         self._cache.reorder(parents, start=self._shared)
 
+    def drop(self, count: int) -> None:
+        """See Decoder."""
+        self._cache.length -= count
+
     def forget(self) -> None:
         """See Decoder."""
         self._shared = self._cache.length = 0
-
-
-class KernelDecoder(ModelDecoder):
-    """Runs model.py with Triton's kernels, and with a cache whose rows share what is the same."""
-
-    _masked = False
-
-    def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
-        """See Decoder."""
-        if mask is not None and isinstance(self._cache, SharedCache) and self.length == 0:
-            # the last token sees all but the padding
-            self._cache.start = mask[:, 0, -1].int().argmax(dim=1).int()
-        return super().read(ids, positions, None)
 
 
 class RowsDecoder:
@@ -220,6 +218,10 @@ class RowsDecoder:
         self._own[..., : W - count, :] = self._own[:, :, parents, :, count:W]
         self._origin = self._origin[:, count:]
         self._S, self._W = S + count, W - count
+
+    def drop(self, count: int) -> None:
+        """See Decoder."""
+        self._S -= count
 
     def forget(self) -> None:
         """See Decoder."""
