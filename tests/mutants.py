@@ -26,6 +26,7 @@ COPIED = ("nanogpt2", "kernels", "tests", "benchmarks", "pyproject.toml", "train
 SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
+DECODER, PACKED = "test_decoder.py", "test_packed.py"
 KILLS = "test_kills.py::test_the_store_loses_nothing"
 DISK = "test_checkpoint.py::test_what_must_be_on_the_disk_before_what"
 ORDER = "test_checkpoint.py::test_the_order_of_a_commit"
@@ -244,6 +245,25 @@ MUTANTS: dict[str, list[Mutant]] = {
             "    if request.config.renormalize_logits:",
             "    if False:",
         ),
+        Mutant(
+            "top_p at once: two that are alike are not looked for",
+            "    if (best.values.gather(1, last) == best.values.gather(1, last - 1)).any():\n"
+            "        return None\n",
+            "",
+            (PROCESSORS,),
+        ),
+        Mutant(
+            "top_p at once: `keep` forgotten",
+            "(tails > 1 - p).sum(dim=1, keepdim=True).clamp(min=keep)",
+            "(tails > 1 - p).sum(dim=1, keepdim=True).clamp(min=1)",
+            (PROCESSORS,),
+        ),
+        Mutant(
+            "top_p at once: what lies outside is not counted",
+            "rest + masses.flip(1)",
+            "masses.flip(1)",
+            (PROCESSORS,),
+        ),
     ],
     "generation/beam.py": [
         Mutant(
@@ -403,10 +423,10 @@ MUTANTS: dict[str, list[Mutant]] = {
     "generation/sampling.py": [
         Mutant(
             "rows that ended do not draw",
-            "                tokens = noise.draw(scores.softmax(dim=1), 1, step).squeeze(1)",
-            "                tokens = filler.repeat(len(ids))\n"
-            "                p = scores[running].softmax(dim=1)\n"
-            "                tokens[running] = noise.draw(p, 1, step).squeeze(1)",
+            "            tokens, scores = choose(ids, engine.next_scores(ids), step)",
+            "            tokens = filler.repeat(len(ids))\n"
+            "            scores = engine.next_scores(ids)\n"
+            "            tokens[running] = choose(ids[running], scores[running], step)[0]",
             ("test_parity.py::test_rows_that_ended_go_on_drawing",),
         ),
         Mutant(
@@ -454,12 +474,36 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "counter: every sample draws alike",
-            "_mix(self._samples + ",
-            "_mix(self._samples * 0 + ",
+            "_mix(self.samples + ",
+            "_mix(self.samples * 0 + ",
             (NOISE,),
         ),
         Mutant(
             "counter: uniform, not exponential", "return -uniform.log()", "return uniform", (NOISE,)
+        ),
+        Mutant(
+            "few: noise of the wrong columns",
+            "return few.best(lambda rows, columns: _exponential(uniform[rows, columns]), count)",
+            "return few.best(lambda rows, columns: _exponential(uniform[rows, rows]), count)",
+            (NOISE,),
+        ),
+        Mutant(
+            "few: a row with too few draws what is impossible",
+            " or int(counts.min()) < count",
+            "",
+            (NOISE,),
+        ),
+        Mutant(
+            "few: what is no probability is drawn from",
+            '    if not (low >= 0 and high < float("inf")):\n        return None\n',
+            "",
+            (NOISE,),
+        ),
+        Mutant(
+            "few: float32's uniform variables, of another stream",
+            "                probabilities.shape, dtype=torch.float64, generator",
+            "                probabilities.shape, dtype=torch.float32, generator",
+            (NOISE,),
         ),
         Mutant(
             "the stream's own seed ignored",
@@ -473,13 +517,131 @@ MUTANTS: dict[str, list[Mutant]] = {
             "torch.multinomial(probabilities, count, True, generator",
         ),
     ],
-    "generation/engine.py": [
+    "generation/decoder.py": [
         Mutant(
             "cache reordered from the wrong position",
-            "start=self.shared)",
-            "start=self.shared + 1)",
-            ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
+            "start=self._shared)",
+            "start=self._shared + 1)",
+            (DECODER,),
         ),
+        Mutant(
+            "the two parts of attention weigh the wrong way round",
+            "(shared_lse - own_lse)",
+            "(own_lse - shared_lse)",
+            (DECODER,),
+        ),
+        Mutant(
+            "what rows have of their own is not reordered",
+            "self._own[:, :, parents, :, count:W]",
+            "self._own[..., count:W, :].clone()",
+            (DECODER,),
+        ),
+        Mutant(
+            "what becomes shared is always the first row's",
+            "first = parents[:: self._rows]",
+            "first = torch.arange(0, len(parents), self._rows)",
+            (DECODER,),
+        ),
+        Mutant(
+            "what is the same in one prompt is shared in all",
+            ".all(dim=1).all(dim=0)",
+            ".all(dim=1).any(dim=0)",
+            (DECODER,),
+        ),
+        Mutant("nothing is ever shared again", "count = int((", "count = 0 * int((", (DECODER,)),
+        Mutant(
+            "descent is not followed",
+            "        self._origin = self._origin[parents]\n",
+            "",
+            (DECODER,),
+        ),
+        Mutant(
+            "more room, and nothing in it",
+            "            own[..., : self._W, :] = self._own[..., : self._W, :]\n",
+            "",
+            (DECODER,),
+        ),
+        Mutant(
+            "a prompt's padding is seen by what follows it",
+            "seen = None if mask is None else mask[:: self._rows, :, :, : self._S]",
+            "seen = None",
+            (DECODER,),
+        ),
+        Mutant(
+            "anew, with what was before",
+            "        self._S = self._W = 0\n        self._origin = self._origin[:, :0]\n",
+            "        self._S = 0\n",
+            (DECODER,),
+        ),
+        Mutant(
+            "adapters are not seen",
+            "type(m) is Linear or isinstance(m, Product)",
+            "isinstance(m, Linear.__base__ | Product)",
+            (DECODER,),
+        ),
+        Mutant(
+            "several tokens see what comes after them",
+            "dtype=torch.bool).tril(self.length)",
+            "dtype=torch.bool)",
+            (DECODER,),
+        ),
+    ],
+    "packed.py": [
+        Mutant(
+            "int8: the middle left out",
+            "torch.addcmul(self._bias, mid, self._sums)",
+            "self._bias",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: one range for all rows",
+            "low, high = torch.aminmax(x, dim=-1, keepdim=True)",
+            "low, high = (m.expand(*x.shape[:-1], 1) for m in torch.aminmax(x))",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: one scale for all outputs",
+            "tensor.float().abs().amax(dim=1) / 127",
+            "tensor.float().abs().amax().expand(len(tensor)) / 127",
+            (PACKED,),
+        ),
+        Mutant("int8: cut, not rounded", ".round_().to(torch.int8)", ".to(torch.int8)", (PACKED,)),
+        Mutant(
+            "int8: a row of one number divides by nothing",
+            "((high - low) / 2).clamp_(min=LEAST)",
+            "(high - low) / 2",
+            (PACKED,),
+        ),
+        Mutant("the other GELU", 'approximate="tanh"', 'approximate="none"', (PACKED,)),
+        Mutant(
+            "laid out for a prompt as well",
+            "if self._left > 0 and x.numel() <= FEW_ROWS * x.size(-1):",
+            "if self._left > 0:",
+            (PACKED,),
+        ),
+        Mutant(
+            "never laid out",
+            "            if self._left == 0:\n",
+            "            if False:\n",
+            (PACKED,),
+        ),
+        Mutant(
+            "the head left wide",
+            "self.head = _product(state, EMBEDDING, None, scheme, 0)",
+            "self.head = _product({EMBEDDING: state[EMBEDDING].float()}, EMBEDDING, None, None, 0)",
+            (PACKED,),
+        ),
+        Mutant(
+            "rows of the embedding without their scale",
+            "x if self._scale is None else",
+            "x if True else",
+            (PACKED,),
+        ),
+        Mutant(
+            "a loss that counts all", "(targets != -100).sum()", "targets.numel() / 2", (PACKED,)
+        ),
+    ],
+    "generation/engine.py": [
         Mutant(
             "positions count pads",
             "(keys.cumsum(1) - 1).clamp(min=0)",
@@ -499,9 +661,9 @@ MUTANTS: dict[str, list[Mutant]] = {
             ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
         ),
         Mutant(
-            "a context that slid reorders from its old prompt's end",
-            "self.base, self.shared, self.cache.length = min(self.starts), 0, 0",
-            "self.base, self.cache.length = min(self.starts), 0",
+            "a context that slid goes on from what was read",
+            "        self.decoder.forget()\n",
+            "",
             (GENERATION,),
         ),
         Mutant(

@@ -117,6 +117,7 @@ def test_beginning_anew_with_all_rows(model):
     decoder = RowsDecoder(model, B, ROWS, LENGTH)
     decoder.read(prompts(B, 3), None, None)
     decoder.fork()
+    decoder.read(prompts(B * ROWS, 1), None, None)
     decoder.forget()
     close(decoder.read(ids, None, None)[:, -1], known_by_the_model(model, ids))
     decoder.reorder(torch.tensor([2, 2, 2, 3, 3, 3]))

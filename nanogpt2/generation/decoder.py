@@ -210,8 +210,8 @@ class RowsDecoder:
             return
         self._origin = self._origin[parents]
         of_a_prompt = self._origin.view(-1, self._rows, self._W)
-        same = (of_a_prompt == of_a_prompt[:, :1]).all(dim=1).all(dim=0)  # (W,)
-        count = int(same.int().cumprod(0).sum())
+        # rows that share a token share all before it
+        count = int((of_a_prompt == of_a_prompt[:, :1]).all(dim=1).all(dim=0).sum())
         S, W = self._S, self._W
         first = parents[:: self._rows]
         self._shared[..., S : S + count, :] = self._own[:, :, first, :, :count]

@@ -58,7 +58,7 @@ class StreamNoise:
         which is for the options to blame, and FloatingPointError after it.
         """
         few = _possible(probabilities, count)
-        if few is not None and probabilities.device.type == "cpu" and _stream_is_uniform():
+        if few is not None and _stream_is_uniform():
             uniform = torch.rand(
                 probabilities.shape, dtype=torch.float64, generator=self._generator
             )
