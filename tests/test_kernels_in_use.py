@@ -347,6 +347,16 @@ def test_nothing_left_to_draw(device, kernels):
         generate(model, torch.tensor([[0]]), max_new_tokens=3, **options)
 
 
+def test_more_new_tokens_than_the_kernel_takes_at_once(device):
+    model, ours = pair(device, n_layer=1, block_size=40)
+    x, _ = batch(device, T=38)
+    cache = ours.new_cache(2)
+    with torch.no_grad(), Calls() as calls:
+        parts = [ours.hidden_states(part, cache=cache) for part in x.split([2, 35, 1], dim=1)]
+        assert rms_ratio(torch.cat(parts, dim=1), model.hidden_states(x)) < BOUND
+    assert calls.count["decode_attention"] == 3 + 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.usefixtures("bf16_dots")
 def test_half_precision(device, dtype):
@@ -403,6 +413,8 @@ def test_auto_goes_by_the_device_the_package_and_the_heads(monkeypatch):
 
 
 def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(ValueError, match="for narrow weights, not triton"):
+        load_model("demo", "cpu", quantize="int8", kernels="triton")
     with pytest.raises(ValueError, match=r"^kernels must be auto, torch or triton, not 'cuda'"):
         GPT(SHAPE).use_kernels("cuda")
     with pytest.raises(ValueError, match="on mps, not triton"):
@@ -446,7 +458,7 @@ SCRIPTS = [
     ["sample.py", "Hi", "--model", "demo"],
     ["sample.py", "Hi", "--model", "demo", "--classify"],
     ["train.py", "pydocs", "--init", "demo", "--out", "nowhere"],
-    ["-m", "nanogpt2.evaluate", "README.md", "--model", "demo"],
+    ["-m", "nanogpt2.evaluate", "sample.py", "--model", "demo"],
 ]
 
 
