@@ -488,6 +488,21 @@ def folder(tmp_path, monkeypatch):
 SAID = "kernels: triton "
 
 
+def test_heads_that_the_kernels_do_not_take_are_wrong_use(capsys, folder, device):
+    save_model(GPT(GPTConfig(257, 16, 1, 2, 16)), "small", byte_tokenizer())
+    with pytest.raises(SystemExit) as stopped:
+        run_sample("small", "Hello", "--kernels", "triton")
+    line = "kernels must be auto or torch for 2 heads of 8, not triton"
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.startswith(f"error: --model {line}")
+    argv = ["book.txt", "--init", "scratch", "--n_embd", "16", "--n_head", "2"]
+    argv += ["--tokenizer", "bytes", "--block_size", "8", "--out", "none"]
+    assert run_train(*argv, "--kernels", "triton") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --init {line}") and len(err) <= 201
+    assert not Path("none").exists()
+
+
 def test_sample_says_what_runs(capsys, folder, device):
     for kernels in ("triton", "torch"):
         argv = ["Hello", "--max_new_tokens", "4", "--seed", "1", "--noise", "counter"]
