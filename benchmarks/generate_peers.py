@@ -14,7 +14,6 @@ written here, by the format's specification (ggml docs/gguf.md) and the names of
 """
 
 import importlib
-import inspect
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,7 +49,7 @@ def need(module: str):
 
 
 class Ours:
-    """nanogpt2.generate; `quantize` is load_model's, `noise` an option of generate."""
+    """nanogpt2.generate; `quantize` is load_generator's, `noise` an option of generate."""
 
     def __init__(
         self,
@@ -60,12 +59,9 @@ class Ours:
         quantize: str | None = None,
         noise: str = "hf",
     ) -> None:
-        from nanogpt2 import load_model
+        from nanogpt2 import load_generator
 
-        narrow = {} if quantize is None else {"quantize": quantize}
-        if narrow.keys() - inspect.signature(load_model).parameters:
-            raise MissingError("load_model takes no quantize")
-        self.model = load_model(folder, device, dtype, **narrow)
+        self.model = load_generator(folder, device, dtype, quantize)
         self.noise = noise
 
     def generate(self, prompt: list[int], new: int, seed: int = 0, **options) -> list[int]:
@@ -93,7 +89,8 @@ class Ours:
         request = prepare(self.model.config, device, config, torch.tensor([prompt]))
         engine = Engine(self.model, request)
         engine.next_scores(request.ids.repeat_interleave(request.rows, dim=0))
-        return engine.cache
+        weights = ("_model", "_layers")
+        return {name: x for name, x in vars(engine.decoder).items() if name not in weights}
 
 
 class Transformers:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nanogpt2.model import GPT as GPT
     from nanogpt2.tokenizer import Tokenizer as Tokenizer
     from nanogpt2.weights import load_classifier as load_classifier
+    from nanogpt2.weights import load_generator as load_generator
     from nanogpt2.weights import load_model as load_model
     from nanogpt2.weights import load_tokenizer as load_tokenizer
     from nanogpt2.weights import save_model as save_model
@@ -26,6 +27,7 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "generate": "generation",
     "load_classifier": "weights",
+    "load_generator": "weights",
     "load_model": "weights",
     "load_tokenizer": "weights",
     "save_model": "weights",

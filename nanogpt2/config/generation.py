@@ -53,6 +53,11 @@ class GenerationConfig:
     stochastic_beams: bool = flag(
         False, "draw num_beams different texts, likely ones first, instead of searching"
     )
+    prompt_lookup_num_tokens: int | None = flag(
+        None,
+        "of one text: guess so many tokens from what came before; the same text, sooner",
+        low=1,
+    )
     penalty_alpha: float | None = flag(
         None, "contrastive search: the weight of being unlike the text so far", low=0, high=1
     )
@@ -109,6 +114,9 @@ class GenerationConfig:
             raise ValueError("noise must be hf without a seed, not 'counter'")
         if self.num_beam_groups > 1 or self.diversity_penalty > 0:
             self._check_diverse()
+        if self.prompt_lookup_num_tokens is not None:
+            name = "prompt_lookup_num_tokens"
+            self._refuse(name, "num_return_sequences", "num_beams", "penalty_alpha")
         if self.penalty_alpha is not None:
             self._check_contrastive()
         if self.force_words_ids is not None:

@@ -37,6 +37,7 @@ NEUTRAL_FLAGS = (
     "max_time",
     "noise",
     "first_sample",
+    "prompt_lookup_num_tokens",
     "output_scores",
 )
 DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)

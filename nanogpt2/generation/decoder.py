@@ -58,6 +58,9 @@ class Decoder(Protocol):
     def reorder(self, parents: Tensor) -> None:
         """Make row n the continuation of row parents[n], int64 (N,), of the same prompt."""
 
+    def drop(self, count: int) -> None:
+        """Forget the last positions, of a prompt with one row."""
+
     def forget(self) -> None:
         """Begin anew, with all N rows."""
 
@@ -122,6 +125,10 @@ class ModelDecoder:
     def reorder(self, parents: Tensor) -> None:
         """See Decoder."""
         self._cache.reorder(parents, start=self._shared)
+
+    def drop(self, count: int) -> None:
+        """See Decoder."""
+        self._cache.length -= count
 
     def forget(self) -> None:
         """See Decoder."""
@@ -212,6 +219,10 @@ class RowsDecoder:
         self._origin = self._origin[:, count:]
         self._S, self._W = S + count, W - count
 
+    def drop(self, count: int) -> None:
+        """See Decoder."""
+        self._S -= count
+
     def forget(self) -> None:
         """See Decoder."""
         self._S = self._W = 0
@@ -242,15 +253,16 @@ class RowsDecoder:
         N, H, _, D = q.shape
         keys, values = self._own[:, layer, :, :, : self._W + 1]
         keys[:, :, self._W :], values[:, :, self._W :] = k, v
-        own, own_lse = _attention(q, keys, values)  # (N, H, 1, D), (N, H, 1)
+        seen = None if mask is None else mask[..., self._S :]
+        own, own_lse = _attention(q, keys, values, seen)  # (N, H, 1, D), (N, H, 1)
         keys, values = self._shared[:, layer, :, :, : self._S]
         # the rows of a prompt are so many queries to one
         queries = q.view(-1, self._rows, H, D).transpose(1, 2)  # (B, H, rows, D)
         seen = None if mask is None else mask[:: self._rows, :, :, : self._S]
-        all_, all_lse = _attention(queries, keys, values, seen)
-        all_ = all_.transpose(1, 2).reshape(N, H, 1, D)
-        all_lse = all_lse.transpose(1, 2).reshape(N, H, 1)
-        return own.lerp(all_, (all_lse - own_lse).sigmoid_()[..., None])
+        shared, shared_lse = _attention(queries, keys, values, seen)
+        shared = shared.transpose(1, 2).reshape(N, H, 1, D)
+        shared_lse = shared_lse.transpose(1, 2).reshape(N, H, 1)
+        return own.lerp(shared, (shared_lse - own_lse).sigmoid_()[..., None])
 
 
 def _attention(

@@ -48,25 +48,33 @@ class Engine:
 
         Raises FloatingPointError where the model's best score is no finite number.
         """
+        # until the first token is chosen the rows of a prompt are one
+        one = not self.decoder.forked
+        scores = self._scores(self._read(ids)[:, -1])  # (B, V) or (N, V)
+        if one:
+            self.decoder.fork()
+            scores = scores.repeat_interleave(self.rows, dim=0)
+        return scores
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Read the tokens that are new: int64 (N, T), all so far -> (B or N, new, C)."""
         length = ids.size(1)
         if length - self.base > self.block_size:
             self._slide(length)
         known = self.base + self.decoder.length
-        # until the first token is chosen the rows of a prompt are one
-        one = not self.decoder.forked
-        rows = slice(None, None, self.rows if one else 1)
+        rows = slice(None, None, 1 if self.decoder.forked else self.rows)
         positions, mask = self._positions_and_mask(known, length, rows)
-        x = self.decoder.read(ids[rows, known:], positions, mask)
-        self.hidden = x
-        scores = self.decoder.logits(x[:, -1]).float()  # (B, V) or (N, V)
+        self.hidden = self.decoder.read(ids[rows, known:], positions, mask)
+        return self.hidden
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """(R, C) -> float32 (R, V). Raises FloatingPointError as next_scores does."""
+        scores = self.decoder.logits(x).float()
         if not scores.amax(dim=1).isfinite().all():
             raise FloatingPointError(
                 "the model's scores are not finite numbers: are its weights damaged, or its dtype "
                 "too narrow?"
             )
-        if one:
-            self.decoder.fork()
-            scores = scores.repeat_interleave(self.rows, dim=0)
         return scores
 
     def _slide(self, length: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt2 import ops
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.generation.lookup import LookupEngine
 from nanogpt2.generation.noise import CounterNoise, Noise, StreamNoise, nothing_left
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Processor, Request
@@ -40,9 +41,11 @@ class Step:
 def decode(model: GPT, request: Request) -> Iterator[Step]:
     """Yield step after step; N = B * num_return_sequences, the rows of a prompt side by side."""
     device = request.ids.device
-    engine, stopping = Engine(model, request), Stopping(request)
-    choose = chooser(model, request)
     ids = request.ids.repeat_interleave(request.rows, dim=0)  # (N, T)
+    looks_up = request.config.prompt_lookup_num_tokens is not None and len(ids) == 1
+    engine = (LookupEngine if looks_up else Engine)(model, request)
+    stopping = Stopping(request)
+    choose = chooser(model, request)
     running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
     filler = torch.tensor(filler_token(request), device=device)
     with evaluating(model):
