@@ -270,7 +270,7 @@ WAYS = {
         "seed": 2**63 - 1,
         "num_return_sequences": 2,
         "first_sample": 5,
-        "no_repeat_ngram_size": 2,
+        "no_repeat_ngram_size": 1,
         "temperature": 0.7,
         "top_k": 5,
     },
@@ -309,6 +309,16 @@ def test_generate(device, way):
     assert calls.count["attention"] == 1, "the prompt, once"
     assert calls.count["decode_attention"] == steps - 1
     assert calls.count["sample"] == (6 if way in FUSED else 0)
+
+
+def test_guesses_are_read_side_by_side(device):
+    model, ours = pair(device, n_layer=1)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 3, 1, 4]])
+    options = {"max_new_tokens": 6, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+    with Calls() as calls:
+        found = generate(ours, ids, **options)
+    assert calls.count["decode_attention"] <= 5
+    assert torch.equal(found.sequences, generate(model, ids, **options).sequences)
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams"])
