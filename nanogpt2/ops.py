@@ -6,7 +6,6 @@ in a kernel is an error, and nothing goes on with the other. Triton is imported 
 nowhere else. This file does not know what a transformer is.
 """
 
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -71,10 +70,10 @@ def describe_kernels(asked: str, kernels: str, device: torch.device | str) -> st
         return ""
     if kernels == "torch":
         return f"kernels: torch {torch.__version__}"
-    from nanogpt2.kernels.attention import INTERPRETED
+    import triton
 
-    how = ", interpreted" if INTERPRETED else ""
-    return f"kernels: triton {version('triton')}{how} ({', '.join(ROOMS)})"
+    how = ", interpreted" if triton.knobs.runtime.interpret else ""
+    return f"kernels: triton {triton.__version__}{how} ({', '.join(ROOMS)})"
 
 
 class Seen(NamedTuple):

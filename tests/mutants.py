@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 COPIED = ("nanogpt2", "kernels", "tests", "benchmarks", "pyproject.toml", "train.py", "sample.py")
 SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
+KERNELS = "test_kernels_in_use.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
 DECODER, PACKED = "test_decoder.py", "test_packed.py"
 KILLS = "test_kills.py::test_the_store_loses_nothing"
@@ -424,9 +425,10 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant(
             "rows that ended do not draw",
             "            tokens, scores = choose(ids, engine.next_scores(ids), step)",
-            "            tokens = filler.repeat(len(ids))\n"
             "            scores = engine.next_scores(ids)\n"
-            "            tokens[running] = choose(ids[running], scores[running], step)[0]",
+            "            drawn, kept = choose(ids[running], scores[running], step)\n"
+            "            tokens = filler.repeat(len(ids))\n"
+            "            tokens[running], scores[running] = drawn, kept",
             ("test_parity.py::test_rows_that_ended_go_on_drawing",),
         ),
         Mutant(
@@ -464,12 +466,132 @@ MUTANTS: dict[str, list[Mutant]] = {
             "step = ids.size(1)",
             (NOISE,),
         ),
+        Mutant(
+            "kernels: the draw is not fused",
+            'model.kernels == "triton" and',
+            "False and",
+            (f"{KERNELS}::test_generate",),
+        ),
+        Mutant(
+            "kernels: a chain is fused that does more",
+            "{name for name, _ in chain} <= FUSED",
+            "bool(FUSED)",
+            (f"{KERNELS}::test_generate",),
+        ),
+        Mutant(
+            "kernels: a token is made up where none is possible",
+            "if (tokens < 0).any():",
+            "if False:",
+            (f"{KERNELS}::test_nothing_left_to_draw",),
+        ),
+        *(
+            Mutant(
+                f"kernels: the fused draw without {name}",
+                f"{name}=config.{name}",
+                f"{name}={off}",
+                (f"{KERNELS}::test_generate",),
+            )
+            for name, off in (
+                ("no_repeat_ngram_size", "0"),
+                ("temperature", "1.0 or config.temperature"),
+                ("top_k", "0 and config.top_k"),
+            )
+        ),
+    ],
+    "ops.py": [
+        *(
+            Mutant(
+                f"kernels: PyTorch takes over: {room}",
+                f'if kernels == "triton":\n        from nanogpt2.kernels import {room} as room',
+                f"if not kernels:\n        from nanogpt2.kernels import {room} as room",
+                (KERNELS,),
+            )
+            for room in ("layer_norm", "gelu", "softmax", "cross_entropy")
+        ),
+        Mutant(
+            "kernels: PyTorch takes over: attention in training",
+            'if kernels == "triton" and not isinstance(mask, Tensor):\n'
+            "        from nanogpt2.kernels import attention as room\n\n        # in place",
+            "if not kernels:\n"
+            "        from nanogpt2.kernels import attention as room\n\n        # in place",
+            (f"{KERNELS}::test_training",),
+        ),
+        Mutant(
+            "kernels: no dropout in attention",
+            '"dropout": dropout,\n        "deterministic"',
+            '"dropout": 0.0,\n        "deterministic"',
+            (f"{KERNELS}::test_dropout",),
+        ),
+        Mutant(
+            "kernels: padding in training is seen",
+            "start = None if mask is None else mask.start",
+            "start = None",
+            (f"{KERNELS}::test_left_padding",),
+        ),
+        Mutant(
+            "kernels: padding of a prompt is seen",
+            "room.attention(q, k, v, causal, start=seen.start, ",
+            "room.attention(q, k, v, causal, ",
+            (f"{KERNELS}::test_generate",),
+        ),
+        Mutant(
+            "kernels: padding in the cache is seen",
+            "start=start, ancestors=ancestors)",
+            "ancestors=ancestors)",
+            (f"{KERNELS}::test_generate",),
+        ),
+        Mutant(
+            "kernels: beams forget whose keys are theirs",
+            "start=start, ancestors=ancestors)",
+            "start=start)",
+            (f"{KERNELS}::test_generate",),
+        ),
+        Mutant(
+            "kernels: many new tokens see what comes after them",
+            "filled = lengths - (T - first - some.size(2))",
+            "filled = lengths",
+            (f"{KERNELS}::test_more_new_tokens_than_the_kernel_takes_at_once",),
+        ),
+        Mutant(
+            "kernels: auto takes any heads",
+            'if n_embd // n_head in HEAD_SIZES and n_embd <= MAX_COLUMNS:\n        return "triton"',
+            'if asked == "auto" or n_embd // n_head in HEAD_SIZES:\n        return "triton"',
+            (f"{KERNELS}::test_auto_goes_by_the_device_the_package_and_the_heads",),
+        ),
+        Mutant(
+            "kernels: triton on a CPU without its interpreter",
+            'if not (kind == "cuda" or (INTERPRETED and kind == "cpu")):',
+            'if kind not in ("cuda", "cpu"):',
+            (f"{KERNELS}::test_triton_without_a_gpu_is_wrong_use",),
+        ),
+    ],
+    "model.py": [
+        Mutant(
+            "kernels: some parts are not told",
+            "LayerNorm | CausalSelfAttention | MLP",
+            "LayerNorm | CausalSelfAttention",
+            (f"{KERNELS}::test_training",),
+        ),
+    ],
+    "generation/decoder.py": [
+        Mutant(
+            "kernels: a mask with holes is taken for padding",
+            "masked=not left_padded",
+            "masked=False",
+            (f"{KERNELS}::test_a_mask_with_holes_is_pytorchs",),
+        ),
+        Mutant(
+            "kernels: rows start where they did before they slid",
+            "if self.length == 0:\n                # the last token",
+            "if self._cache.start is None:\n                # the last token",
+            (f"{KERNELS}::test_a_long_text_slides",),
+        ),
     ],
     "generation/noise.py": [
         Mutant(
             "counter: every step draws alike",
-            "_mix_int(self._seed)) + step)",
-            "_mix_int(self._seed)))",
+            "_mix_int(self.seed)) + step)",
+            "_mix_int(self.seed)))",
             (NOISE,),
         ),
         Mutant(
@@ -695,6 +817,24 @@ MUTANTS: dict[str, list[Mutant]] = {
             "            new = new.transpose(1, 2).contiguous()\n"
             "            setattr(self, name, new.view(L, B * repeats, H, S, D))",
             ("test_parity.py::test_a_long_search_with_padding_keeps_its_caches_apart",),
+        ),
+        Mutant(
+            "kernels: a table outlives the texts it is of",
+            "            self.ancestors = self._own_rows()\n            return",
+            "            return",
+            ("test_kv_cache.py",),
+        ),
+        Mutant(
+            "kernels: the table is not reordered",
+            "shared.copy_(shared[parents])",
+            "shared.copy_(shared)",
+            ("test_kv_cache.py",),
+        ),
+        Mutant(
+            "kernels: rows forget where they start",
+            "self.start = self.start.repeat_interleave(repeats)",
+            "self.start = self.start.repeat(repeats)",
+            ("test_kv_cache.py",),
         ),
     ],
     "generation/stopping.py": [

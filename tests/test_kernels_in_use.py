@@ -270,7 +270,7 @@ WAYS = {
         "seed": 2**63 - 1,
         "num_return_sequences": 2,
         "first_sample": 5,
-        "no_repeat_ngram_size": 2,
+        "no_repeat_ngram_size": 1,
         "temperature": 0.7,
         "top_k": 5,
     },
@@ -311,6 +311,16 @@ def test_generate(device, way):
     assert calls.count["sample"] == (6 if way in FUSED else 0)
 
 
+def test_guesses_are_read_side_by_side(device):
+    model, ours = pair(device, n_layer=1)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 3, 1, 4]])
+    options = {"max_new_tokens": 6, "eos_token_id": None, "prompt_lookup_num_tokens": 3}
+    with Calls() as calls:
+        found = generate(ours, ids, **options)
+    assert calls.count["decode_attention"] <= 5
+    assert torch.equal(found.sequences, generate(model, ids, **options).sequences)
+
+
 @pytest.mark.parametrize("way", ["greedy", "beams"])
 def test_a_long_text_slides(device, way):
     """The context is read anew, by rows that have nothing in common any more."""
@@ -345,6 +355,16 @@ def test_nothing_left_to_draw(device, kernels):
         generate(model, torch.tensor([[0, 1]]), max_new_tokens=3, **options)
     with pytest.raises(FloatingPointError, match="left to draw"):
         generate(model, torch.tensor([[0]]), max_new_tokens=3, **options)
+
+
+def test_more_new_tokens_than_the_kernel_takes_at_once(device):
+    model, ours = pair(device, n_layer=1, block_size=40)
+    x, _ = batch(device, T=38)
+    cache = ours.new_cache(2)
+    with torch.no_grad(), Calls() as calls:
+        parts = [ours.hidden_states(part, cache=cache) for part in x.split([2, 35, 1], dim=1)]
+        assert rms_ratio(torch.cat(parts, dim=1), model.hidden_states(x)) < BOUND
+    assert calls.count["decode_attention"] == 3 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -403,6 +423,8 @@ def test_auto_goes_by_the_device_the_package_and_the_heads(monkeypatch):
 
 
 def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(ValueError, match="for narrow weights, not triton"):
+        load_model("demo", "cpu", quantize="int8", kernels="triton")
     with pytest.raises(ValueError, match=r"^kernels must be auto, torch or triton, not 'cuda'"):
         GPT(SHAPE).use_kernels("cuda")
     with pytest.raises(ValueError, match="on mps, not triton"):
@@ -446,7 +468,7 @@ SCRIPTS = [
     ["sample.py", "Hi", "--model", "demo"],
     ["sample.py", "Hi", "--model", "demo", "--classify"],
     ["train.py", "pydocs", "--init", "demo", "--out", "nowhere"],
-    ["-m", "nanogpt2.evaluate", "README.md", "--model", "demo"],
+    ["-m", "nanogpt2.evaluate", "sample.py", "--model", "demo"],
 ]
 
 
@@ -474,6 +496,21 @@ def folder(tmp_path, monkeypatch):
 
 
 SAID = "kernels: triton "
+
+
+def test_heads_that_the_kernels_do_not_take_are_wrong_use(capsys, folder, device):
+    save_model(GPT(GPTConfig(257, 16, 1, 2, 16)), "small", byte_tokenizer())
+    with pytest.raises(SystemExit) as stopped:
+        run_sample("small", "Hello", "--kernels", "triton")
+    line = "kernels must be auto or torch for 2 heads of 8, not triton"
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.startswith(f"error: --model {line}")
+    argv = ["book.txt", "--init", "scratch", "--n_embd", "16", "--n_head", "2"]
+    argv += ["--tokenizer", "bytes", "--block_size", "8", "--out", "none"]
+    assert run_train(*argv, "--kernels", "triton") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --init {line}") and len(err) <= 201
+    assert not Path("none").exists()
 
 
 def test_sample_says_what_runs(capsys, folder, device):

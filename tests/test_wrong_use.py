@@ -56,6 +56,7 @@ TRAIN_FLAGS = {
     "schedule": ([], ["step", "Cosine"]),
     "device": ([], ["gpu", "cuda:-1"]),
     "dtype": ([], ["fp16", "int8", "float64"]),
+    "kernels": ([], ["cuda", "Triton", ""]),
     "tokenizer": ([], ["words", ""]),
     "resume": ([], ["yes", "1"]),
     "tensorboard": ([], ["maybe"]),
@@ -77,6 +78,7 @@ SAMPLE_FLAGS = {
     "penalty_alpha": (NO_RATE, ["1.1", "-0.1"]),
     "max_time": (NO_RATE, ["0", "-1"]),
     "no_repeat_ngram_size": (NO_COUNT, ["-1"]),
+    "kernels": ([], ["cuda", "Triton", ""]),
 }
 
 
