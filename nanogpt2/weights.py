@@ -189,7 +189,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
         prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in state.items()
     }
-    narrow = state[EMBEDDING].dtype == torch.int8
+    narrow = any(tensor.dtype == torch.int8 for tensor in state.values())
     with _whole(folder / (WEIGHTS_INT8 if narrow else WEIGHTS)) as path:
         tensor_file.write(path, theirs)
 
