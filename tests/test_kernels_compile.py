@@ -48,7 +48,7 @@ def test_every_kernel_is_compiled_for_every_chip(rows):
 
 
 def test_every_choice_is_in_the_table_on_and_off(rows):
-    """Padding, dropout, determinism, the ancestor table, the n-gram ban: each is compiled both ways.
+    """Padding, dropout, determinism, the ancestor table, the n-gram ban: each compiled both ways.
 
     A choice is a compile-time value of a kernel, or a tensor that may be None.
     """
