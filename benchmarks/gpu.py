@@ -70,7 +70,8 @@ class Row:
     low: float
     median: float
     high: float
-    rate: float  # bytes a second where memory is the roof, else operations
+    bandwidth: float  # bytes a second
+    throughput: float  # operations a second
     share: float  # of the roof
     against_ours: float  # times as long as ours
     memory: int  # bytes at the peak above what lay there before
@@ -284,12 +285,17 @@ def measure(
             work()
     samples = harness.turns(works, rounds, seconds)
     found = {name: quantiles(times) for name, times in samples.items()}
-    least, by_memory = roof(found["copy"][1], case.flops, peak)
-    amount = case.bytes if by_memory else case.flops
+    least, _ = roof(found["copy"][1], case.flops, peak)
     ours = next(median for name, (_, median, _) in found.items() if name.startswith(OURS))
     rows = [
-        Row(case.name, name, low, median, high, amount / median, least / median, median / ours,
-            memory(works[name]))
+        Row(
+            case.name, name, low, median, high,
+            bandwidth=case.bytes / median,
+            throughput=case.flops / median,
+            share=least / median,
+            against_ours=median / ours,
+            memory=memory(works[name]),
+        )
         for name, (low, median, high) in found.items()
     ]  # fmt: skip
     return rows, samples
@@ -298,20 +304,16 @@ def measure(
 # ---- the report
 
 
-def rate(row: Row, by_memory: bool) -> str:
-    if by_memory:
-        return f"{row.rate / 1e9:,.0f} GB/s"
-    return f"{row.rate / 1e12:,.1f} TFLOP/s"
-
-
 def markdown(rows: Sequence[Row], by_memory: Mapping[str, bool]) -> str:
-    header = ["case", "arm", "ms (20-80 %)", "rate", "of the roof", "time / ours", "peak memory"]
+    header = ["case", "arm", "ms (20-80 %)", "GB/s", "TFLOP/s", "of the roof"]
+    header += ["time / ours", "peak memory"]
     lines = [
         (
             row.case,
             row.arm,
             f"{1e3 * row.median:.4f} ({1e3 * row.low:.4f}-{1e3 * row.high:.4f})",
-            rate(row, by_memory[row.case]),
+            f"{row.bandwidth / 1e9:,.0f}",
+            f"{row.throughput / 1e12:,.1f}",
             f"{row.share:.0%} of {'a copy' if by_memory[row.case] else 'the peak'}",
             f"{row.against_ours:.2f}",
             f"{row.memory / 1e6:,.0f} MB",

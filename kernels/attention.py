@@ -53,8 +53,8 @@ FUSED = {"enable_fp_fusion": True}
 FORWARD = {
     # D = 64: scores and probabilities fit the registers beside acc; 8 warps at 128 registers leave
     # room on sm_90 for two programs, one of which exponentiates while the other multiplies
-    (2, 16): (128, 64, 4, 3),
-    (2, 32): (128, 64, 4, 3),
+    (2, 16): (128, 64, 8, 3),
+    (2, 32): (128, 64, 8, 3),
     (2, 64): (128, 64, 8, 3),
     (2, 128): (128, 64, 8, 2),
     # an fp32 operand is split in two and multiplied three times: small tiles

@@ -9,7 +9,9 @@ alignments that Triton specialises on. WORDs choose the cases whose names hold o
 
 import contextlib
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from kernel_reference import TARGETS, compile_for, record_launches
@@ -25,6 +27,8 @@ from nanogpt2.kernels import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
+# counts that switch something off
+OFF = {"SPLITS": 1, "NGRAM": 0}
 
 
 def new(*shape, dtype=BF16):
@@ -70,53 +74,75 @@ def gelu_cases():
 
 
 def cross_entropy_cases():
+    """The ignored index is a number at run time: every row has it."""
     targets, stats = new(64, dtype=torch.int64), new(64, 2, dtype=FP32)
-    # the last is the buffer of linear_cross_entropy
     for N, dtype in ((50257, BF16), (50257, FP32), (50304, BF16)):
-        logits, name = new(64, N, dtype=dtype), f"cross_entropy N={N} {dtype}"
-        overwrite = N == 50304
-        yield name, cross_entropy._losses, (logits, targets, -100, 50257, overwrite)
+        logits, padded = new(64, N, dtype=dtype), " padded vocabulary" if N > 50257 else ""
+        name = f"cross_entropy N={N}{padded} {dtype}"
+        yield name, cross_entropy._losses, (logits, targets, -100, 50257, False)
         inputs = (stats[0, 0], logits, targets, stats, -100, 50257)
         yield name, cross_entropy._cross_entropy_bwd, inputs
+    # the buffer of linear_cross_entropy
+    inputs = (logits, targets, -100, 50257, True)
+    yield f"cross_entropy in place N={N}{padded} {dtype}", cross_entropy._losses, inputs
 
 
 def sampling_cases():
     one, ids = new(4, dtype=torch.int64), new(4, 100, dtype=torch.int64)
-    for dtype, top_k, n in ((FP32, 50, 2), (BF16, 0, 0)):
-        inputs = (new(4, 50257, dtype=dtype), ids, one if n else None, one, one[0])
-        name = f"sampling V=50257 {dtype} top_k={top_k} n={n}"
+    for name, dtype, top_k, n, lengths in (
+        (" top-k, n-gram ban", FP32, 50, 2, one),
+        (" n-gram ban, texts of one length", FP32, 0, 3, None),
+        ("", BF16, 0, 0, None),
+    ):
+        inputs = (new(4, 50257, dtype=dtype), ids if n else None, lengths, one, one[0])
+        name = f"sampling V=50257{name} {dtype}"
         yield name, sampling._sample, (*inputs, 5, 0.7, top_k, n, 50257)
 
 
 def attention_cases():
-    """Packed, (B, T, 3C); the second has every feature at once."""
-    B, T, H, D = 2, 1024, 12, 64
+    """Packed, (B, T, 3C). D = 64, which is GPT-2's, goes to every chip, all else to one."""
+    B, T, H = 2, 1024, 12
     start, seed = torch.zeros(B, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    lse = new(B, H, T, dtype=FP32)
-    for name, dtype, options, forms in (
-        ("", BF16, (None, None, True, 0.125, 0.0), (False, True)),
-        (" padded, with dropout", BF16, (start, seed, True, 0.125, 0.1), (False,)),
-        ("", FP32, (None, None, True, 0.125, 0.0), (False,)),
-    ):
+    causal, padded = (None, None, True, 0.125, 0.0), (start, None, True, 0.125, 0.0)
+    dropped = (start, seed, True, 0.125, 0.1)
+    everything = "padded, dropout"
+    rows = [
+        (64, "", BF16, causal, TARGETS),
+        (64, everything, BF16, dropped, TARGETS),
+        (64, "", FP32, causal, TARGETS),
+        (64, "padded", BF16, padded, TARGETS),
+        (64, "not causal", BF16, (None, None, False, 0.125, 0.0), TARGETS),
+    ]
+    for D in (16, 32, 128):
+        rows += [(D, "", BF16, causal, ["sm_90"]), (D, everything, BF16, dropped, ["sm_90"])]
+    for D, name, dtype, options, targets in rows:
         q, k, v = attention._split(new(B, T, 3 * H * D, dtype=dtype), H)
-        o = attention._empty_like(q)
-        name = f"attention D={D}{name} {dtype}"
-        yield name, attention._attention_fwd, (q, k, v, o, *options)
-        for deterministic in forms:
-            arguments = (o, q, k, v, o, lse, q, k, v, *options, deterministic)
-            yield name, attention._attention_bwd, arguments
+        o, lse = attention._empty_like(q), new(B, H, T, dtype=FP32)
+        name = f"attention D={D} {name} {dtype}".replace("  ", " ")
+        yield name, attention._attention_fwd, (q, k, v, o, *options), targets
+        arguments = (o, q, k, v, o, lse, q, k, v, *options)
+        yield name, attention._attention_bwd, (*arguments, False), targets
+        name = name.replace(f"D={D}", f"D={D} deterministic")
+        yield name, attention._attention_bwd, (*arguments, True), targets
 
 
 def decode_attention_cases():
-    """Five beams over one cache of 1024 positions, in one share and in eight."""
-    R, H, S, D = 5, 12, 1024, 64
-    for dtype, splits, shared in ((BF16, 8, True), (BF16, 1, False), (FP32, 8, False)):
+    """Five beams over one cache of 1024 positions, in one share and in more."""
+    R, H, S = 5, 12, 1024
+    rows, table = torch.zeros(R, dtype=torch.int64), torch.zeros(R, S, dtype=torch.int32)
+    for D, dtype, splits, name, start, ancestors, targets in (
+        (64, BF16, 8, " padded, ancestor table", rows, table, TARGETS),
+        (64, BF16, 1, "", None, None, TARGETS),
+        (64, FP32, 8, "", None, None, TARGETS),
+        # the most that the joining kernel holds
+        (128, BF16, 128, "", None, None, ["sm_90"]),
+        (16, BF16, 8, "", None, None, ["sm_90"]),
+        (32, BF16, 8, "", None, None, ["sm_90"]),
+    ):
         q, cache = new(R, H, 1, D, dtype=dtype), new(R, H, S, D, dtype=dtype)
-        rows = torch.zeros(R, dtype=torch.int64)
-        start, ancestors = (rows, torch.zeros(R, S, dtype=torch.int32)) if shared else (None, None)
         inputs = (q, cache, cache, q, rows, start, ancestors, 0.125, splits)
-        name = f"decode_attention D={D} splits={splits}{' of beams' if shared else ''} {dtype}"
-        yield name, decode_attention._decode_attention_fwd, inputs
+        name = f"decode_attention D={D} splits={splits}{name} {dtype}"
+        yield name, decode_attention._decode_attention_fwd, inputs, targets
 
 
 CASES = [
@@ -141,33 +167,56 @@ def pytorch_for(target):
         torch.version.hip = original
 
 
-def table(words=()):
-    """One dict a case, kernel and target."""
-    rows = []
-    for name, launcher, arguments in (case for cases in CASES for case in cases()):
+def record(words=()):
+    """(name of the case, target, launch) of every launch of every case."""
+    for name, launcher, arguments, *targets in (case for cases in CASES for case in cases()):
         name = name.replace("torch.", "")
         if words and not any(word in name for word in words):
             continue
-        for target, (_, limit) in TARGETS.items():
+        for target in targets[0] if targets else TARGETS:
             with record_launches() as launches, pytorch_for(target):
                 launcher(*arguments)
             for launch in launches:
-                found = compile_for(
-                    launch.kernel,
-                    launch.signature,
-                    launch.constexprs,
-                    target,
-                    launch.attrs,
-                    **launch.options,
-                )
-                warps = launch.options.get("num_warps", 4)
-                kernel = launch.kernel.__name__
-                rows.append(
-                    {"case": name, "kernel": kernel, "target": target, "warps": warps}
-                    | found
-                    | {"limit": limit}
-                )
-    return rows
+                yield name, target, launch
+
+
+def choices(launch):
+    """Whether each compile-time choice is on, and each tensor that may be None is there."""
+    found = {name: True for name, kind in launch.signature.items() if kind.startswith("*")}
+    for name, value in launch.constexprs.items():
+        if name in OFF:
+            found[name] = value > OFF[name]
+        elif value is None or type(value) is bool:
+            found[name] = bool(value)
+    return found
+
+
+def compiled(case):
+    """One dict for what `record` yields."""
+    name, target, launch = case
+    found = compile_for(
+        launch.kernel,
+        launch.signature,
+        launch.constexprs,
+        target,
+        launch.attrs,
+        **launch.options,
+    )
+    return {
+        "case": name,
+        "kernel": launch.kernel.__name__,
+        "target": target,
+        "warps": launch.options.get("num_warps", 4),
+        **found,
+        "limit": TARGETS[target][1],
+        "on": choices(launch),
+    }
+
+
+def table(words=()):
+    """One dict a case, kernel and target; ptxas, which takes the most time, runs beside Python."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, list(record(words))))
 
 
 if __name__ == "__main__":
@@ -179,4 +228,4 @@ if __name__ == "__main__":
         print("| case | kernel | target | warps | registers | spilled bytes | shared bytes |")
         print("|---|---|---|---|---|---|---|")
         for row in rows:
-            print("|", " | ".join(str(v) for k, v in row.items() if k != "limit"), "|")
+            print("|", " | ".join(str(v) for k, v in row.items() if k not in ("limit", "on")), "|")

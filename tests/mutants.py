@@ -586,60 +586,6 @@ MUTANTS: dict[str, list[Mutant]] = {
             "if self._cache.start is None:\n                # the last token",
             (f"{KERNELS}::test_a_long_text_slides",),
         ),
-    ],
-    "generation/noise.py": [
-        Mutant(
-            "counter: every step draws alike",
-            "_mix_int(self.seed)) + step)",
-            "_mix_int(self.seed)))",
-            (NOISE,),
-        ),
-        Mutant(
-            "counter: every sample draws alike",
-            "_mix(self.samples + ",
-            "_mix(self.samples * 0 + ",
-            (NOISE,),
-        ),
-        Mutant(
-            "counter: uniform, not exponential", "return -uniform.log()", "return uniform", (NOISE,)
-        ),
-        Mutant(
-            "few: noise of the wrong columns",
-            "return few.best(lambda rows, columns: _exponential(uniform[rows, columns]), count)",
-            "return few.best(lambda rows, columns: _exponential(uniform[rows, rows]), count)",
-            (NOISE,),
-        ),
-        Mutant(
-            "few: a row with too few draws what is impossible",
-            " or int(counts.min()) < count",
-            "",
-            (NOISE,),
-        ),
-        Mutant(
-            "few: what is no probability is drawn from",
-            '    if not (low >= 0 and high < float("inf")):\n        return None\n',
-            "",
-            (NOISE,),
-        ),
-        Mutant(
-            "few: float32's uniform variables, of another stream",
-            "                probabilities.shape, dtype=torch.float64, generator",
-            "                probabilities.shape, dtype=torch.float32, generator",
-            (NOISE,),
-        ),
-        Mutant(
-            "the stream's own seed ignored",
-            "torch.multinomial(probabilities, count, generator=self._generator)",
-            "torch.multinomial(probabilities, count)",
-            (GENERATION,),
-        ),
-        Mutant(
-            "the stream draws with replacement",
-            "torch.multinomial(probabilities, count, generator",
-            "torch.multinomial(probabilities, count, True, generator",
-        ),
-    ],
-    "generation/decoder.py": [
         Mutant(
             "cache reordered from the wrong position",
             "start=self._shared)",
@@ -706,6 +652,58 @@ MUTANTS: dict[str, list[Mutant]] = {
             "dtype=torch.bool).tril(self.length)",
             "dtype=torch.bool)",
             (DECODER,),
+        ),
+    ],
+    "generation/noise.py": [
+        Mutant(
+            "counter: every step draws alike",
+            "_mix_int(self.seed)) + step)",
+            "_mix_int(self.seed)))",
+            (NOISE,),
+        ),
+        Mutant(
+            "counter: every sample draws alike",
+            "_mix(self.samples + ",
+            "_mix(self.samples * 0 + ",
+            (NOISE,),
+        ),
+        Mutant(
+            "counter: uniform, not exponential", "return -uniform.log()", "return uniform", (NOISE,)
+        ),
+        Mutant(
+            "few: noise of the wrong columns",
+            "return few.best(lambda rows, columns: _exponential(uniform[rows, columns]), count)",
+            "return few.best(lambda rows, columns: _exponential(uniform[rows, rows]), count)",
+            (NOISE,),
+        ),
+        Mutant(
+            "few: a row with too few draws what is impossible",
+            " or int(counts.min()) < count",
+            "",
+            (NOISE,),
+        ),
+        Mutant(
+            "few: what is no probability is drawn from",
+            '    if not (low >= 0 and high < float("inf")):\n        return None\n',
+            "",
+            (NOISE,),
+        ),
+        Mutant(
+            "few: float32's uniform variables, of another stream",
+            "                probabilities.shape, dtype=torch.float64, generator",
+            "                probabilities.shape, dtype=torch.float32, generator",
+            (NOISE,),
+        ),
+        Mutant(
+            "the stream's own seed ignored",
+            "torch.multinomial(probabilities, count, generator=self._generator)",
+            "torch.multinomial(probabilities, count)",
+            (GENERATION,),
+        ),
+        Mutant(
+            "the stream draws with replacement",
+            "torch.multinomial(probabilities, count, generator",
+            "torch.multinomial(probabilities, count, True, generator",
         ),
     ],
     "packed.py": [
