@@ -726,12 +726,6 @@ MUTANTS: dict[str, list[Mutant]] = {
             (PACKED,),
         ),
         Mutant("int8: cut, not rounded", ".round_().to(torch.int8)", ".to(torch.int8)", (PACKED,)),
-        Mutant(
-            "int8: a row of one number divides by nothing",
-            "((high - low) / 2).clamp_(min=LEAST)",
-            "(high - low) / 2",
-            (PACKED,),
-        ),
         Mutant("the other GELU", 'approximate="tanh"', 'approximate="none"', (PACKED,)),
         Mutant(
             "laid out for a prompt as well",
