@@ -54,16 +54,16 @@ def memory_estimate(
 
     The peak is where the loss is made (activations + head, + gradients with grad_accum > 1) or at
     the backward pass's end (gradients, and on a GPU 8 V C: the embedding's from both its uses),
-    whichever is more. A frozen embedding (T < P) has no gradient, nor has a classifier's at the loss, which has
-    `labels` logits a token in place of V. Dropout adds its masks: 2 M L C on a GPU; on a CPU
-    M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention with
-    dropout. On a CPU a third of all but weights and optimizer is added for malloc's holes, which
-    tensors of many sizes leave (an eighth in bf16). What --compile and several processes change is
-    not counted.
+    whichever is more. A frozen embedding (T < P) has no gradient, nor has a classifier's at the
+    loss, which has `labels` logits a token in place of V. Dropout adds its masks: 2 M L C on a GPU;
+    on a CPU M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention
+    with dropout. On a CPU a third of all but weights and optimizer is added for malloc's holes,
+    which tensors of many sizes leave (an eighth in bf16). What --compile and several processes
+    change is not counted.
 
     Measured as VmHWM on a CPU, above a process that has trained a tiny model, after three steps of
-    a `Learner`, the estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M,
-    V = 257, 32 x 256), 2 % (the same with dropout, 16 x 256), 14 % (a classifier of 30 M, 16 x 256),
+    a `Learner`, the estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
+    257, 32 x 256), 2 % (the same with dropout, 16 x 256), 14 % (a classifier of 30 M, 16 x 256),
     and for 124 M at 4 x 256 by 2 % (2,256 MiB), 5 % in bf16, 10 % with LoRA; too high by 1 % with
     grad_accum=2. Not compared on a GPU.
     """
