@@ -135,9 +135,11 @@ def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     for text in read_texts(config.file):
         # texts are joined as they are for training
         ids += [*([tokenizer.end_of_text] if ids else []), *tokenizer.encode(text)]
-    ids = ids[: config.limit]
     if len(ids) < 2:
         raise ValueError(f"{config.file!r} must hold 2 tokens or more, not {len(ids)}")
+    if config.limit == 1:
+        fail("--limit must be >= 2, tokens of a text, not 1")
+    ids = ids[: config.limit]
 
     def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         stride = config.stride or max(1, block_size // 2)

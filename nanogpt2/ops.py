@@ -6,6 +6,8 @@ in a kernel is an error, and nothing goes on with the other. Triton is imported 
 nowhere else. This file does not know what a transformer is.
 """
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -105,7 +107,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) -> (..., N), for a weight (N, K)."""
     # while training only: what is generated equals transformers' to the last bit
     if torch.is_grad_enabled() and _by_onednn(x):
-        return _Linear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, *_origin(x))
     return F.linear(x, weight, bias)
 
 
@@ -117,7 +119,8 @@ def layer_norm(
         from nanogpt2.kernels import layer_norm as room
 
         return room.layer_norm(x, weight, bias, eps)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    make = partial(_layer_norm, eps=eps)
+    return _with_origin(make(x, weight, bias), make, x, weight, bias)
 
 
 def gelu(x: Tensor, kernels: str = "torch") -> Tensor:
@@ -126,7 +129,8 @@ def gelu(x: Tensor, kernels: str = "torch") -> Tensor:
         from nanogpt2.kernels import gelu as room
 
         return room.gelu(x)
-    return F.gelu(x, approximate="tanh")
+    make = partial(F.gelu, approximate="tanh")
+    return _with_origin(make(x), make, x)
 
 
 def attention(
@@ -288,23 +292,52 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(a, b.t(), bias)
 
 
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+Make = Callable[..., Tensor]
+
+
+def _with_origin(y: Tensor, make: Make, *inputs: Tensor) -> Tensor:
+    """Note on y, which is cheap, that it is make(*inputs), which are kept anyway."""
+    if y.requires_grad and _by_onednn(y):
+        y.origin = make, *inputs  # type: ignore[attr-defined]
+    return y
+
+
+def _origin(x: Tensor) -> tuple[Make, *tuple[Tensor, ...]]:
+    """How to make x from what need be kept for it: as it was noted, or from x itself."""
+    return getattr(x, "origin", (torch.Tensor.detach, x))
+
+
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b: dx = dy W, dW = dy^T x, db = the sum of dy's rows."""
+    """y = x W^T + b: dx = dy W, dW = dy^T x, db = the sum of dy's rows.
+
+    Not x is kept for that but what it was made of: GELU's and the layer norms' results are made
+    again, the same to the last bit.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, make: Make, *inputs: Tensor
+    ) -> Tensor:
+        ctx.make = make
+        # a frozen weight's gradient is not asked for
+        ctx.save_for_backward(weight, *(inputs if ctx.needs_input_grad[1] else ()))
         return _product(x, weight.t(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        weight, *inputs = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         rows = dy.flatten(0, -2)  # (M, N)
+        # first: what is made again is gone when dx, which may be as large, is made
+        dw = _product(rows.t(), ctx.make(*inputs).flatten(0, -2)) if needs_dw else None
         dx = _product(dy, weight) if needs_dx else None
-        dw = _product(rows.t(), x.flatten(0, -2)) if needs_dw else None
-        return dx, dw, rows.sum(0) if needs_db else None
+        db = rows.sum(0) if needs_db else None
+        return dx, dw, db, *(None for _ in ctx.needs_input_grad[3:])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -334,8 +367,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks = -(-len(x) // chunk_rows(len(weight), weight.size(1), x.device.type))
         rows = -(-len(x) // max(1, chunks))
         for start in range(0, len(x), rows):
-            # the last chunk's memory is free for this one
-            logits = dz = None
+            # the last chunk's memory is free for this one: `columns` is a view of it too
+            logits = dz = columns = None
             chunk = slice(start, start + rows)
             target, weighs = targets[chunk, None], counted[chunk, None].float()  # (rows, 1)
             logits = _product(x[chunk], weight.t()).float()  # (rows, V)
@@ -353,6 +386,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # some tokens at a time, or the product would be as large again as dw
                 for some, columns in zip(dw.split(TOKENS), dz.split(TOKENS, 1), strict=True):
                     some += _product(columns.t(), x[chunk])
+        if dw is not None:
+            dw /= count
         ctx.save_for_backward(dx, dw, count)
         ctx.weight_dtype = weight.dtype
         return loss / count
@@ -361,8 +396,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
-        grad = grad / count
         # in float32: grad may be larger than float16 can hold
-        dx = None if dx is None else (dx.float() * grad).to(dx.dtype)
-        dw = None if dw is None else (dw * grad).to(ctx.weight_dtype)
+        dx = None if dx is None else (dx.float() * (grad / count)).to(dx.dtype)
+        # no copy, as large as the embedding, for the whole loss, whose gradient is 1; a GPU would
+        # have to be waited for
+        if dw is not None and not (grad.device.type == "cpu" and grad == 1):
+            dw = dw * grad
+        dw = None if dw is None else dw.to(ctx.weight_dtype)
         return dx, dw, None, None, None

@@ -508,6 +508,7 @@ def test_wrong_flags_are_one_line(capsys, models, tmp_path):
         (["--block_size", "4", "--stride", "5"], "--stride must be <= 4, the block size, not 5"),
         (["--task", "glue"], "--task must be one of perplexity, lambada, hellaswag, classify"),
         (["--limit", "0"], "--limit must be a whole number >= 1"),
+        (["--limit", "1"], "--limit must be >= 2, tokens of a text, not 1"),
         (["--device", "mps"], "--device 'mps' is not on this machine"),
     ]:
         assert message in refused(capsys, path, "--model", folder, *argv)

@@ -243,6 +243,27 @@ def test_recomputed_activations_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_the_tied_embeddings_gradient_is_the_sum_of_both():
+    """And that of what is looked up is never as large as the embedding."""
+    parts = [batch(), batch()]
+    torch.manual_seed(0)
+    plain = GPT(TINY)
+    for x, y in parts:
+        plain(x, y).backward()
+    learner = learner_of()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        for x, y in parts:
+            learner.backward(x, y, 1.0, last=True)
+    for name, parameter in plain.named_parameters():
+        ours = learner.parameters[name].grad
+        assert (ours - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+    (dense,) = (e for e in profiled.key_averages() if e.key == "aten::embedding_dense_backward")
+    # of the positions, once in each part
+    assert dense.count == 2
+    with torch.no_grad():
+        assert torch.equal(learner.view(parts[0][0]), plain(parts[0][0]))
+
+
 def test_float16_survives_an_overflow():
     learner = learner_of(dtype="float16")
     x, y = batch()

@@ -37,6 +37,43 @@ def test_linear_leaves_what_is_frozen_alone():
     assert x.grad is not None and weight.grad is None and bias.grad is None
 
 
+def kept(function):
+    """What autograd keeps of a function's tensors: their addresses."""
+    found = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: found.append(t.data_ptr()) or t, lambda t: t
+    )
+    with hooks:
+        function()
+    return found
+
+
+def test_what_is_cheap_is_made_again():
+    """GELU's and the layer norm's results are not kept; the gradients stay, to the last bit."""
+    x, weight = torch.randn(2, 5, 7, requires_grad=True), torch.randn(11, 7, requires_grad=True)
+    gain, shift = (torch.randn(7, requires_grad=True) for _ in range(2))
+    leaves, dy = (x, weight, gain, shift), torch.randn(2, 5, 11)
+
+    def gradients(cheap, plain):
+        made = ops.layer_norm(x, gain, shift, 1e-5)
+        made = made.clone() if plain else made
+        made = ops.gelu(made) if cheap == "gelu" else made
+        # a copy knows nothing of how it was made
+        made = made.clone() if plain else made
+        y = []
+        assert (made.data_ptr() in kept(lambda: y.append(ops.linear(made, weight)))) == plain
+        return torch.autograd.grad(y, leaves, dy)
+
+    for cheap in ("layer_norm", "gelu"):
+        for ours, plain in zip(gradients(cheap, False), gradients(cheap, True), strict=True):
+            assert torch.equal(ours, plain)
+
+
+def test_of_what_is_frozen_nothing_is_kept():
+    x, weight = torch.randn(3, 7, requires_grad=True), torch.randn(11, 7)
+    assert kept(lambda: ops.linear(x, weight)) == [weight.data_ptr()]
+
+
 def test_linear_in_bfloat16_is_autocasts():
     x, weight, bias = torch.randn(2, 5, 7), torch.randn(11, 7, requires_grad=True), torch.randn(11)
     with torch.autocast("cpu", torch.bfloat16):
@@ -102,6 +139,17 @@ def test_linear_cross_entropy(small_chunks, ignored):
     assert error(x.grad, xd.grad) < 1e-6
     assert error(weight.grad, wd.grad) < 1e-6
     assert not x.grad[:ignored].any()
+
+
+def test_the_loss_may_go_backward_again(small_chunks):
+    """Its gradient, handed on as it is where the loss's own is 1, is written over by nobody."""
+    x, weight = torch.randn(9, 5), torch.randn(13, 5, requires_grad=True)
+    loss = ops.linear_cross_entropy(x, weight, torch.randint(13, (9,)))
+    for times in (1, 2, 3, 4):
+        loss.backward(retain_graph=True)
+        if times == 1:
+            first = weight.grad.clone()
+        torch.testing.assert_close(weight.grad, times * first)
 
 
 def test_linear_cross_entropy_in_bfloat16(small_chunks):

@@ -40,9 +40,11 @@ def memory_estimate(
 
         weights      4 P                                 fp32, whatever the products' type
         optimizer    8 T                                 two moments of the T trainable parameters
-        activations  M L (64 C + 4 H)                    fp32: per block and token 16 C floats (two
-                                                         residuals C, two normalised C, q k v 3 C,
-                                                         attention C, 4 C before and after GELU)
+        activations  M L (40 C + 4 H)                    fp32 on a CPU: per block and token 10 C
+                                                         floats (two residuals C, q k v 3 C,
+                                                         attention C, 4 C before GELU)
+                     M L (64 C + 4 H)                    fp32 elsewhere: two normalised C and 4 C
+                                                         after GELU more, which are not made again
                      M L (36 C + 4 H) + 24 L C^2         bf16: the residuals stay fp32; autocast's
                                                          copies of the blocks' matrices
         head         4 V C + 4 R V + 12 M C              the embedding's gradient; R rows of logits
@@ -51,24 +53,27 @@ def memory_estimate(
                                                          grad_accum > 1
 
     The peak is where the loss is made (activations + head, + gradients with grad_accum > 1) or at
-    the backward pass's end (gradients, and 8 V C: the embedding's from both its uses), whichever is
-    more. A frozen embedding (T < P) has no gradient, nor has a classifier's at the loss, which has
-    `labels` logits a token in place of V. Dropout adds its masks: 2 M L C on a GPU; on a CPU
-    M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention with
-    dropout. On a CPU an eighth of all but weights and optimizer is added for malloc's holes.
+    the backward pass's end (gradients, and on a GPU 8 V C: the embedding's from both its uses),
+    whichever is more. A frozen embedding (T < P) has no gradient, nor has a classifier's at the
+    loss, which has `labels` logits a token in place of V. Dropout adds its masks: 2 M L C on a GPU;
+    on a CPU M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention
+    with dropout. On a CPU a third of all but weights and optimizer is added for malloc's holes,
+    which tensors of many sizes leave (an eighth in bf16). What --compile and several processes
+    change is not counted.
 
-    Measured as VmHWM on a CPU, above a process that has trained a tiny model, the estimate was too
-    low by 5 to 16 % (7 M parameters, 8 x 256 tokens), 5 % (11 M, V = 257, 32 x 256), 10 % (the same
-    with dropout, 16 x 256), 6 % (a classifier of 30 M, 16 x 256), and for 124 M at 4 x 256 by 6 %
-    (2,675 MiB), 10 % with grad_accum=2, 5 % in bf16; too high by 9 % for 124 M whose matrices are
-    frozen. Not compared on a GPU.
+    Measured as VmHWM on a CPU, above a process that has trained a tiny model, after three steps of
+    a `Learner`, the estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
+    257, 32 x 256), 2 % (the same with dropout, 16 x 256), 14 % (a classifier of 30 M, 16 x 256),
+    and for 124 M at 4 x 256 by 2 % (2,256 MiB), 5 % in bf16, 10 % with LoRA; too high by 1 % with
+    grad_accum=2. Not compared on a GPU.
     """
     c = config
     params = count_parameters(c)
     trained = params if trainable is None else trainable
     tokens, width, vocab = batch_size * block_size, c.n_embd, c.vocab_size
     low = dtype != "float32"
-    activations = tokens * c.n_layer * ((36 if low else 64) * width + 4 * c.n_head)
+    kept = 36 if low else 40 if device == "cpu" else 64
+    activations = tokens * c.n_layer * (kept * width + 4 * c.n_head)
     if low:
         activations += 24 * c.n_layer * width**2
     if c.dropout and device == "cpu":
@@ -81,8 +86,10 @@ def memory_estimate(
     head = embedding + (6 if low else 4) * rows * scored + 12 * tokens * width
     gradients = 4 * trained
     at_loss = activations + head + (gradients if grad_accum > 1 else 0)
-    passing = max(at_loss, gradients + 2 * embedding)
-    return 4 * params + 8 * trained + passing + (passing // 8 if device == "cpu" else 0)
+    if device != "cpu":
+        return 4 * params + 8 * trained + max(at_loss, gradients + 2 * embedding)
+    passing = max(at_loss, gradients)
+    return 4 * params + 8 * trained + passing + passing // (8 if low else 3)
 
 
 # ---- arithmetic

@@ -63,6 +63,10 @@ class Learner:
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
             self.parallel = DistributedDataParallel(model)
+        plain = world.size == 1 and not (config.fsdp or config.compile)
+        # on a GPU the rows would be added in any order, and no run end as another
+        if plain and world.kind == "cpu" and isinstance(model, GPT):
+            model.wte.register_forward_hook(_part_from)
         if world.size > 1:
             # each process drops other activations
             torch.manual_seed(config.seed + world.rank)
@@ -248,6 +252,25 @@ class Learner:
             for kind, state in states.items()
             for rank, each in enumerate(self.world.gather(state))
         }
+
+
+def _part_from(wte: nn.Module, args: tuple[Tensor], vectors: Tensor) -> Tensor:
+    """Cut the vectors looked up off the embedding: their gradient is added to its own in place.
+
+    Autograd would make theirs, of a few rows, as large as the head's, which shares the embedding.
+    """
+    weight = cast(Tensor, wte.weight)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return vectors
+
+    def add(dx: Tensor) -> None:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, args[0].flatten(), dx.flatten(0, -2))
+
+    vectors = vectors.detach().requires_grad_()
+    vectors.register_hook(add)
+    return vectors
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
