@@ -33,9 +33,9 @@ def names() -> list[str]:
 
 
 def about(name: str) -> str:
-    """The first line of its docstring."""
+    """The first line of its docstring, without where it writes."""
     module = ast.parse((FOLDER / f"bench_{name}.py").read_text())
-    return (ast.get_docstring(module) or "").splitlines()[0]
+    return (ast.get_docstring(module) or "").splitlines()[0].partition(" Writes ")[0]
 
 
 def why_not(name: str, check: bool, gpu: bool) -> str:

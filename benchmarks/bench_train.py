@@ -1,14 +1,16 @@
 """How fast is a training step, and how much memory does it take? Writes results/train_DEVICE.*
 
-    python -m benchmarks.bench_train            124M parameters, batch 4 x 256 tokens, AdamW
-    python -m benchmarks.bench_train --quick    a small shape, one minute; writes nothing
+    python -m benchmarks.bench_train                  124M parameters, 4 x 256 tokens, float32
+    python -m benchmarks.bench_train --quick          a small shape, one minute; writes nothing
+    python -m benchmarks.bench_train --device cuda    16 x 1024 tokens, bfloat16; --batch_size 32
 
 On a machine that does other work too, OMP_NUM_THREADS=1 and the CPU seconds tell more.
 
 Ours is `take_step` of train.py, all that the script does in a step. Beside it, on the same random
 weights and the same batches: a plain loop on transformers' GPT-2, with AdamW as it comes and fused,
 and nanoGPT's recipe (see peers.py). All clip the gradients. The first steps' losses must be equal
-before any step is timed.
+before any step is timed. On a GPU transformers and the recipe are compiled as well. MFU is the
+share of the device's rate, at (6 N + 12 L C T) FLOP a token: see nanogpt2/training/estimate.py.
 """
 
 import argparse
@@ -26,15 +28,17 @@ import train
 from benchmarks import harness, peers
 from nanogpt2 import GPT, load_model, save_model
 from nanogpt2.config import PRESETS, GPTConfig, TrainConfig
-from nanogpt2.training import distributed
+from nanogpt2.training import distributed, estimate
 from nanogpt2.training.learner import Learner
 
 SHAPES = {
     "124M": (PRESETS["gpt2"], 4, 256),
+    "124M on a GPU": (PRESETS["gpt2"], 16, 1024),
     "quick": (GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=128), 4, 64),
 }
 RATE = 1e-4
-TOLERANCE = 1e-4  # relative, of a loss
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}  # relative, of a loss
 CHECKED = 3  # first steps whose losses must agree
 AGAINST = "transformers"
 
@@ -61,7 +65,7 @@ class Ours:
     """train.py's own step, with its flags' defaults."""
 
     def __init__(
-        self, folder: Path, device: str, batch_size: int, block_size: int, recompute: bool
+        self, folder: Path, device: str, batch_size: int, block_size: int, flag: str
     ) -> None:
         self.config = TrainConfig(
             data="pydocs",
@@ -73,8 +77,9 @@ class Ours:
             warmup=0,
             schedule="constant",
             device=device,
-            dtype="float32",
-            activation_checkpointing=recompute,
+            dtype=DTYPE[device],
+            activation_checkpointing=flag == "--activation_checkpointing",
+            compile=flag == "--compile",
         )
         world = distributed.join(device)
         self.learner = Learner(self.config, load_model(folder, device), world)
@@ -83,16 +88,22 @@ class Ours:
         return train.take_step(self.config, self.learner, batches, n)["loss"]
 
 
-def make_arm(name: str, folder: Path, shape: str, device: str) -> Callable[[], float]:
+def make_arm(
+    name: str, folder: Path, shape: tuple[GPTConfig, int, int], device: str
+) -> Callable[[], float]:
     """A function that takes the next step and returns its loss."""
-    model, batch_size, block_size = SHAPES[shape]
+    model, batch_size, block_size = shape
     batches, state = RandomBatches(model.vocab_size, block_size), {"step": 0}
     if name.startswith("ours"):
-        ours = Ours(folder, device, batch_size, block_size, recompute=name != "ours")
+        ours = Ours(folder, device, batch_size, block_size, name.partition(", ")[2])
     elif name == "nanoGPT's recipe":
         peer: peers.Peer = peers.NanoGPT(folder, device)
     else:
-        peer = peers.Transformers(folder, device, fused="fused" in name)
+        peer = peers.Transformers(folder, device, fused="fused" in name or "compiled" in name)
+    if not name.startswith("ours") and device == "cuda":
+        peer.precision = torch.autocast(device, torch.bfloat16)
+        if "compiled" in name or "recipe" in name:
+            peer.model = torch.compile(peer.model)
 
     def step() -> float:
         state["step"] += 1
@@ -104,16 +115,25 @@ def make_arm(name: str, folder: Path, shape: str, device: str) -> Callable[[], f
     return step
 
 
-ARMS = (
-    "ours",
-    "ours, --activation_checkpointing",
-    "transformers",
-    "transformers, fused AdamW",
-    "nanoGPT's recipe",
-)
+ARMS = {
+    "cpu": (
+        "ours",
+        "ours, --activation_checkpointing",
+        "transformers",
+        "transformers, fused AdamW",
+        "nanoGPT's recipe",
+    ),
+    "cuda": (
+        "ours",
+        "ours, --compile",
+        "transformers",
+        "transformers, compiled",
+        "nanoGPT's recipe",
+    ),
+}
 
 
-def measure_memory(name: str, folder: Path, shape: str, device: str) -> dict:
+def measure_memory(name: str, folder: Path, shape: tuple[GPTConfig, int, int], device: str) -> dict:
     """In a process of its own: bytes that three steps need above what the imports took."""
     if name.startswith("transformers"):
         from transformers import GPT2LMHeadModel  # noqa: F401
@@ -130,17 +150,20 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small shape; writes nothing")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch_size", type=int, help="sequences in a step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", metavar="ARM", help="print where one arm's time goes")
     parser.add_argument("--memory", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    shape = "quick" if args.quick else "124M"
+    called = "quick" if args.quick else "124M on a GPU" if args.device == "cuda" else "124M"
+    model, batch_size, block_size = SHAPES[called]
+    batch_size = args.batch_size or batch_size
+    shape, arms = (model, batch_size, block_size), ARMS[args.device]
     if args.memory:
         name, folder = args.memory
         print(json.dumps(measure_memory(name, Path(folder), shape, args.device)))
         return
-    model, batch_size, block_size = SHAPES[shape]
-    rig = harness.rig(args.device, dtype="float32")
+    rig = harness.rig(args.device, dtype=DTYPE[args.device])
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         save_model(GPT(model), folder)
@@ -148,41 +171,55 @@ def main(argv: list[str]) -> None:
         if args.profile:
             profile(make(args.profile))
             return
-        quick = ["--quick"] if args.quick else []
+        flags = ["--quick"] if args.quick else []
+        flags += ["--device", args.device, "--batch_size", str(batch_size)]
         memory = {
-            name: harness.in_a_process(
-                "benchmarks.bench_train", *quick, "--device", args.device, "--memory", name, folder
-            )["peak"]
-            for name in ARMS
+            name: harness.in_a_process("benchmarks.bench_train", *flags, "--memory", name, folder)[
+                "peak"
+            ]
+            for name in arms
         }
-        steps = {name: make(name) for name in ARMS}
+        steps = {name: make(name) for name in arms}
         losses = {name: [step() for _ in range(CHECKED)] for name, step in steps.items()}
-        apart = harness.assert_equal(losses, AGAINST, TOLERANCE)
+        apart = harness.assert_equal(losses, AGAINST, TOLERANCE[args.device])
         wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
         times = harness.interleave(steps, args.rounds, wait)
+    tokens = batch_size * block_size
+    flops = estimate.model_flops(model, tokens, block_size)
+    rate = estimate.device_rate(args.device, DTYPE[args.device])
     rows = [
         (
             name,
             harness.spread(times[name]),
-            f"{batch_size * block_size / times[name].median:,.0f}",
+            f"{tokens / times[name].median:,.0f}",
+            f"{flops / times[name].median / rate.flops:.0%}",
             f"{times[AGAINST].median / times[name].median:.2f}x",
             f"{times[name].cpu:.2f}",
             f"{times[AGAINST].cpu / times[name].cpu:.2f}x",
             f"{memory[name] / 1e9:.2f} GB",
             f"{memory[name] / memory[AGAINST]:.2f}x",
         )
-        for name in ARMS
+        for name in arms
     ]
-    header = ["arm", "seconds a step (least-most)", "tokens/s", "speed"]
+    header = ["arm", "seconds a step (least-most)", "tokens/s", "MFU", "speed"]
     header += ["CPU seconds", "speed by them", "peak memory", "memory"]
     body = (
-        f"A step of {batch_size} x {block_size} tokens, {shape}, float32, AdamW, clipped: "
+        f"A step of {batch_size} x {block_size} tokens, {called}, {DTYPE[args.device]}, AdamW, "
+        f"clipped. MFU is of {rate.flops / 1e12:,.2f} TFLOP/s, {rate.source}. Times are the "
         f"median of {args.rounds} rounds, the arms taking turns in one process. Ratios against "
         f"{AGAINST}. The first {CHECKED} losses agree within {apart:.1e}. Peak memory: each arm in "
         f"a process of its own, above its imports.\n\n{harness.table(header, rows)}"
     )
-    raw = {"shape": shape, "seconds": times, "memory": memory, "losses": losses}
-    harness.report(f"train_{args.device}", "A training step", rig, body, raw, keep=not args.quick)
+    raw = {
+        "shape": called,
+        "batch_size": batch_size,
+        "rate": rate,
+        "seconds": times,
+        "memory": memory,
+        "losses": losses,
+    }
+    result = f"train_{args.device}" + (f"_{batch_size}" if args.batch_size else "")
+    harness.report(result, "A training step", rig, body, raw, keep=not args.quick)
 
 
 def profile(step: Callable[[], float]) -> None:

@@ -88,8 +88,11 @@ def compiled(function: Function) -> Function | str:
     """By torch.compile, for one shape."""
     if DEVICE == "cpu":
         return NO_GPU
+    # no shape counts against another's number of compilations
+    torch._dynamo.reset()
     # a backward pass is repeated on the same graph
-    torch._functorch.config.donated_buffer = False
+    functorch = importlib.import_module("torch._functorch.config")
+    functorch.donated_buffer = False
     return torch.compile(function, dynamic=False)
 
 
@@ -167,8 +170,6 @@ def passes(
 
     The same gradients arrive at each arm: random ones, or 1 where the result is a loss.
     """
-    # each shape compiles anew
-    torch._dynamo.reset()
     floats = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     results = _forward(reference, floats, ())()
     grads = [randn(*y.shape) if y.dim() else torch.ones_like(y) for y in results]

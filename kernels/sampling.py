@@ -104,7 +104,8 @@ def _kth_largest(s_row, k, V, BLOCK_V: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["seed"])
+# one kernel for every k and seed; a k of 1, taken for a constant, could not change in the search
+@triton.jit(do_not_specialize=["seed", "top_k"])
 def _sample_kernel(
     logits_ptr,  # (R, V and more), columns side by side
     ids_ptr,  # (R, T) int64, contiguous, or None

@@ -94,6 +94,8 @@ def record_launches():
         for i, name in enumerate(names):
             value = bound.arguments[name]
             kind, aligned = _kind(value)
+            if kernel.params[i].do_not_specialize:
+                kind, aligned = kernel.params[i].annotation_type or "i32", False
             if kernel.params[i].is_constexpr or kind == "constexpr":
                 launch.signature[name], launch.constexprs[name] = "constexpr", value
             else:

@@ -145,7 +145,36 @@ def decode_attention_cases():
         yield name, decode_attention._decode_attention_fwd, inputs, targets
 
 
+def ones_cases():
+    """Sizes of 1, which Triton takes for constants: what the interpreter cannot show."""
+    targets, name = ["sm_90"], "sizes of 1"
+    x, statistic, one = new(1, 1), new(1, dtype=FP32), new(1, dtype=torch.int64)
+    yield name, softmax._softmax_fwd, (x, True, False, 1.0), targets
+    yield name, softmax._softmax_bwd, (x, x, True, False, 1.0), targets
+    yield name, layer_norm._layer_norm_fwd, (x, x, x[0], x[0], 1e-5), targets
+    yield name, layer_norm._layer_norm_bwd, (x, x, x, x[0], statistic, statistic), targets
+    yield name, gelu._gelu_fwd, (x, x[0]), targets
+    yield name, gelu._gelu_bwd, (x, x, x[0]), targets
+    yield name, cross_entropy._losses, (x, one, -100, 1, True), targets
+    inputs = (statistic[0], x, one, new(1, 2, dtype=FP32), 1, 1)
+    yield name, cross_entropy._cross_entropy_bwd, inputs, targets
+    for V, T in ((1, 1), (50257, 3)):
+        inputs = (new(1, V), new(1, T, dtype=torch.int64), one, one, one[0], 1, 1.0, 1, 1, V)
+        yield name, sampling._sample, inputs, targets
+    q = new(1, 1, 1, 16)
+    for start, causal in ((None, True), (one, False)):
+        options, lse = (start, None, causal, 1.0, 0.0), new(1, 1, 1, dtype=FP32)
+        yield name, attention._attention_fwd, (q, q, q, q, *options), targets
+        arguments = (q, q, q, q, q, lse, q, q, q, *options)
+        for deterministic in (False, True):
+            yield name, attention._attention_bwd, (*arguments, deterministic), targets
+    for splits in (1, 2):
+        inputs = (q, q, q, q, one, one, one[None], 1.0, splits)
+        yield name, decode_attention._decode_attention_fwd, inputs, targets
+
+
 CASES = [
+    ones_cases,
     softmax_cases,
     layer_norm_cases,
     gelu_cases,

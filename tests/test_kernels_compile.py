@@ -12,7 +12,10 @@ from nanogpt2.kernels import layer_norm
 
 CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 # what GPT-2 does not train with: its cases may spill so many bytes a thread
-OTHERS, ELSEWHERE = ("D=16", "D=32", "D=128", "not causal", "deterministic padded"), 32
+OTHERS, ELSEWHERE = (
+    ("sizes of 1", "D=16", "D=32", "D=128", "not causal", "deterministic padded"),
+    32,
+)
 # shares are joined where there are several
 ALWAYS = {("_decode_attention_join_kernel", "SPLITS")}
 

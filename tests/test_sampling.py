@@ -1,5 +1,7 @@
 """The sampling kernel against the processors and the noise that it fuses."""
 
+import math
+
 import pytest
 import torch
 from kernel_reference import DEVICE
@@ -127,11 +129,21 @@ def test_lengths():
         assert torch.equal(tokens[one], tokens_ref)
 
 
-def test_ids_that_are_no_tokens_ban_nothing():
-    """And write into no other row: a padded text may hold any filler."""
+def test_ids_that_are_no_tokens_ban_nothing(monkeypatch):
+    """And write nowhere else: not into another row, nor behind the last."""
+    buffers = []
+
+    def with_room_behind(x, *shape, dtype=None, **_):
+        size = math.prod(shape)
+        buffers.append(torch.full((size + 99,), 7, dtype=dtype or x.dtype, device=DEVICE))
+        return buffers[-1][:size].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", with_room_behind)
     ids = torch.tensor([[1, 2, 3], [1, -3, 1], [1, 37, 1]], device=DEVICE)
     logits = torch.randn(3, 37, device=DEVICE)
     _, scores = sample(logits, SEED, numbers(3), 3, ids=ids, no_repeat_ngram_size=2)
+    assert scores.untyped_storage().data_ptr() in [buffer.data_ptr() for buffer in buffers]
+    assert all((buffer[-99:] == 7).all() for buffer in buffers)
     assert torch.equal(scores, logits)
 
 
