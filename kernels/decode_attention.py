@@ -268,6 +268,7 @@ def decode_attention(
     start: Tensor | None = None,
     ancestors: Tensor | None = None,
     splits: int | None = None,
+    trusted: bool = False,
 ) -> Tensor:
     """softmax(q k^T * scale) v for the last T positions of each row, over a cache that holds them.
 
@@ -276,8 +277,9 @@ def decode_attention(
     lengths[r] - 1 in the cache, its T new ones among them; `start`, integers (R,), is the first of
     them that is not padding. `scale` is 1 / sqrt(D) unless given. `ancestors`, integers (R, S),
     names the cache row in which position t of row r lies (entries from lengths[r] on are not read);
-    without it that is row r. `splits` is chosen by the size unless given; lengths, start and
-    ancestors are read on the device, so that a CUDA graph follows them.
+    without it that is row r. `splits` is chosen by the size unless given. Lengths and ancestors
+    outside the cache are looked for, which waits for the device, unless they are `trusted`: then
+    they are read on the device alone, so that a CUDA graph follows them.
     -> (R, H, T, D), laid out as (R, T, H, D). Has no gradient. Raises ValueError for anything else.
     """
     _check(q, k_cache, v_cache, lengths, start, ancestors)
@@ -286,6 +288,8 @@ def decode_attention(
         raise ValueError(f"scale must be positive and finite, not {scale}")
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {MAX_SPLITS}, not {splits}")
+    if not trusted:
+        _check_places(k_cache, lengths, ancestors)
     return _decode_attention(q, k_cache, v_cache, lengths, start, ancestors, scale, splits)
 
 
@@ -319,3 +323,17 @@ def _check(
             or (x.dim() == 1 and not x.is_contiguous())
         ):
             raise ValueError(f"{name} must be int32 or int64 {shape} on the device of q")
+
+
+def _check_places(k_cache: Tensor, lengths: Tensor, ancestors: Tensor | None) -> None:
+    """Raise ValueError for positions outside the cache."""
+    rows, _, S, _ = k_cache.shape
+    if (longest := int(lengths.max())) > S:
+        raise ValueError(f"lengths must be up to {S}, the cache's positions, not {longest}")
+    if ancestors is None:
+        return
+    is_read = torch.arange(S, device=lengths.device) < lengths[:, None]
+    least, most = (int(x) for x in ancestors.where(is_read, 0).aminmax())
+    if least < 0 or most >= rows:
+        wrong = least if least < 0 else most
+        raise ValueError(f"ancestors must be rows of the cache, 0 to {rows - 1}, not {wrong}")

@@ -208,7 +208,9 @@ def _decode_attention(
         # positions that are filled once the last of these is
         filled = lengths - (T - first - some.size(2))
         found.append(
-            decode_attention(some, k_cache, v_cache, filled, start=start, ancestors=ancestors)
+            decode_attention(
+                some, k_cache, v_cache, filled, start=start, ancestors=ancestors, trusted=True
+            )
         )
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 

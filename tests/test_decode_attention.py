@@ -84,7 +84,7 @@ def test_no_position_no_output(splits):
 
 def test_lengths_beyond_the_cache_read_nothing_behind_it():
     q, k, v = inputs(2, 1, 1, 50, 16)
-    found = decode_attention(q, k, v, whole(51, 2**40), start=whole(-7, 2**40))
+    found = decode_attention(q, k, v, whole(51, 2**40), start=whole(-7, 2**40), trusted=True)
     assert_close(found[0], decode_attention_ref(q, k, v, whole(50, 50))[0])
     assert torch.equal(found[1], torch.zeros_like(found[1]))
 
@@ -206,7 +206,7 @@ def test_compiles_without_a_break():
     q, k, v = inputs(2, 2, 1, 20, 16)
 
     def function(q):
-        return decode_attention(2 * q, k, v, whole(20, 7)).sin()
+        return decode_attention(2 * q, k, v, whole(20, 7), trusted=True).sin()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_close(compiled(q), function(q))
@@ -235,6 +235,20 @@ def test_wrong_use(shapes, options, message):
     options = {n: x.to(DEVICE) if torch.is_tensor(x) else x for n, x in options.items()}
     with pytest.raises(ValueError, match=message):
         decode_attention(q, k, v, lengths.long(), **options)
+
+
+def test_places_outside_the_cache():
+    q, k, v = inputs(2, 1, 1, 5, 16)
+    with pytest.raises(ValueError, match="lengths must be up to 5, the cache's positions, not 6"):
+        decode_attention(q, k, v, whole(5, 6))
+    ancestors = torch.zeros(2, 5, dtype=torch.int32, device=DEVICE)
+    # what is not read may be anything
+    ancestors[1, 4] = 99
+    decode_attention(q, k, v, whole(5, 4), ancestors=ancestors)
+    for row in (-1, 2):
+        ancestors[0, 3] = row
+        with pytest.raises(ValueError, match=f"ancestors must be rows of the cache, .* not {row}"):
+            decode_attention(q, k, v, whole(5, 4), ancestors=ancestors)
 
 
 def test_wrong_dtype_and_device():
@@ -276,7 +290,7 @@ def test_in_a_graph():
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode_attention(q, k, v, lengths, ancestors=ancestors)
+        captured = decode_attention(q, k, v, lengths, ancestors=ancestors, trusted=True)
     for length in (3, 700, 1024):
         lengths.fill_(length)
         ancestors.random_(5)
