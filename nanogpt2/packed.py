@@ -18,7 +18,7 @@ trained. This file does not know how tokens are chosen, nor what a file looks li
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ FEW_ROWS = 8
 PAYS_AFTER = 48
 # steps of u on either side of 0: without VNNI, two products are added in 16 bits
 STEPS = 127 if torch.cpu._is_vnni_supported() else 63
-CHUNK = 256  # rows of logits at once
+CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
 LEAST = 1e-30  # of a range, which is divided by
 
 
@@ -121,7 +121,9 @@ class Int8Product(Product):
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """q: int8 (N, K); scale: float32 (N,)."""
         super().__init__()
-        self._scale, self._sums = scale, q.sum(dim=1) * scale  # each (N,)
+        # some rows at a time, because they are summed in 8 bytes each
+        sums = torch.cat([rows.sum(dim=1) for rows in q.split(CHUNK)])
+        self._scale, self._sums = scale, sums * scale  # each (N,)
         self._bias = torch.zeros_like(scale) if bias is None else bias.detach()
         with warnings.catch_warnings():
             # tensors of this kind are deprecated, but the product takes no other
@@ -164,8 +166,8 @@ class NarrowEmbedding(nn.Module):
 class PackedGPT(GPT):
     """A GPT that generates, scores and measures, but cannot be trained."""
 
-    def __init__(self, model: GPT, state: Mapping[str, Tensor], scheme: str | None) -> None:
-        """Make the parts of `model`, which is used up, anew from what `narrowed` returned."""
+    def __init__(self, model: GPT, state: dict[str, Tensor], scheme: str | None) -> None:
+        """Make the parts of `model` anew from what `narrowed` returned; both are used up."""
         nn.Module.__init__(self)
         self.config, self.scheme = model.config, scheme
         self.h, self.wte, self.wpe, self.ln_f = model.h, model.wte, model.wpe, model.ln_f
@@ -180,12 +182,12 @@ class PackedGPT(GPT):
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
         # in float32 it stays as it is for its rows: a second one would be a third of the model
+        table, scale = state[EMBEDDING], state.get(EMBEDDING + SCALE)
         self.head = _product(state, EMBEDDING, None, scheme, 0)
         if scheme is None:
-            self.wte.weight = nn.Parameter(state[EMBEDDING], requires_grad=False)
+            self.wte.weight = nn.Parameter(table, requires_grad=False)
         else:
-            rows = NarrowEmbedding(state[EMBEDDING], state.get(EMBEDDING + SCALE))
-            self.wte = rows  # type: ignore[assignment]
+            self.wte = NarrowEmbedding(table, scale)  # type: ignore[assignment]
         self.requires_grad_(False).eval()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -256,20 +258,26 @@ def narrowed(name: str, tensor: Tensor, scheme: str | None) -> Iterator[tuple[st
     elif scheme == "fp16":
         yield name, tensor.half()
     else:
-        scale = (tensor.float().abs().amax(dim=1) / 127).clamp_(min=LEAST)  # (N,)
-        yield name, (tensor / scale[:, None]).round_().to(torch.int8)
+        largest = torch.linalg.vector_norm(tensor.float(), float("inf"), dim=1)  # (N,)
+        scale = (largest / 127).clamp_(min=LEAST)
+        q = torch.empty(tensor.shape, dtype=torch.int8)
+        # some rows at a time: the embedding is a third of the model
+        for part, rows, s in zip(*(t.split(CHUNK) for t in (q, tensor, scale)), strict=True):
+            part.copy_((rows / s[:, None]).round_())
+        yield name, q
         yield name + SCALE, scale
 
 
 def _product(
-    state: Mapping[str, Tensor],
+    state: dict[str, Tensor],
     name: str,
     bias: Tensor | None,
     scheme: str | None,
     lays_out_after: int,
 ) -> Product:
+    weight = state.pop(name)
     if scheme is None:
-        return FloatProduct(state[name], bias, lays_out_after)
+        return FloatProduct(weight, bias, lays_out_after)
     if scheme == "fp16":
-        return HalfProduct(state[name], bias)
-    return Int8Product(state[name], state[name + SCALE], bias)
+        return HalfProduct(weight, bias)
+    return Int8Product(weight, state.pop(name + SCALE), bias)

@@ -721,11 +721,16 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "int8: one scale for all outputs",
-            "tensor.float().abs().amax(dim=1) / 127",
-            "tensor.float().abs().amax().expand(len(tensor)) / 127",
+            "(largest / 127)",
+            "(largest.amax().expand(len(largest)) / 127)",
             (PACKED,),
         ),
-        Mutant("int8: cut, not rounded", ".round_().to(torch.int8)", ".to(torch.int8)", (PACKED,)),
+        Mutant(
+            "int8: cut, not rounded",
+            ".round_())\n        yield name, q",
+            ")\n        yield name, q",
+            (PACKED,),
+        ),
         Mutant("the other GELU", 'approximate="tanh"', 'approximate="none"', (PACKED,)),
         Mutant(
             "laid out for a prompt as well",
