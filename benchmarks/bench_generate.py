@@ -101,7 +101,7 @@ ROWS = {
     ),
     "int8": Row("greedy, one row, narrow weights", "ms a token", NARROW, {}, 32),
     "first": Row("first token of a prompt of {long}, 5 beams", "s", WIDE, BEAMS),
-    "step": Row("a step at context {long}, 5 beams", "ms", WIDE, BEAMS, 8),
+    "step": Row("a step at context {long}, 5 beams", "ms", WIDE, BEAMS, 32),
     "start": Row(
         "from the process's start to its first token, weights on disk", "s", (), remark=""
     ),
