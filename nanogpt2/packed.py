@@ -18,6 +18,7 @@ trained. This file does not know how tokens are chosen, nor what a file looks li
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -46,8 +47,12 @@ CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
 LEAST = 1e-30  # of a range, which is divided by
 
 
-class Product(nn.Module):
+class Product(nn.Module, ABC):
     """x W^T + b for a weight (N, K): (..., K) -> (..., N), and what often comes next."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
 
     def gelu(self, x: Tensor) -> Tensor:
         """The tanh form of GELU, of x W^T + b."""
@@ -57,9 +62,9 @@ class Product(nn.Module):
         """x W^T + b + residual, which is (..., N)."""
         return self(x).add_(residual)
 
+    @abstractmethod
     def stored(self) -> dict[str, Tensor]:
         """The weight, by the ends of its tensors' names."""
-        raise NotImplementedError
 
 
 class FloatProduct(Product):
