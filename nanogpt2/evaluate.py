@@ -85,7 +85,7 @@ from nanogpt2.evaluation.classification import measure_classification
 from nanogpt2.evaluation.examples import read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
 from nanogpt2.evaluation.lambada import measure_lambada, read_lambada
-from nanogpt2.evaluation.perplexity import measure_perplexity
+from nanogpt2.evaluation.perplexity import joined, measure_perplexity
 from nanogpt2.evaluation.published import published
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.weights import choose_device, load_classifier, load_model, load_tokenizer
@@ -131,10 +131,7 @@ def main(config: EvaluateConfig) -> None:
 
 def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Strided perplexity of a text."""
-    ids: list[int] = []
-    for text in read_texts(config.file):
-        # texts are joined as they are for training
-        ids += [*([tokenizer.end_of_text] if ids else []), *tokenizer.encode(text)]
+    ids = joined(read_texts(config.file), tokenizer)
     if len(ids) < 2:
         raise ValueError(f"{config.file!r} must hold 2 tokens or more, not {len(ids)}")
     if config.limit == 1:

@@ -247,8 +247,8 @@ def check_scheme(scheme: str | None, device: str, dtype: torch.dtype) -> None:
             f"quantize must come with device cpu and dtype float32, not {device} and "
             f"{str(dtype).removeprefix('torch.')}"
         )
-    if not can_pack():
-        raise ValueError("quantize must come with a PyTorch that has oneDNN, unlike this one")
+    if not can_pack() or "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError("quantize must come with a PyTorch for x86, with oneDNN and fbgemm")
 
 
 def can_pack() -> bool:

@@ -57,11 +57,10 @@ if __name__ == "__main__":
 import torch
 
 from nanogpt2.evaluation.examples import read_texts
-from nanogpt2.evaluation.perplexity import windows
+from nanogpt2.evaluation.perplexity import joined, windows
 from nanogpt2.metrics import perplexity
 from nanogpt2.model import GPT
 from nanogpt2.packed import PackedGPT
-from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.weights import load_model, load_tokenizer, save_model
 
 
@@ -86,7 +85,7 @@ def main(config: QuantizeConfig) -> None:
     figures: dict[str, Any] = {"model": config.model, "quantize": config.quantize}
     if config.text is not None:
         with wrong_use("--text"):
-            ids = encode(tokenizer, config.text)[: config.limit]
+            ids = joined(read_texts(config.text), tokenizer)[: config.limit]
             figures |= asdict(measure(model, narrow, ids))
     if config.out is not None:
         try:
@@ -96,11 +95,6 @@ def main(config: QuantizeConfig) -> None:
         figures |= {"out": config.out, "bytes": sum(map(_size, Path(config.out).glob("*.safe*")))}
     rows = [[name, f"{v:,.4f}" if isinstance(v, float) else str(v)] for name, v in figures.items()]
     terminal.write((json.dumps(figures) if config.json else terminal.table(rows)) + "\n")
-
-
-def encode(tokenizer: Tokenizer, path: str) -> list[int]:
-    """The tokens of a file's texts, one after the other."""
-    return [token for text in read_texts(path) for token in tokenizer.encode(text)]
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ This file does not know where the text came from.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,14 @@ def measure_perplexity(
         bits_per_byte=total / math.log(2) / scored_bytes,
         word_perplexity=perplexity(total / max(1, words)),
     )
+
+
+def joined(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
+    """The ids of all texts, with <|endoftext|> between them, as they are joined for training."""
+    ids: list[int] = []
+    for text in texts:
+        ids += [*([tokenizer.end_of_text] if ids else []), *tokenizer.encode(text)]
+    return ids
 
 
 def windows(

@@ -19,7 +19,6 @@ Axes: B prompts, N rows in all, L layers, H heads, T new tokens. This file does 
 is chosen, nor what positions mean.
 """
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +72,7 @@ def decoder_for(
     left_padded: all that masks will hide is padding before the prompts' first tokens.
     """
     weight = model.wpe.weight
-    linears = [m for layer in map(_Layer, model.h) for m in layer.linears]
+    linears = [m for block in model.h for m in _linears(block)]
     few = (
         model.kernels == "torch"
         and weight.device.type == "cpu"
@@ -141,8 +140,8 @@ class RowsDecoder:
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         c = model.config
         self._model, self._rows = model, rows
-        self._layers = [
-            (layer.ln_1, layer.ln_2, *layer.products()) for layer in map(_Layer, model.h)
+        self._layers: list[tuple[Any, ...]] = [
+            (block.ln_1, block.ln_2, *map(_product, _linears(block))) for block in model.h
         ]
         self._H, self._D = c.n_head, c.n_embd // c.n_head
         B, N = prompts, prompts * rows
@@ -272,15 +271,11 @@ def _attention(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
 
 
-class _Layer:
-    """A block's parts."""
+def _linears(block: Any) -> tuple[nn.Module, ...]:
+    """A block's linear parts, in the order in which they are met."""
+    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
-    def __init__(self, block: Any) -> None:
-        attn, mlp = block.attn, block.mlp
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        self.linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
 
-    def products(self) -> Iterator[Product]:
-        """The linear parts, made for few rows."""
-        for m in self.linears:
-            yield m if isinstance(m, Product) else FloatProduct(m.weight, m.bias)
+def _product(linear: Any) -> Product:
+    """A linear part as one that is made for few rows."""
+    return linear if isinstance(linear, Product) else FloatProduct(linear.weight, linear.bias)

@@ -9,8 +9,8 @@ A checkpoint is a folder `step-N`:
 
 It is written aside as `step-N.tmp`, the manifest last, synced to the disk, and only then renamed; a
 reader trusts a folder only if its manifest holds. Then `best` points at the best one, its model
-becomes the run's, and older checkpoints go; a resumed run does these three again, so a kill
-among them leaves none undone. No pickle.
+becomes the run's, and older checkpoints go. A resumed run does these three again, which makes up
+for a kill between them. Nothing is pickled.
 
 This file does not know the loop, the schedule or what the tensors mean.
 """
