@@ -6,8 +6,9 @@
     python -m benchmarks.bench_generate --quick    a small shape, a minute; writes nothing
     python -m benchmarks.bench_generate --only mission --seeds 50
 
-All arms decode the same random weights, seeded and scaled so that a text does not repeat itself, in
-one process by turns (see generate_peers.py); a peer that is not installed is named and left out.
+All arms decode the same random weights, seeded and scaled so that a text does not repeat itself,
+each in a process of its own, by turns (see generate_peers.py); a peer that is not installed is named
+and left out.
 First the tokens are compared: those of the exact arms must be transformers', of the others the
 next token must mostly be the same along transformers' text. Then whole calls are timed.
 """
@@ -30,6 +31,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.generate_peers import (
+    Apart,
     CTranslate2,
     LlamaCpp,
     MissingError,
@@ -179,8 +181,12 @@ def agreement(arm: object, prompt: list[int], text: list[int]) -> float:
 class Bench:
     """The arms, each made once, and what is known of them."""
 
-    def __init__(self, folder: Path, shape: GPTConfig, args: argparse.Namespace) -> None:
+    def __init__(
+        self, folder: Path, shape: GPTConfig, args: argparse.Namespace, make: Callable = Apart
+    ) -> None:
+        """make: how to make an arm of what ARMS has of it, and the folder."""
         save_random_model(folder, shape)
+        self.make = make
         self.folder, self.args, self.device = folder, args, args.device
         self.parameters = shape.n_parameters
         self.long = 90 if args.quick else 900
@@ -199,7 +205,7 @@ class Bench:
         """Make an arm. Raises MissingError, AssertionError for one whose next tokens are others."""
         if name not in self.made:
             print(f"making: {name}", file=sys.stderr)
-            self.made[name] = ARMS[self.device][name](self.folder)
+            self.made[name] = self.make(ARMS[self.device][name], self.folder)
             if name != AGAINST:
                 share = self.agreements[name] = agreement(self.made[name], self.prompt, self.text)
                 least = 1.0 if name in self.exact else LEAST_AGREEMENT

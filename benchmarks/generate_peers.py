@@ -9,13 +9,19 @@ where the options have transformers' names. A constructor raises MissingError, w
 person, where a library is not installed or cannot do it. Nothing is imported before it is needed:
 memory is measured above what `import torch` takes.
 
+Arms that are timed beside one another live `Apart`: two libraries with threads of OpenMP in one
+process make it let its threads sleep between any two operations, which costs the one with many short
+operations the most.
+
 Sources: CTranslate2's converter reads transformers' folder itself. For llama.cpp a GGUF file is
 written here, by the format's specification (ggml docs/gguf.md) and the names of the gguf package.
 """
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,6 +52,28 @@ def need(module: str):
         return importlib.import_module(module)
     except ImportError:
         raise MissingError("not installed") from None
+
+
+class Apart:
+    """An arm in a process of its own, with as many threads as this one."""
+
+    def __init__(self, factory: Callable, folder: Path) -> None:
+        """factory: makes the arm from the folder; what it raises is raised here."""
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._process.submit(_make, factory, folder, torch.get_num_threads()).result()
+
+    def generate(self, *arguments, **options) -> list[int]:
+        return self._process.submit(_generate, *arguments, **options).result()
+
+
+def _make(factory: Callable, folder: Path, threads: int) -> None:
+    global _arm
+    torch.set_num_threads(threads)
+    _arm = factory(folder)
+
+
+def _generate(*arguments, **options) -> list[int]:
+    return _arm.generate(*arguments, **options)
 
 
 class Ours:
