@@ -17,6 +17,8 @@ The tied embedding is narrowed with its head. All of this is for a CPU, and none
 trained. This file does not know how tokens are chosen, nor what a file looks like.
 """
 
+import ctypes
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -139,12 +141,11 @@ class Int8Product(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """See Product."""
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)  # each (..., 1)
-        half = ((high - low) / 2).clamp_(min=LEAST)
+        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # each (..., 1)
+        half = (high - low).mul_(0.5).clamp_(min=LEAST)
         mid = low + half
-        u = (x - mid).div_(half)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            u, 1 / STEPS, STEPS + 1, self._packed
+            (x - mid).div_(half), 1 / STEPS, STEPS + 1, self._packed
         )
         return torch.addcmul(torch.addcmul(self._bias, mid, self._sums), half, y)
 
@@ -186,6 +187,7 @@ class PackedGPT(GPT):
                 product = _product(state, weight, bias, scheme, PAYS_AFTER + n)
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
+        _return_free_memory()
         # in float32 it stays as it is for its rows: a second one would be a third of the model
         table, scale = state[EMBEDDING], state.get(EMBEDDING + SCALE)
         self.head = _product(state, EMBEDDING, None, scheme, 0)
@@ -194,6 +196,7 @@ class PackedGPT(GPT):
         else:
             self.wte = NarrowEmbedding(table, scale)  # type: ignore[assignment]
         self.requires_grad_(False).eval()
+        _return_free_memory()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """See GPT."""
@@ -286,3 +289,13 @@ def _product(
     if scheme == "fp16":
         return HalfProduct(weight, bias)
     return Int8Product(weight, state.pop(name + SCALE), bias)
+
+
+def _return_free_memory() -> None:
+    """Give the system what malloc holds free, where malloc is glibc's.
+
+    It does not put a matrix where another one of its size was, and would keep room for both.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

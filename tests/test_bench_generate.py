@@ -23,7 +23,14 @@ from benchmarks.bench_generate import (
     plot,
 )
 from benchmarks.generate_alone import tensor_bytes
-from benchmarks.generate_peers import GGUF_NAMES, MissingError, Ours, Transformers, WithoutCache
+from benchmarks.generate_peers import (
+    GGUF_NAMES,
+    Apart,
+    MissingError,
+    Ours,
+    Transformers,
+    WithoutCache,
+)
 from nanogpt2 import GPT
 from nanogpt2.config import GPTConfig
 
@@ -33,6 +40,10 @@ SHAPE = GPTConfig(block_size=128, n_layer=3, n_head=2, n_embd=64)
 
 def not_installed(folder):
     raise MissingError("not installed")
+
+
+def in_this_process(factory, folder):
+    return factory(folder)
 
 
 class Wrong(Ours):
@@ -49,7 +60,7 @@ def bench(tmp_path, monkeypatch):
     there = {name: ARMS["cpu"][name] for name in (*EXACT, "ours, counter noise", "transformers")}
     monkeypatch.setitem(ARMS, "cpu", {**there, "CTranslate2": not_installed})
     args = argparse.Namespace(device="cpu", rounds=2, quick=True, seeds=3)
-    return Bench(tmp_path / "model", SHAPE, args)
+    return Bench(tmp_path / "model", SHAPE, args, make=in_this_process)
 
 
 def test_the_gate():
@@ -113,10 +124,20 @@ def test_a_wrong_arm_is_not_timed(bench, monkeypatch):
 
 
 def test_an_arm_of_other_weights_is_not_timed(bench, tmp_path, monkeypatch):
-    Bench(tmp_path / "other", replace(SHAPE, n_layer=2), bench.args)
+    Bench(tmp_path / "other", replace(SHAPE, n_layer=2), bench.args, in_this_process)
     monkeypatch.setitem(ARMS["cpu"], "CTranslate2", lambda _: Ours(tmp_path / "other"))
     with pytest.raises(AssertionError, match=r"CTranslate2: only \d+% of next tokens"):
         bench_generate.measure_tokens(bench, "greedy")
+
+
+def test_an_arm_in_a_process_of_its_own(bench):
+    apart, here = Apart(Ours, bench.folder), Ours(bench.folder)
+    options = {"do_sample": True, "top_k": 9}
+    assert apart.generate(bench.prompt, 12, 1, **options) == here.generate(
+        bench.prompt, 12, 1, **options
+    )
+    with pytest.raises(MissingError, match="not installed"):
+        Apart(not_installed, bench.folder)
 
 
 def test_the_text_does_not_repeat_itself(bench):

@@ -162,6 +162,7 @@ class RowsDecoder:
     def _apart(self) -> bool:
         return self.forked and self._rows > 1
 
+    @torch.inference_mode()
     def read(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
         """See Decoder."""
         R, T = ids.shape
@@ -172,19 +173,27 @@ class RowsDecoder:
             )
         if positions is None:
             positions = torch.arange(self.length, self.length + T)
-        if self._apart:
-            self._make_room(T)
-        attend = self._attend_apart if self._apart and self._S else self._attend
         if mask is None and self.length and T > 1:
             mask = torch.ones(T, self.length + T, dtype=torch.bool).tril(self.length)
         if mask is not None:
             # a row that sees nothing would be 0 / 0 with -inf
             mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
+        if self._apart:
+            self._make_room(T)
+        store, past = (self._own, self._W) if self._apart else (self._shared, self._S)
+        seen = store[..., : past + T, :]  # (2, L, R, H, past + T, D)
+        new = seen[..., past:, :]
+        shared = self._shared[..., : self._S, :] if self._apart and self._S else None
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
         for n, (ln_1, ln_2, c_attn, attn_proj, c_fc, mlp_proj) in enumerate(self._layers):
-            qkv = c_attn(ln_1(x)).view(R, T, 3, self._H, self._D)
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # each (R, H, T, D)
-            y = attend(n, q, k, v, mask)  # (R, H, T, D)
+            qkv = c_attn(ln_1(x)).view(R, T, 3, self._H, self._D).permute(2, 0, 3, 1, 4)
+            q, new[:, n] = qkv[0], qkv[1:]  # each (R, H, T, D)
+            if shared is None:
+                y = F.scaled_dot_product_attention(
+                    q, *seen[:, n], attn_mask=mask, is_causal=mask is None and T > 1
+                )
+            else:
+                y = self._attend_apart(q, seen[:, n], shared[:, n], mask)  # (R, H, T, D)
             x = attn_proj.plus(y.transpose(1, 2).reshape(R, T, -1), x)
             x = mlp_proj.plus(c_fc.gelu(ln_2(x)), x)
         if self._apart:
@@ -203,6 +212,7 @@ class RowsDecoder:
         """See Decoder."""
         self.forked = True
 
+    @torch.inference_mode()
     def reorder(self, parents: Tensor) -> None:
         """See Decoder."""
         if not self._W:
@@ -235,33 +245,19 @@ class RowsDecoder:
             own[..., : self._W, :] = self._own[..., : self._W, :]
             self._own = own
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention (R, H, T, D) to one of the two stores."""
-        T = q.size(2)
-        store, past = (self._own, self._W) if self._apart else (self._shared, self._S)
-        keys, values = store[:, layer, :, :, : past + T]
-        keys[:, :, past:], values[:, :, past:] = k, v
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=mask is None and T > 1
-        )
-
-    def _attend_apart(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Attention (N, H, 1, D) to both stores."""
+    def _attend_apart(self, q: Tensor, own: Tensor, shared: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention (N, H, 1, D) to both stores: own (2, N, H, W, D), shared (2, B, H, S, D)."""
         N, H, _, D = q.shape
-        keys, values = self._own[:, layer, :, :, : self._W + 1]
-        keys[:, :, self._W :], values[:, :, self._W :] = k, v
-        seen = None if mask is None else mask[..., self._S :]
-        own, own_lse = _attention(q, keys, values, seen)  # (N, H, 1, D), (N, H, 1)
-        keys, values = self._shared[:, layer, :, :, : self._S]
+        S = shared.size(3)
+        seen = None if mask is None else mask[..., S:]
+        y, lse = _attention(q, *own, seen)  # (N, H, 1, D), (N, H, 1)
         # the rows of a prompt are so many queries to one
         queries = q.view(-1, self._rows, H, D).transpose(1, 2)  # (B, H, rows, D)
-        seen = None if mask is None else mask[:: self._rows, :, :, : self._S]
-        shared, shared_lse = _attention(queries, keys, values, seen)
-        shared = shared.transpose(1, 2).reshape(N, H, 1, D)
-        shared_lse = shared_lse.transpose(1, 2).reshape(N, H, 1)
-        return own.lerp(shared, (shared_lse - own_lse).sigmoid_()[..., None])
+        seen = None if mask is None else mask[:: self._rows, :, :, :S]
+        more, more_lse = _attention(queries, *shared, seen)
+        more = more.transpose(1, 2).reshape(N, H, 1, D)
+        more_lse = more_lse.transpose(1, 2).reshape(N, H, 1)
+        return y.lerp(more, (more_lse - lse).sigmoid_()[..., None])
 
 
 def _attention(

@@ -144,9 +144,11 @@ def check_memory(model: GPT, request: Request) -> None:
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
     """Eval mode inside; the mode before it afterwards."""
-    was_training = model.training
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True

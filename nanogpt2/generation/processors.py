@@ -176,6 +176,8 @@ def ban_repeated_ngrams(ids: Tensor, scores: Tensor, n: int) -> Tensor:
     ngrams = ids.unfold(1, n, 1)  # (N, T - n + 1, n)
     prefix = ids[:, None, ids.size(1) - (n - 1) :]  # (N, 1, n - 1)
     row, start = (ngrams[:, :, :-1] == prefix).all(dim=2).nonzero(as_tuple=True)
+    if len(row) == 0:
+        return scores
     return scores.index_put((row, ngrams[row, start, -1]), scores.new_tensor(-INF))
 
 
