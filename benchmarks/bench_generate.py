@@ -7,8 +7,8 @@
     python -m benchmarks.bench_generate --only mission --seeds 50
 
 All arms decode the same random weights, seeded and scaled so that a text does not repeat itself,
-each in a process of its own, by turns (see generate_peers.py); a peer that is not installed is named
-and left out.
+each in a process of its own, by turns (see generate_peers.py); a peer that is not installed is
+named and left out.
 First the tokens are compared: those of the exact arms must be transformers', of the others the
 next token must mostly be the same along transformers' text. Then whole calls are timed.
 """

@@ -9,9 +9,8 @@ where the options have transformers' names. A constructor raises MissingError, w
 person, where a library is not installed or cannot do it. Nothing is imported before it is needed:
 memory is measured above what `import torch` takes.
 
-Arms that are timed beside one another live `Apart`: two libraries with threads of OpenMP in one
-process make it let its threads sleep between any two operations, which costs the one with many short
-operations the most.
+Arms that are timed beside one another live `Apart`. CTranslate2's threads in the same process make
+OpenMP let torch's sleep between any two operations, and a step of ours took twice as long.
 
 Sources: CTranslate2's converter reads transformers' folder itself. For llama.cpp a GGUF file is
 written here, by the format's specification (ggml docs/gguf.md) and the names of the gguf package.

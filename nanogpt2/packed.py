@@ -7,17 +7,18 @@ to be read. Fewer bytes, in the order in which they are needed, are what makes i
     fp16      2 bytes a weight
     int8      1 byte: W = s q, with one s for each output, |q| <= 127
 
-The input of int8 has 8 bits as well. Each row x has a range of its own, so that a text does not
-depend on its neighbours. With mid and half the middle and half the width of it,
-u = (x - mid) / half lies in [-1, 1], is rounded to 255 steps, and
+The input of int8 has 8 bits as well: x = d (u - z), with a step d and whole numbers u and z from 0
+to 255. Each row has a d and a z of its own, so that a text does not depend on its neighbours. The
+product takes one d and one z; several rows are given to it with 1 and m, in the middle, and
 
-    x W^T = half (u W^T) + mid (the sum of W over its inputs)
+    x W^T = d ((u - m) W^T + (m - z) (the sum of W over its inputs))
 
 The tied embedding is narrowed with its head. All of this is for a CPU, and none of it can be
 trained. This file does not know how tokens are chosen, nor what a file looks like.
 """
 
 import ctypes
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -43,8 +44,9 @@ SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
 FEW_ROWS = 8
 # products of few rows after which laying a matrix out has paid for itself; a block a step
 PAYS_AFTER = 48
-# steps of u on either side of 0: without VNNI, two products are added in 16 bits
-STEPS = 127 if torch.cpu._is_vnni_supported() else 63
+# u goes from 0 to this: without VNNI, two products are added in 16 bits
+LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
+MIDDLE = (LEVELS + 1) // 2
 CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
 LEAST = 1e-30  # of a range, which is divided by
 
@@ -141,13 +143,28 @@ class Int8Product(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """See Product."""
-        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # each (..., 1)
-        half = (high - low).mul_(0.5).clamp_(min=LEAST)
-        mid = low + half
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            (x - mid).div_(half), 1 / STEPS, STEPS + 1, self._packed
+        if x.numel() == x.size(-1):
+            return self._of_one_row(x)
+        low = x.amin(dim=-1, keepdim=True).clamp_(max=0)  # each (..., 1)
+        high = x.amax(dim=-1, keepdim=True).clamp_(min=0)
+        d = (high - low).mul_(1 / LEVELS).clamp_(min=LEAST)
+        shift = (low / d).round_().add_(MIDDLE)  # m - z
+        y = self._product((x / d).sub_(shift), 1.0, MIDDLE)
+        return torch.addcmul(self._bias, d, torch.addcmul(y, shift, self._sums))
+
+    def _of_one_row(self, x: Tensor) -> Tensor:
+        """The same with numbers for tensors of one, which is faster."""
+        low, high = (float(most) for most in torch.aminmax(x))
+        if not math.isfinite(high - low):
+            return x.new_full((*x.shape[:-1], len(self._bias)), math.nan)
+        low, high = min(low, 0.0), max(high, 0.0)
+        d = max((high - low) / LEVELS, LEAST)
+        return self._product(x, d, round(-low / d)).add_(self._bias)
+
+    def _product(self, x: Tensor, d: float, z: int) -> Tensor:
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, d, z, self._packed
         )
-        return torch.addcmul(torch.addcmul(self._bias, mid, self._sums), half, y)
 
     def stored(self) -> dict[str, Tensor]:
         """See Product."""

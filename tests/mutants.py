@@ -27,7 +27,7 @@ SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
 KERNELS = "test_kernels_in_use.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
-DECODER, PACKED = "test_decoder.py", "test_packed.py"
+DECODER, PACKED, QUANTIZE = "test_decoder.py", "test_packed.py", "test_quantize.py"
 KILLS = "test_kills.py::test_the_store_loses_nothing"
 DISK = "test_checkpoint.py::test_what_must_be_on_the_disk_before_what"
 ORDER = "test_checkpoint.py::test_the_order_of_a_commit"
@@ -709,15 +709,33 @@ MUTANTS: dict[str, list[Mutant]] = {
     "packed.py": [
         Mutant(
             "int8: the middle left out",
-            "torch.addcmul(self._bias, mid, self._sums)",
-            "self._bias",
+            "torch.addcmul(y, shift, self._sums)",
+            "y",
             (PACKED,),
         ),
         Mutant(
             "int8: one range for all rows",
-            "low, high = torch.aminmax(x, dim=-1, keepdim=True)",
-            "low, high = (m.expand(*x.shape[:-1], 1) for m in torch.aminmax(x))",
+            "low = x.amin(dim=-1, keepdim=True)",
+            "low = x.amin().expand(*x.shape[:-1], 1).clone()",
             (PACKED,),
+        ),
+        Mutant(
+            "int8: one row's range without 0",
+            "low, high = min(low, 0.0), max(high, 0.0)",
+            "pass",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: one row that is no number",
+            "if not math.isfinite(high - low):",
+            "if False:",
+            (PACKED,),
+        ),
+        Mutant(
+            "what malloc holds free is kept",
+            "        trim(0)",
+            "        pass",
+            (QUANTIZE,),
         ),
         Mutant(
             "int8: one scale for all outputs",

@@ -13,9 +13,9 @@ from nanogpt2 import generate, load_classifier, load_model, load_tokenizer, save
 from nanogpt2.config import SCHEMES
 from nanogpt2.model import GPT
 from nanogpt2.packed import (
+    LEVELS,
     MATRICES,
     PAYS_AFTER,
-    STEPS,
     FloatProduct,
     HalfProduct,
     Int8Product,
@@ -77,10 +77,11 @@ def test_int8_by_hand(parts):
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     q = (weight / scale).round()
     assert torch.equal(product.stored()[""], q.to(torch.int8))
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    half, mid = (high - low) / 2, (high + low) / 2
-    u = ((x - mid) / half * STEPS).round() / STEPS
-    assert ratio(product(x), (u * half + mid) @ (q * scale).t() + bias) < 1e-5
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    d = (high - low) / LEVELS
+    z = (-low / d).round()
+    u = (x / d).round() + z
+    assert ratio(product(x), d * (u - z) @ (q * scale).t() + bias) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
@@ -92,11 +93,22 @@ def test_a_row_does_not_depend_on_its_neighbours(parts, kind):
         torch.testing.assert_close(product(x[row : row + 1]), together[row : row + 1])
 
 
-def test_rows_of_one_number():
-    """Half of a range of nothing is no divisor."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_one_number(rows):
+    """A range has 0 in it, and one of nothing is no divisor."""
     product = int8_product(torch.ones(3, 4), None)
-    assert product(torch.full((2, 4), 7.0)).tolist() == [[28.0] * 3] * 2
-    assert product(torch.zeros(1, 4)).tolist() == [[0.0] * 3]
+    for number in (7.0, -7.0, 0.0, 1e-38):
+        expected = torch.full((rows, 3), 4 * number)
+        torch.testing.assert_close(product(torch.full((rows, 4), number)), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_stays_none(rows, wrong):
+    x = torch.randn(rows, 4)
+    x[0, 1] = wrong
+    found = int8_product(torch.randn(3, 4), None)(x)
+    assert not found[0].isfinite().any() and found[1:].isfinite().all()
 
 
 def test_a_matrix_is_laid_out_once_that_pays(parts):

@@ -57,7 +57,8 @@ def test_evaluated(folder):
 LOADING = """
 import re, sys, torch
 from nanogpt2 import load_model
-anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+status = lambda: open("/proc/self/status").read()
+anonymous = lambda: 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status())[1])
 start = anonymous()
 model = load_model(sys.argv[1], quantize=sys.argv[2])
 print(anonymous() - start)

@@ -189,11 +189,12 @@ class RowsDecoder:
             qkv = c_attn(ln_1(x)).view(R, T, 3, self._H, self._D).permute(2, 0, 3, 1, 4)
             q, new[:, n] = qkv[0], qkv[1:]  # each (R, H, T, D)
             if shared is None:
+                k, v = seen[:, n]
                 y = F.scaled_dot_product_attention(
-                    q, *seen[:, n], attn_mask=mask, is_causal=mask is None and T > 1
+                    q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
                 )
             else:
-                y = self._attend_apart(q, seen[:, n], shared[:, n], mask)  # (R, H, T, D)
+                y = self._attend_apart(q, seen[:, n], shared[:, n], mask)
             x = attn_proj.plus(y.transpose(1, 2).reshape(R, T, -1), x)
             x = mlp_proj.plus(c_fc.gelu(ln_2(x)), x)
         if self._apart:
@@ -250,20 +251,19 @@ class RowsDecoder:
         N, H, _, D = q.shape
         S = shared.size(3)
         seen = None if mask is None else mask[..., S:]
-        y, lse = _attention(q, *own, seen)  # (N, H, 1, D), (N, H, 1)
+        y, lse = _attention(q, own, seen)  # (N, H, 1, D), (N, H, 1)
         # the rows of a prompt are so many queries to one
         queries = q.view(-1, self._rows, H, D).transpose(1, 2)  # (B, H, rows, D)
         seen = None if mask is None else mask[:: self._rows, :, :, :S]
-        more, more_lse = _attention(queries, *shared, seen)
+        more, more_lse = _attention(queries, shared, seen)
         more = more.transpose(1, 2).reshape(N, H, 1, D)
         more_lse = more_lse.transpose(1, 2).reshape(N, H, 1)
         return y.lerp(more, (more_lse - lse).sigmoid_()[..., None])
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D), and the log of its normaliser, (B, H, T)."""
+    k, v = kv
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
 
 
