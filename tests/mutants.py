@@ -536,14 +536,14 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "kernels: padding in the cache is seen",
-            "start=start, ancestors=ancestors)",
-            "ancestors=ancestors)",
+            "start=start, ancestors=ancestors, trusted",
+            "ancestors=ancestors, trusted",
             (f"{KERNELS}::test_generate",),
         ),
         Mutant(
             "kernels: beams forget whose keys are theirs",
-            "start=start, ancestors=ancestors)",
-            "start=start)",
+            "start=start, ancestors=ancestors, trusted",
+            "start=start, trusted",
             (f"{KERNELS}::test_generate",),
         ),
         Mutant(
@@ -594,8 +594,14 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "the two parts of attention weigh the wrong way round",
-            "(shared_lse - own_lse)",
-            "(own_lse - shared_lse)",
+            "(more_lse - lse)",
+            "(lse - more_lse)",
+            (DECODER,),
+        ),
+        Mutant(
+            "keys where values belong",
+            "qkv[0], qkv[1:]",
+            "qkv[0], qkv[1:].flip(0)",
             (DECODER,),
         ),
         Mutant(
@@ -631,7 +637,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a prompt's padding is seen by what follows it",
-            "seen = None if mask is None else mask[:: self._rows, :, :, : self._S]",
+            "seen = None if mask is None else mask[:: self._rows, :, :, :S]",
             "seen = None",
             (DECODER,),
         ),
@@ -812,8 +818,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("eval mode not forced", "    model.eval()\n", "", (GENERATION,)),
         Mutant(
             "mode not restored",
-            "        model.train(was_training)",
-            "        pass",
+            "            module.training = True",
+            "            pass",
             (GENERATION,),
         ),
     ],
