@@ -364,21 +364,23 @@ def first_output(program: list[str]) -> float:
 
 
 def measure_memory(bench: Bench, _: str) -> dict[str, Measured]:
-    """One process an arm; nothing is timed, so one round will do."""
-    found = {
-        arm: harness.in_a_process(
+    """One process an arm and round: where malloc leaves holes is a matter of chance."""
+
+    def measure(arm: str) -> dict:
+        return harness.in_a_process(
             "benchmarks.generate_alone",
             *(arm, str(bench.folder), bench.device, str(bench.long), str(ROWS["step"].new)),
         )
-        for arm in bench.arms(ROWS["memory"])
-    }
+
+    found = bench.take_turns({arm: partial(measure, arm) for arm in bench.arms(ROWS["memory"])})
     rows = {}
     for name in ("memory", "resident", "cache"):
-        rows[name] = Measured({arm: [f[name]] for arm, f in found.items() if name in f})
+        numbers = {arm: [f[name] for f in each if name in f] for arm, each in found.items()}
+        rows[name] = Measured({arm: taken for arm, taken in numbers.items() if taken})
         if name != "cache":
             rows[name].said = {
-                arm: f"{numbers[0] / bench.weights(arm):.2f}x"
-                for arm, numbers in rows[name].numbers.items()
+                arm: f"{statistics.median(taken) / bench.weights(arm):.2f}x"
+                for arm, taken in rows[name].numbers.items()
             }
     return {name: measured for name, measured in rows.items() if measured.numbers}
 
@@ -454,7 +456,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    rig = harness.rig(args.device, dtype="float32" if args.device == "cpu" else "bfloat16")
+    dtype = "float32" if args.device == "cpu" else "bfloat16"
+    rig = harness.rig(args.device, dtype=dtype, rounds=args.rounds)
     shape = GPTConfig(n_layer=2, n_head=4, n_embd=128) if args.quick else PRESETS["gpt2"]
     first_of = {name: first for first, names in TOGETHER.items() for name in names}
     asked = [args.only] if args.only else list(ROWS)

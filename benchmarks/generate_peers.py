@@ -19,8 +19,9 @@ written here, by the format's specification (ggml docs/gguf.md) and the names of
 import importlib
 import json
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -54,25 +55,44 @@ def need(module: str):
 
 
 class Apart:
-    """An arm in a process of its own, with as many threads as this one."""
+    """An arm in a process of its own, with as many threads as this one; it ends with this one."""
 
     def __init__(self, factory: Callable, folder: Path) -> None:
         """factory: makes the arm from the folder; what it raises is raised here."""
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._process.submit(_make, factory, folder, torch.get_num_threads()).result()
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._arm = f"{factory}"
+        arguments = (theirs, factory, folder, torch.get_num_threads())
+        spawn.Process(target=_serve, args=arguments, daemon=True).start()
+        theirs.close()
+        self._answer()
 
     def generate(self, *arguments, **options) -> list[int]:
-        return self._process.submit(_generate, *arguments, **options).result()
+        self._pipe.send((arguments, options))
+        return self._answer()
+
+    def _answer(self):
+        try:
+            found = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of {self._arm} has died") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
-def _make(factory: Callable, folder: Path, threads: int) -> None:
-    global _arm
+def _serve(pipe, factory: Callable, folder: Path, threads: int) -> None:
     torch.set_num_threads(threads)
-    _arm = factory(folder)
-
-
-def _generate(*arguments, **options) -> list[int]:
-    return _arm.generate(*arguments, **options)
+    try:
+        arm = factory(folder)
+        pipe.send(None)
+        while True:
+            arguments, options = pipe.recv()
+            pipe.send(arm.generate(*arguments, **options))
+    except EOFError:
+        pass  # the process that asked is gone
+    except Exception as error:
+        pipe.send(error)
 
 
 class Ours:
@@ -195,6 +215,13 @@ class WithoutCache:
         return F.linear(model.ln_f(h[:, -1]), model.wte.weight)
 
 
+CONVERT = """
+import sys
+from ctranslate2.converters import TransformersConverter
+TransformersConverter(sys.argv[1]).convert(sys.argv[2])
+"""
+
+
 class CTranslate2:
     """Its Generator, greedy or with beams, on what its own converter makes of the folder."""
 
@@ -202,10 +229,10 @@ class CTranslate2:
         library = need("ctranslate2")
         made = folder / "ctranslate2"
         if not made.exists():
-            need("transformers").utils.logging.disable_progress_bar()
-            from ctranslate2.converters import TransformersConverter
-
-            TransformersConverter(str(folder)).convert(str(made))
+            need("transformers")
+            # apart, or its threads would come beside torch's
+            program = [sys.executable, "-c", CONVERT, str(folder), str(made)]
+            subprocess.run(program, check=True, stderr=subprocess.DEVNULL)
         self.generator = library.Generator(
             str(made), compute_type=weights, intra_threads=torch.get_num_threads()
         )

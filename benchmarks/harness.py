@@ -1,7 +1,7 @@
 """A fair comparison: the results checked first, then the arms timed turn by turn.
 
-An arm is a name and a function that does the work once. All arms take turns within one process, in
-a new order every round, so that whatever else the machine does meets each of them; the median of
+An arm is a name and a function that does the work once. All arms take turns within one run, in a
+new order every round, so that whatever else the machine does meets each of them; the median of
 the rounds stands with the least and the most, and every ratio names the arm that it is against.
 Peak memory is measured apart, each arm in a process of its own.
 

@@ -7,9 +7,10 @@ to be read. Fewer bytes, in the order in which they are needed, are what makes i
     fp16      2 bytes a weight
     int8      1 byte: W = s q, with one s for each output, |q| <= 127
 
-The input of int8 has 8 bits as well: x = d (u - z), with a step d and whole numbers u and z from 0
-to 255. Each row has a d and a z of its own, so that a text does not depend on its neighbours. The
-product takes one d and one z; several rows are given to it with 1 and m, in the middle, and
+The input of int8 has 8 bits as well, 7 on a processor without VNNI. Each row x has a range of its
+own, from low <= 0 to high >= 0, so that a text does not depend on its neighbours. With d, a 255th
+of the range, and z, the whole number nearest to -low / d, x is about d (u - z) for whole numbers u
+from 0 to 255. The product is given u - m, with m in the middle, and
 
     x W^T = d ((u - m) W^T + (m - z) (the sum of W over its inputs))
 
@@ -46,9 +47,9 @@ FEW_ROWS = 8
 PAYS_AFTER = 48
 # u goes from 0 to this: without VNNI, two products are added in 16 bits
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
-MIDDLE = (LEVELS + 1) // 2
+MIDDLE = (LEVELS + 1) // 2  # m
 CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
-LEAST = 1e-30  # of a range, which is divided by
+LEAST = 1e-30  # of a step or scale, which is divided by
 
 
 class Product(nn.Module, ABC):
@@ -149,21 +150,25 @@ class Int8Product(Product):
         high = x.amax(dim=-1, keepdim=True).clamp_(min=0)
         d = (high - low).mul_(1 / LEVELS).clamp_(min=LEAST)
         shift = (low / d).round_().add_(MIDDLE)  # m - z
-        y = self._product((x / d).sub_(shift), 1.0, MIDDLE)
+        y = self._product((x / d).sub_(shift))
         return torch.addcmul(self._bias, d, torch.addcmul(y, shift, self._sums))
 
     def _of_one_row(self, x: Tensor) -> Tensor:
-        """The same with numbers for tensors of one, which is faster."""
-        low, high = (float(most) for most in torch.aminmax(x))
-        if not math.isfinite(high - low):
-            return x.new_full((*x.shape[:-1], len(self._bias)), math.nan)
+        """The same to the bit, with numbers for tensors of one, which is faster."""
+        low, high = (float(most) for most in torch.aminmax(x.detach()))
         low, high = min(low, 0.0), max(high, 0.0)
-        d = max((high - low) / LEVELS, LEAST)
-        return self._product(x, d, round(-low / d)).add_(self._bias)
+        width = _float32(high - low)
+        if not math.isfinite(width):
+            return x.new_full((*x.shape[:-1], len(self._bias)), math.nan)
+        d = max(_float32(width * _float32(1 / LEVELS)), _float32(LEAST))
+        shift = round(_float32(low / d)) + MIDDLE
+        y = self._product((x / d).sub_(shift))
+        return torch.add(self._bias, y.add_(self._sums, alpha=shift), alpha=d)
 
-    def _product(self, x: Tensor, d: float, z: int) -> Tensor:
+    def _product(self, u: Tensor) -> Tensor:
+        """u W^T, with u rounded to whole numbers."""
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x, d, z, self._packed
+            u, 1.0, MIDDLE, self._packed
         )
 
     def stored(self) -> dict[str, Tensor]:
@@ -311,8 +316,13 @@ def _product(
 def _return_free_memory() -> None:
     """Give the system what malloc holds free, where malloc is glibc's.
 
-    It does not put a matrix where another one of its size was, and would keep room for both.
+    glibc does not put a matrix where another one of its size was, and would keep room for both.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def _float32(number: float) -> float:
+    """Round as float32 does."""
+    return ctypes.c_float(number).value

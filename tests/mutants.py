@@ -733,7 +733,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "int8: one row that is no number",
-            "if not math.isfinite(high - low):",
+            "if not math.isfinite(width):",
             "if False:",
             (PACKED,),
         ),
@@ -742,6 +742,12 @@ MUTANTS: dict[str, list[Mutant]] = {
             "        trim(0)",
             "        pass",
             (QUANTIZE,),
+        ),
+        Mutant(
+            "int8: one row's step as the processor's own number",
+            "_float32(width * _float32(1 / LEVELS))",
+            "width / LEVELS",
+            (PACKED,),
         ),
         Mutant(
             "int8: one scale for all outputs",

@@ -1,6 +1,7 @@
 """bench_generate's own arithmetic, and the arms that are always there, on a tiny model."""
 
 import argparse
+import os
 import re
 from dataclasses import replace
 
@@ -44,6 +45,10 @@ def not_installed(folder):
 
 def in_this_process(factory, folder):
     return factory(folder)
+
+
+def dies(folder):
+    os._exit(1)
 
 
 class Wrong(Ours):
@@ -108,7 +113,8 @@ def test_memory(bench):
     (found,) = (bench_generate.measure_memory(bench, "memory")[name] for name in ["cache"])
     per_position = 2 * SHAPE.n_layer * SHAPE.n_embd * 4
     # the last token is read by nobody
-    (theirs,), (ours,) = (found.numbers[arm] for arm in ("transformers", "ours"))
+    # one each round
+    (theirs, _), (ours, _) = (found.numbers[arm] for arm in ("transformers", "ours"))
     assert theirs == 5 * (90 + ROWS["step"].new - 1) * per_position
     # the prompt once
     assert 90 * per_position < ours < theirs / 2
@@ -138,6 +144,8 @@ def test_an_arm_in_a_process_of_its_own(bench):
     )
     with pytest.raises(MissingError, match="not installed"):
         Apart(not_installed, bench.folder)
+    with pytest.raises(RuntimeError, match=r"process of .*dies.* has died"):
+        Apart(dies, bench.folder)
 
 
 def test_the_text_does_not_repeat_itself(bench):

@@ -93,6 +93,16 @@ def test_a_row_does_not_depend_on_its_neighbours(parts, kind):
         torch.testing.assert_close(product(x[row : row + 1]), together[row : row + 1])
 
 
+def test_int8_is_the_same_to_the_bit_alone():
+    """Or the next product's rounding to 8 bits would tell."""
+    torch.manual_seed(0)
+    product = int8_product(torch.randn(64, 768), torch.randn(64))
+    x = torch.randn(2000, 768) * torch.rand(2000, 1) * 9 + torch.randn(2000, 1)
+    together = torch.cat([product(some) for some in x.split(5)])
+    alone = torch.cat([product(row) for row in x.split(1)])
+    assert torch.equal(alone, together)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rows_of_one_number(rows):
     """A range has 0 in it, and one of nothing is no divisor."""

@@ -135,7 +135,10 @@ class ModelDecoder:
 
 
 class RowsDecoder:
-    """GPT-2 for a few rows on a CPU; see the module."""
+    """GPT-2 for a few rows on a CPU; see the module.
+
+    What it returns, and what hooks on the model see, are inference tensors: clone them to train.
+    """
 
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         c = model.config
