@@ -92,6 +92,7 @@ def _serve(pipe, factory: Callable, folder: Path, threads: int) -> None:
     except EOFError:
         pass  # the process that asked is gone
     except Exception as error:
+        # of whatever kind: it is raised where the arm was asked
         pipe.send(error)
 
 
