@@ -23,7 +23,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ PAYS_AFTER = 48
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
 MIDDLE = (LEVELS + 1) // 2  # m
 CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
+Release = Callable[[Tensor], None]
 LEAST = 1e-30  # of a step or scale, which is divided by
 
 
@@ -75,11 +76,17 @@ class Product(nn.Module, ABC):
 class FloatProduct(Product):
     """In float32 by oneDNN; its weight is laid out after so many products of few rows, for good."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, lays_out_after: int = 0) -> None:
-        """lays_out_after: 0 is never."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        lays_out_after: int = 0,
+        release: Release | None = None,
+    ) -> None:
+        """weight: in either order in memory. lays_out_after: 0 is never. release: what it was."""
         super().__init__()
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._left = lays_out_after
+        self._left, self._release = lays_out_after, release
 
     def forward(self, x: Tensor) -> Tensor:
         """See Product."""
@@ -104,7 +111,13 @@ class FloatProduct(Product):
         if self._left > 0 and x.numel() <= FEW_ROWS * x.size(-1):
             self._left -= 1
             if self._left == 0:
-                self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, FEW_ROWS)
+                # in its own order first: oneDNN takes twice as long to change that as well
+                stored, ordered = self._weight, self._weight.contiguous()
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(ordered, FEW_ROWS)
+                del ordered
+                _return_free_memory()
+                if self._release is not None:
+                    self._release(stored)
         return self._weight
 
 
@@ -112,9 +125,10 @@ class HalfProduct(Product):
     """With a weight of 16 bits, by fbgemm; the sums are float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: of any floating type; fbgemm rounds it."""
         super().__init__()
-        # made of float32, each of whose numbers is one of float16 already
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        wide = weight.float().contiguous()
+        self._packed = torch.ops.quantized.linear_prepack_fp16(wide, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """See Product."""
@@ -178,24 +192,40 @@ class Int8Product(Product):
 
 
 class NarrowEmbedding(nn.Module):
-    """Rows of a narrow matrix as float32: int64 (...) -> (..., C)."""
+    """Rows of a matrix, narrow or narrowed when they are asked for: int64 (...) -> (..., C)."""
 
-    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
-        """weight: (V, C); scale: float32 (V,) for int8."""
+    def __init__(self, weight: Tensor, scale: Tensor | None, scheme: str) -> None:
+        """weight: (V, C), of any type; scale: float32 (V,) where it is int8."""
         super().__init__()
-        self.weight, self._scale = weight, scale
+        self.weight, self._scale, self._scheme = weight, scale, scheme
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
-        x = self.weight[ids].float()
-        return x if self._scale is None else x * self._scale[ids][..., None]
+        rows = self.weight[ids.flatten()]
+        if self._scale is not None:
+            rows, scale = rows, self._scale[ids.flatten()]
+        elif self._scheme == "int8":
+            rows, scale = to_int8(rows)
+        else:
+            rows, scale = rows.half(), torch.ones(1)
+        return (rows.float() * scale[:, None]).view(*ids.shape, -1)
 
 
 class PackedGPT(GPT):
     """A GPT that generates, scores and measures, but cannot be trained."""
 
-    def __init__(self, model: GPT, state: dict[str, Tensor], scheme: str | None) -> None:
-        """Make the parts of `model` anew from what `narrowed` returned; both are used up."""
+    def __init__(
+        self,
+        model: GPT,
+        state: dict[str, Tensor],
+        scheme: str | None,
+        release: Release | None = None,
+    ) -> None:
+        """Make the parts of `model` anew from a GPT's tensors, which are used up, as is `model`.
+
+        state: its matrices in any floating type, or int8 with scales; the rest in float32.
+        release: what they are kept in is a file, whose pages are let go when they have been used.
+        """
         nn.Module.__init__(self)
         self.config, self.scheme = model.config, scheme
         self.h, self.wte, self.wpe, self.ln_f = model.h, model.wte, model.wpe, model.ln_f
@@ -206,19 +236,20 @@ class PackedGPT(GPT):
                 module = getattr(block, part)
                 bias = getattr(module, name).bias.detach()
                 weight = f"h.{n}.{part}.{name}.weight"
-                product = _product(state, weight, bias, scheme, PAYS_AFTER + n)
+                matrix = state.pop(weight), state.pop(weight + SCALE, None)
+                product = _product(*matrix, bias, scheme, PAYS_AFTER + n, release)
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
-        _return_free_memory()
-        # in float32 it stays as it is for its rows: a second one would be a third of the model
-        table, scale = state[EMBEDDING], state.get(EMBEDDING + SCALE)
-        self.head = _product(state, EMBEDDING, None, scheme, 0)
+        table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)
+        # laid out beside its rows it would be a third of the model more, unless they are in a file
+        after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0
+        self.head = _product(table, scale, None, scheme, after, release)
         if scheme is None:
-            self.wte.weight = nn.Parameter(table, requires_grad=False)
+            self.wte.weight = nn.Parameter(table.float(), requires_grad=False)
         else:
-            self.wte = NarrowEmbedding(table, scale)  # type: ignore[assignment]
+            self.wte = NarrowEmbedding(table, scale, scheme)  # type: ignore[assignment]
+            _return_free_memory()
         self.requires_grad_(False).eval()
-        _return_free_memory()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """See GPT."""
@@ -258,9 +289,12 @@ def pack(model: GPT, scheme: str | None = None) -> PackedGPT:
     weight = model.wpe.weight
     check_scheme(scheme, weight.device.type, weight.dtype)
     state = model.state_dict()
-    return PackedGPT(
-        model, {k: t for n in [*state] for k, t in narrowed(n, state.pop(n), scheme)}, scheme
-    )
+    # the products are made of the narrow one, so that the wide one can go
+    if scheme == "fp16":
+        state[EMBEDDING] = state[EMBEDDING].half()
+    elif scheme == "int8":
+        state[EMBEDDING], state[EMBEDDING + SCALE] = to_int8(state[EMBEDDING])
+    return PackedGPT(model, state, scheme)
 
 
 def check_scheme(scheme: str | None, device: str, dtype: torch.dtype) -> None:
@@ -281,36 +315,36 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def narrowed(name: str, tensor: Tensor, scheme: str | None) -> Iterator[tuple[str, Tensor]]:
-    """One of a GPT's tensors -> what a scheme keeps of it."""
-    if scheme is None or not name.endswith(MATRICES):
-        yield name, tensor
-    elif scheme == "fp16":
-        yield name, tensor.half()
-    else:
-        largest = torch.linalg.vector_norm(tensor.float(), float("inf"), dim=1)  # (N,)
-        scale = (largest / 127).clamp_(min=LEAST)
-        q = torch.empty(tensor.shape, dtype=torch.int8)
-        # some rows at a time: the embedding is a third of the model
-        for part, rows, s in zip(*(t.split(CHUNK) for t in (q, tensor, scale)), strict=True):
-            part.copy_((rows / s[:, None]).round_())
-        yield name, q
-        yield name + SCALE, scale
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) -> q, int8 (N, K), and the scales s, float32 (N,); see the module."""
+    largest = torch.linalg.vector_norm(weight.float(), float("inf"), dim=1)  # (N,)
+    scale = (largest / 127).clamp_(min=LEAST)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    # some rows at a time: the embedding is a third of the model
+    for part, rows, s in zip(*(t.split(CHUNK) for t in (q, weight, scale)), strict=True):
+        part.copy_((rows / s[:, None]).round_())
+    return q, scale
 
 
 def _product(
-    state: dict[str, Tensor],
-    name: str,
+    weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     scheme: str | None,
     lays_out_after: int,
+    release: Release | None,
 ) -> Product:
-    weight = state.pop(name)
+    """scale: of a weight that is int8 already."""
     if scheme is None:
-        return FloatProduct(weight, bias, lays_out_after)
+        return FloatProduct(weight.float(), bias, lays_out_after, release)
+    product: Product
     if scheme == "fp16":
-        return HalfProduct(weight, bias)
-    return Int8Product(weight, state.pop(name + SCALE), bias)
+        product = HalfProduct(weight, bias)
+    else:
+        product = Int8Product(*(to_int8(weight) if scale is None else (weight, scale)), bias)
+    if release is not None:
+        release(weight)
+    return product
 
 
 def _return_free_memory() -> None:

@@ -7,15 +7,17 @@
 A file written here states its own SHA-256 in its metadata, computed with the digest's 64 characters
 taken as zeros; a file that states one is read only if it holds.
 
-The safetensors library maps files into memory; here they are read, because a mapped file that
-another program cuts short ends the process, one that is replaced gives tensors of two files, and
-two entries of one name go unnoticed. What is open here is one file, whole, from header to last
-byte. This file does not know what the tensors are for.
+A file is read, unless it is to be mapped into memory: then nothing is copied, and pages that are
+needed no more are the system's. But what is mapped changes where another program writes over the
+file, and ends the process where it is cut short, so that is for programs that have nothing to lose.
+Either way what is open here is one file, whole, from header to last byte. This file does not know
+what the tensors are for.
 """
 
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,6 +66,7 @@ class TensorFile:
         """Read the header. Raises ValueError for one that is none."""
         self.path = path
         self._file = file
+        self._mapping: mmap.mmap | None = None
         size = file.seek(0, 2)
         file.seek(0)
         length = file.read(8)
@@ -89,13 +92,18 @@ class TensorFile:
             raise self._broken(f"its tensors take {end} bytes, not {size - len(self._head)}")
 
     def tensors(
-        self, wanted: Collection[str], sha256: str | None = None, passing: Collection[str] = ()
+        self,
+        wanted: Collection[str],
+        sha256: str | None = None,
+        passing: Collection[str] = (),
+        mapped: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """Read the wanted tensors, on the CPU and as they are stored, with their names.
 
-        Those that are `passing` share one buffer, and hold until the next is asked for. Raises
-        ValueError, after the last one, where the bytes do not have the SHA-256 `sha256`, by default
-        the one that the file states of itself.
+        Those that are `passing` share one buffer, and hold until the next is asked for. With
+        `mapped` all are views of the file, as little aligned as it is. Raises ValueError, after the
+        last one, where the bytes do not have the SHA-256 `sha256`, by default the one that the file
+        states of itself.
         """
         head = self._head
         if sha256 is None and self.sha256 is not None:
@@ -113,15 +121,42 @@ class TensorFile:
                 size, keep = entry.end - entry.start, entry.name in kept
                 if last is not None and not keep:
                     last.result()
-                data = torch.empty(size, dtype=torch.uint8) if keep else buffer[:size]
-                if self._file.readinto(data.numpy().data) < size:  # type: ignore[attr-defined]
-                    raise self._broken(f"it was cut short at {entry.name!r} while it was read")
+                if mapped:
+                    data = self._mapped(entry)
+                else:
+                    data = torch.empty(size, dtype=torch.uint8) if keep else buffer[:size]
+                    if self._file.readinto(data.numpy().data) < size:  # type: ignore[attr-defined]
+                        raise self._broken(f"it was cut short at {entry.name!r} while it was read")
                 if sha256 is not None:
                     last = worker.submit(digest.update, data.numpy().data)
                 if entry.name in wanted:
                     yield entry.name, data.view(DTYPES[entry.dtype]).view(entry.shape)
         if sha256 is not None and digest.hexdigest() != sha256:
             raise ValueError(f"{str(self.path)!r} is damaged: its SHA-256 is not the one stated")
+
+    def release(self, tensor: Tensor) -> None:
+        """Let the system have a mapped tensor's pages; they come back when they are needed."""
+        if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
+        start = tensor.data_ptr() - first
+        end = min(start + tensor.numel() * tensor.element_size(), len(self._mapping))
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if 0 <= start < end:
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def _mapped(self, entry: StoredTensor) -> Tensor:
+        """A tensor's bytes, in a mapping of the whole file that lasts as long as they are held."""
+        if self._mapping is None:
+            size = len(self._head) + self.entries[-1].end
+            try:
+                self._mapping = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
+            except ValueError as error:
+                raise self._broken(str(error)) from None
+        start, size = len(self._head) + entry.start, entry.end - entry.start
+        if size == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._mapping, dtype=torch.uint8, offset=start, count=size)
 
     def _broken(self, why: str) -> ValueError:
         return ValueError(f"{str(self.path)!r} is no whole safetensors file: {why}")

@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,8 +52,6 @@ from nanogpt2.packed import (
     PackedGPT,
     can_pack,
     check_scheme,
-    narrowed,
-    pack,
 )
 from nanogpt2.tensor_file import StoredTensor, TensorFile
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
@@ -95,11 +94,12 @@ def load_generator(
     quantize: str | None = None,
     kernels: str = "auto",
 ) -> GPT:
-    """Load a GPT to generate with as fast as may be; arguments and errors as for `load_model`."""
-    model = load_model(name, device, dtype, quantize=quantize, kernels=kernels)
-    if isinstance(model, PackedGPT) or model.kernels == "triton":
-        return model
-    return pack(model) if device == "cpu" and dtype == "float32" and can_pack() else model
+    """Load a GPT to generate with as fast as may be; arguments and errors as for `load_model`.
+
+    On a CPU its file is mapped into memory: while it is in use the file may be replaced or deleted,
+    but must not be written over.
+    """
+    return _load(GPT, name, device, dtype, None, quantize, kernels, generates=True)
 
 
 def load_classifier(
@@ -216,6 +216,7 @@ def _load(
     dropout: float | None,
     quantize: str | None,
     kernels: str,
+    generates: bool = False,
 ) -> M:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -244,9 +245,12 @@ def _load(
                 raise ValueError(f"{str(name)!r} is {is_one if labels else is_none}")
             _check_tensors(stored, model, opened[0].path)
             model.use_kernels(kernels, device)
-            state = _read_state(source, opened, stored, device, getattr(torch, dtype), quantize)
-            if quantize is not None:
-                return PackedGPT(gpt, state, quantize)  # type: ignore[return-value]
+            few = generates and model.kernels == "torch" and device == "cpu" and dtype == "float32"
+            packs = quantize is not None or (few and can_pack())
+            state = _read_state(source, opened, stored, device, getattr(torch, dtype), packs)
+            if packs:
+                release = partial(_release, opened)
+                return PackedGPT(gpt, state, quantize, release)  # type: ignore[return-value]
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
@@ -368,11 +372,12 @@ def _read_state(
     stored: Mapping[str, StoredTensor],
     device: str,
     dtype: torch.dtype,
-    quantize: str | None,
+    mapped: bool,
 ) -> dict[str, Tensor]:
-    """Read all the tensors, by our names and in our order of axes, narrowed if asked for.
+    """Read all the tensors, by our names and in our order of axes.
 
-    Raises ValueError where a file is not what its manifest, or it itself, states.
+    mapped: the matrices stay in their files, as they are stored. Raises ValueError where a file is
+    not what its manifest, or it itself, states.
     """
     state: dict[str, Tensor] = {}
     wanted = {entry.name: ours for ours, entry in stored.items()}
@@ -393,24 +398,28 @@ def _read_state(
         }
         if HEAD in stored and EMBEDDING in stored:
             passing.add(max((stored[HEAD], stored[EMBEDDING]), key=lambda e: e.start).name)
-        for name, tensor in file.tensors(wanted, sha256, passing):
+        for name, tensor in file.tensors(wanted, sha256, passing, mapped):
             # GPT-2's output head is its embedding: whichever of the two comes first is kept
             ours = EMBEDDING if wanted[name] == HEAD else wanted[name]
             tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
-            if name in passing and ours not in state:
-                kept = torch.int8 if tensor.dtype == torch.int8 else dtype
-                tensor = torch.empty(tensor.shape, dtype=kept, device=device).copy_(tensor)
-            if tensor.dtype == torch.int8:
-                parts = {ours: tensor}
-            else:
-                parts = dict(narrowed(ours, tensor.to(device, dtype), quantize))
-            if ours in state and not all(torch.equal(part, state[n]) for n, part in parts.items()):
+            if mapped and not ours.endswith(MATRICES):
+                tensor = tensor.to(dtype, copy=True)
+            elif not mapped and name in passing and ours not in state:
+                tensor = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            elif not mapped:
+                tensor = tensor.to(device, dtype)
+            if ours in state and not torch.equal(tensor.to(dtype), state[ours].to(dtype)):
                 raise ValueError(
                     f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head "
                     "is tied"
                 )
-            state = parts | state
+            state.setdefault(ours, tensor)
     return state
+
+
+def _release(opened: list[TensorFile], tensor: Tensor) -> None:
+    for file in opened:
+        file.release(tensor)
 
 
 # ---- memory

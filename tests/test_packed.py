@@ -19,8 +19,8 @@ from nanogpt2.packed import (
     FloatProduct,
     HalfProduct,
     Int8Product,
-    narrowed,
     pack,
+    to_int8,
 )
 from nanogpt2.quantize import measure
 
@@ -39,7 +39,7 @@ def parts():
 
 
 def int8_product(weight, bias):
-    return Int8Product(*dict(narrowed("wte.weight", weight, "int8")).values(), bias)
+    return Int8Product(*to_int8(weight), bias)
 
 
 PRODUCTS = {"float": FloatProduct, "fp16": HalfProduct, "int8": int8_product}
