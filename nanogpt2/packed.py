@@ -111,10 +111,8 @@ class FloatProduct(Product):
         if self._left > 0 and x.numel() <= FEW_ROWS * x.size(-1):
             self._left -= 1
             if self._left == 0:
-                # in its own order first: oneDNN takes twice as long to change that as well
-                stored, ordered = self._weight, self._weight.contiguous()
-                self._weight = torch.ops.mkldnn._reorder_linear_weight(ordered, FEW_ROWS)
-                del ordered
+                stored = self._weight
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(stored, FEW_ROWS)
                 _return_free_memory()
                 if self._release is not None:
                     self._release(stored)

@@ -207,7 +207,8 @@ def _filler(request: Request) -> int:
 
 def pick(x: Tensor, places: Tensor) -> Tensor:
     """(B, N, ...), (B, M) -> (B, M, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], places]
+    places = places.view(*places.shape, *(1 for _ in x.shape[2:]))
+    return x.gather(1, places.expand(-1, -1, *x.shape[2:]))
 
 
 def _column(value: Tensor | int) -> Tensor | int:

@@ -62,7 +62,8 @@ class StreamNoise:
             uniform = torch.rand(
                 probabilities.shape, dtype=torch.float64, generator=self._generator
             )
-            return few.best(lambda rows, columns: _exponential(uniform[rows, columns]), count)
+            dtype = probabilities.dtype
+            return few.best(lambda *at: _exponential(uniform[at]).to(dtype), count)
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
@@ -83,16 +84,15 @@ class CounterNoise:
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
         """See Noise; raises what StreamNoise does where a row's are no numbers."""
-        if probabilities.isnan().any():
-            raise nothing_left(step)
-        probabilities = probabilities.double()
         few = _possible(probabilities, count)
         if few is not None:
             keys = self._keys(step)
             return few.best(lambda rows, columns: _hashed(keys[rows] + columns), count)
+        if probabilities.isnan().any():
+            raise nothing_left(step)
         # a token of probability 0 is never preferred to one that is possible
         q = self.exponential((len(probabilities), probabilities.size(1)), step)
-        return (probabilities / q).topk(count, dim=1).indices
+        return (probabilities.double() / q).topk(count, dim=1).indices
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """See Noise."""
@@ -119,8 +119,11 @@ class _Possible:
         self._shape = (len(counts), int(counts.max()))
 
     def best(self, noise: Callable[[Tensor, Tensor], Tensor], count: int) -> Tensor:
-        """The columns, int64 (R, count), with the largest p / q; noise(rows, columns) is q."""
-        ratio = self._p / noise(self._rows, self._columns).to(self._p.dtype)
+        """The columns, int64 (R, count), with the largest p / q; noise(rows, columns) is q, in the
+        type that they are compared in.
+        """
+        q = noise(self._rows, self._columns)
+        ratio = self._p.to(q.dtype) / q
         table = ratio.new_full(self._shape, -1.0)  # (R, most in a row)
         table[self._rows, self._places] = ratio
         columns = self._columns.new_zeros(self._shape)

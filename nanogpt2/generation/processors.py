@@ -256,7 +256,7 @@ def keep_top_h(ids: Tensor, scores: Tensor, h: float) -> Tensor:
 def keep_top_k(ids: Tensor, scores: Tensor, k: int) -> Tensor:
     """Ban what scores below the k-th best; ties with it stay."""
     kth = scores.topk(min(k, scores.size(1)), dim=1).values[:, -1:]  # (N, 1)
-    return scores.masked_fill(scores < kth, -INF)
+    return torch.where(scores < kth, -INF, scores)
 
 
 def keep_top_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
