@@ -302,9 +302,9 @@ def measure_long(bench: Bench, _: str) -> dict[str, Measured]:
 
 OUR_LINES = """
 import sys, torch
-from nanogpt2 import generate, load_model, load_tokenizer
+from nanogpt2 import generate, load_generator, load_tokenizer
 folder, device, dtype = sys.argv[1:]
-model, tokenizer = load_model(folder, device, dtype), load_tokenizer(folder)
+model, tokenizer = load_generator(folder, device, dtype), load_tokenizer(folder)
 ids = torch.tensor([tokenizer.encode("Once upon a time")])
 print(tokenizer.decode(generate(model, ids, max_new_tokens=1).sequences[0].tolist()), flush=True)
 """

@@ -8,9 +8,9 @@ to be read. Fewer bytes, in the order in which they are needed, are what makes i
     int8      1 byte: W = s q, with one s for each output, |q| <= 127
 
 The input of int8 has 8 bits as well, 7 on a processor without VNNI. Each row x has a range of its
-own, from low <= 0 to high >= 0, so that a text does not depend on its neighbours. With d, a 255th
-of the range, and z, the whole number nearest to -low / d, x is about d (u - z) for whole numbers u
-from 0 to 255. The product is given u - m, with m in the middle, and
+own, from low <= 0 to high >= 0, so that a text does not depend on its neighbours. With d, the range
+over 255 (127), and z, the whole number nearest to -low / d, x is about d (u - z) for whole numbers
+u from 0 to 255 (127). The product is given u - m, with m in the middle, and
 
     x W^T = d ((u - m) W^T + (m - z) (the sum of W over its inputs))
 
@@ -199,14 +199,14 @@ class NarrowEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
-        rows = self.weight[ids.flatten()]
-        if self._scale is not None:
-            rows, scale = rows, self._scale[ids.flatten()]
-        elif self._scheme == "int8":
-            rows, scale = to_int8(rows)
+        places = ids.flatten()
+        rows = self.weight[places]
+        if self._scheme == "fp16":
+            x = rows.half().float()
         else:
-            rows, scale = rows.half(), torch.ones(1)
-        return (rows.float() * scale[:, None]).view(*ids.shape, -1)
+            q, scale = to_int8(rows) if self._scale is None else (rows, self._scale[places])
+            x = q * scale[:, None]
+        return x.view(*ids.shape, -1)
 
 
 class PackedGPT(GPT):
@@ -241,9 +241,10 @@ class PackedGPT(GPT):
         table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)
         # laid out beside its rows it would be a third of the model more, unless they are in a file
         after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0
+        table = table.float() if scheme is None else table
         self.head = _product(table, scale, None, scheme, after, release)
         if scheme is None:
-            self.wte.weight = nn.Parameter(table.float(), requires_grad=False)
+            self.wte.weight = nn.Parameter(table, requires_grad=False)
         else:
             self.wte = NarrowEmbedding(table, scale, scheme)  # type: ignore[assignment]
             _return_free_memory()

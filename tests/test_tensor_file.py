@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def test_a_round_trip_and_the_library(tmp_path):
     path = tmp_path / "x.safetensors"
     tensor_file.write(path, TENSORS)
     (tmp_path / "y.safetensors").write_bytes(save({n: t.contiguous() for n, t in TENSORS.items()}))
-    for found in (read(path), load_file(path), read(tmp_path / "y.safetensors")):
+    mapped = read(path, mapped=True)
+    for found in (read(path), mapped, load_file(path), read(tmp_path / "y.safetensors")):
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
@@ -59,8 +61,29 @@ def test_every_byte_counts(tmp_path):
             # it states nothing any more; a manifest beside it would
             assert all(torch.equal(read(path)[name], TENSORS[name]) for name in TENSORS)
             continue
-        with pytest.raises(ValueError, match=r"x\.safetensors"):
-            read(path)
+        for mapped in (False, True):
+            with pytest.raises(ValueError, match=r"x\.safetensors"):
+                read(path, mapped=mapped)
+
+
+def test_pages_that_are_released_come_back(tmp_path):
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.randn(9999), "b": torch.randn(7777)}
+    tensor_file.write(path, tensors)
+    with tensor_file.opened(path) as file:
+        found = dict(file.tensors(tensors, mapped=True))
+        for tensor in (*found.values(), torch.ones(9)):
+            file.release(tensor)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    resident = tmp_path / "y.safetensors"
+    tensor_file.write(resident, {"a": torch.ones(4 * 2**20)})
+    pages = []
+    with tensor_file.opened(resident) as file:
+        (_, tensor), *_ = file.tensors(["a"], mapped=True)
+        for act in (torch.Tensor.sum, file.release):
+            act(tensor)
+            status = Path("/proc/self/status").read_text()
+            pages.append(int(status.partition("RssFile:")[2].split()[0]))
+    assert pages[0] - pages[1] > 15 * 1024
 
 
 def test_an_open_file_is_one_file_whatever_happens_to_its_name(tmp_path):
@@ -72,16 +95,17 @@ def test_an_open_file_is_one_file_whatever_happens_to_its_name(tmp_path):
         assert torch.equal(dict(file.tensors(TENSORS))["a"], TENSORS["a"])
 
 
-def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
-    """Mapped into memory it would end the process."""
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, mapped):
+    """Once it is mapped into memory it would end the process."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(save({"a": torch.zeros(10**6)}))
     with tensor_file.opened(path) as file:
         path.open("r+b").close()
         with path.open("r+b") as again:
             again.truncate(1000)
-        with pytest.raises(ValueError, match="cut short"):
-            dict(file.tensors(["a"]))
+        with pytest.raises(ValueError, match="is no whole safetensors file: "):
+            dict(file.tensors(["a"], mapped=mapped))
 
 
 def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more):
