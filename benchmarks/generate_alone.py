@@ -71,11 +71,11 @@ def main(argv: list[str]) -> None:
     name, folder, device = argv[0], Path(argv[1]), argv[2]
     long, new = map(int, argv[3:])
     before, before_all = anonymous(), harness.memory_of_this_process()[0]
-    from benchmarks.bench_generate import ARMS, BEAMS, prompt_of
+    from benchmarks.bench_generate import ARMS, BEAMS, SETTLED, prompt_of
 
     with Peak() as peak:
         arm = ARMS[device][name](folder)
-        arm.generate(prompt_of(16), new, **BEAMS)
+        arm.generate(prompt_of(16), SETTLED // BEAMS["num_beams"], **BEAMS)
     if device == "cuda":
         found = {"memory": torch.cuda.max_memory_allocated()}
     else:

@@ -43,8 +43,9 @@ MATRICES = (
 SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
 # rows that oneDNN's blocks are laid out for: 1 to 16 are about as fast
 FEW_ROWS = 8
-# products of few rows after which laying a matrix out has paid for itself; a block a step
-PAYS_AFTER = 48
+# rows multiplied, few at a time, after which laying a matrix out has paid for itself; one block
+# after the other, so that no step takes long
+PAYS_AFTER = 128
 # u goes from 0 to this: without VNNI, two products are added in 16 bits
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
 MIDDLE = (LEVELS + 1) // 2  # m
@@ -74,7 +75,7 @@ class Product(nn.Module, ABC):
 
 
 class FloatProduct(Product):
-    """In float32 by oneDNN; its weight is laid out after so many products of few rows, for good."""
+    """In float32 by oneDNN; its weight is laid out, for good, after products of so many rows."""
 
     def __init__(
         self,
@@ -108,9 +109,10 @@ class FloatProduct(Product):
         return {"": self._weight.to_dense() if self._weight.is_mkldnn else self._weight}
 
     def _weight_for(self, x: Tensor) -> Tensor:
-        if self._left > 0 and x.numel() <= FEW_ROWS * x.size(-1):
-            self._left -= 1
-            if self._left == 0:
+        rows = x.numel() // x.size(-1)
+        if self._left > 0 and rows <= FEW_ROWS:
+            self._left -= rows
+            if self._left <= 0:
                 stored = self._weight
                 self._weight = torch.ops.mkldnn._reorder_linear_weight(stored, FEW_ROWS)
                 _return_free_memory()
@@ -235,7 +237,7 @@ class PackedGPT(GPT):
                 bias = getattr(module, name).bias.detach()
                 weight = f"h.{n}.{part}.{name}.weight"
                 matrix = state.pop(weight), state.pop(weight + SCALE, None)
-                product = _product(*matrix, bias, scheme, PAYS_AFTER + n, release)
+                product = _product(*matrix, bias, scheme, PAYS_AFTER + FEW_ROWS * n, release)
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
         table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)

@@ -27,7 +27,7 @@ SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
 KERNELS = "test_kernels_in_use.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
-DECODER, PACKED, QUANTIZE = "test_decoder.py", "test_packed.py", "test_quantize.py"
+DECODER, PACKED, MAPPED = "test_decoder.py", "test_packed.py", "test_load_generator.py"
 KILLS = "test_kills.py::test_the_store_loses_nothing"
 DISK = "test_checkpoint.py::test_what_must_be_on_the_disk_before_what"
 ORDER = "test_checkpoint.py::test_the_order_of_a_commit"
@@ -741,7 +741,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "what malloc holds free is kept",
             "        trim(0)",
             "        pass",
-            (QUANTIZE,),
+            (MAPPED,),
         ),
         Mutant(
             "int8: one row's step as the processor's own number",
@@ -757,37 +757,89 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "int8: cut, not rounded",
-            ".round_())\n        yield name, q",
-            ")\n        yield name, q",
+            ".round_())\n    return q, scale",
+            ")\n    return q, scale",
             (PACKED,),
         ),
         Mutant("the other GELU", 'approximate="tanh"', 'approximate="none"', (PACKED,)),
         Mutant(
             "laid out for a prompt as well",
-            "if self._left > 0 and x.numel() <= FEW_ROWS * x.size(-1):",
+            "if self._left > 0 and rows <= FEW_ROWS:",
             "if self._left > 0:",
             (PACKED,),
         ),
         Mutant(
             "never laid out",
-            "            if self._left == 0:\n",
+            "            if self._left <= 0:\n",
             "            if False:\n",
             (PACKED,),
         ),
         Mutant(
             "the head left wide",
-            "self.head = _product(state, EMBEDDING, None, scheme, 0)",
-            "self.head = _product({EMBEDDING: state[EMBEDDING].float()}, EMBEDDING, None, None, 0)",
+            "self.head = _product(table, scale, None, scheme, after, release)",
+            "self.head = FloatProduct(table.float(), None)",
             (PACKED,),
         ),
         Mutant(
             "rows of the embedding without their scale",
-            "x if self._scale is None else",
-            "x if True else",
+            "x = q * scale[:, None]",
+            "x = q.float()",
             (PACKED,),
         ),
         Mutant(
+            "rows of the embedding that are not narrowed",
+            "x = rows.half().float()",
+            "x = rows.float()",
+            (MAPPED,),
+        ),
+        Mutant(
+            "a head in a file that is not laid out",
+            "after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0",
+            "after = 0",
+            (MAPPED,),
+        ),
+        Mutant(
+            "a head in memory that is laid out",
+            "if release is not None and table.dtype == torch.float32 else 0",
+            "if table.dtype == torch.float32 else 0",
+            (MAPPED,),
+        ),
+        Mutant(
             "a loss that counts all", "(targets != -100).sum()", "targets.numel() / 2", (PACKED,)
+        ),
+    ],
+    "tensor_file.py": [
+        Mutant(
+            "mapped: from the data's start, not the file's",
+            "start, size = len(self._head) + entry.start, entry.end - entry.start",
+            "start, size = entry.start, entry.end - entry.start",
+            ("test_tensor_file.py",),
+        ),
+        Mutant(
+            "mapped: pages are not let go",
+            "            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)",
+            "            pass",
+            ("test_tensor_file.py",),
+        ),
+        Mutant(
+            "mapped: not digested",
+            "                if sha256 is not None:\n",
+            "                if sha256 is not None and not mapped:\n",
+            (MAPPED,),
+        ),
+    ],
+    "weights.py": [
+        Mutant(
+            "what only generates is copied",
+            "getattr(torch, dtype), packs)",
+            "getattr(torch, dtype), False)",
+            (MAPPED,),
+        ),
+        Mutant(
+            "what is trained is mapped",
+            "few = generates and model.kernels",
+            "few = model.kernels",
+            ("test_weights.py",),
         ),
     ],
     "generation/engine.py": [

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt2 import GPT, generate, load_generator, load_model, save_model
 from nanogpt2.config import SCHEMES, GPTConfig
-from nanogpt2.packed import PAYS_AFTER, PackedGPT, pack
+from nanogpt2.packed import FEW_ROWS, PAYS_AFTER, PackedGPT, pack
 
 # enough for all to be laid out
-LONG = {"max_new_tokens": PAYS_AFTER + 2 * TINY.n_layer, "eos_token_id": None}
+LONG = {"max_new_tokens": PAYS_AFTER + FEW_ROWS * TINY.n_layer, "eos_token_id": None}
 CHANGES = {
     "as it is": dict,
     "float16": lambda tensors: {name: t.half() for name, t in tensors.items()},
@@ -133,7 +133,7 @@ def test_memory(tmp_path, scheme, size, loaded, used):
     """Nothing is copied on loading; what is laid out or narrowed is there once."""
     config = GPTConfig(vocab_size=9000, n_layer=8, n_embd=768)
     save_model(GPT(config), tmp_path)
-    steps = str(PAYS_AFTER + config.n_layer + 2)
+    steps = str(PAYS_AFTER + FEW_ROWS * config.n_layer)
     argv = [sys.executable, "-c", MEMORY, str(tmp_path), scheme, steps]
     out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     for taken, (low, high) in zip(out.split(), (loaded, used), strict=True):
