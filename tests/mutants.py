@@ -822,9 +822,9 @@ MUTANTS: dict[str, list[Mutant]] = {
             ("test_tensor_file.py",),
         ),
         Mutant(
-            "mapped: not digested",
-            "                if sha256 is not None:\n",
-            "                if sha256 is not None and not mapped:\n",
+            "mapped: damage is not found",
+            "if sha256 is not None and digest.hexdigest() != sha256:",
+            "if sha256 is not None and not mapped and digest.hexdigest() != sha256:",
             (MAPPED,),
         ),
     ],

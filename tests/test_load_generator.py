@@ -124,7 +124,7 @@ print(anonymous() - start)
     ("scheme", "size", "loaded", "used"),
     # fbgemm fills the inputs of its matrices up to 512s
     [
-        ("", 4, (0.0, 0.1), (0.9, 1.25)),
+        ("", 4, (-0.1, 0.1), (0.9, 1.25)),
         ("fp16", 2, (0.9, 1.4), (0.9, 1.5)),
         ("int8", 1, (0.9, 1.4), (0.9, 1.6)),
     ],
