@@ -151,8 +151,8 @@ class TensorFile:
             size = len(self._head) + self.entries[-1].end
             try:
                 self._mapping = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
-            except ValueError as error:
-                raise self._broken(str(error)) from None
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{str(self.path)!r} cannot be mapped: {error}") from None
         start, size = len(self._head) + entry.start, entry.end - entry.start
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)

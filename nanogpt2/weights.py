@@ -80,9 +80,9 @@ def load_model(
 
     `name` is one of config.MODEL_NAMES, a folder or a .safetensors file; `dtype` one of float32,
     bfloat16 and float16; `dropout` is given to train it further; `quantize`, fp16 or int8, makes it
-    one for generating only, on a CPU, which a file of int8 always is; `kernels`, torch or triton,
-    is what computes, by default triton on a GPU. Raises ValueError or OSError, in one line that
-    names the file or the tensor.
+    one for generating only, on a CPU, which a file of int8 always is: it is mapped into memory, as
+    by `load_generator`; `kernels`, torch or triton, is what computes, by default triton on a GPU.
+    Raises ValueError or OSError, in one line that names the file or the tensor.
     """
     return _load(GPT, name, device, dtype, dropout, quantize, kernels)
 
