@@ -43,8 +43,8 @@ MATRICES = (
 SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
 # rows that oneDNN's blocks are laid out for: 1 to 16 are about as fast
 FEW_ROWS = 8
-# rows multiplied, few at a time, after which laying a matrix out has paid for itself; one block
-# after the other, so that no step takes long
+# rows multiplied, few at a time, after which laying a matrix out has paid for itself: the head and
+# the first block, then one block after the other, so that no step takes long
 PAYS_AFTER = 128
 # u goes from 0 to this: without VNNI, two products are added in 16 bits
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
@@ -84,7 +84,10 @@ class FloatProduct(Product):
         lays_out_after: int = 0,
         release: Release | None = None,
     ) -> None:
-        """weight: in either order in memory. lays_out_after: 0 is never. release: what it was."""
+        """weight: in either order in memory. lays_out_after: 0 is never.
+
+        release: called with the weight once it is laid out.
+        """
         super().__init__()
         self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
         self._left, self._release = lays_out_after, release
@@ -204,11 +207,11 @@ class NarrowEmbedding(nn.Module):
         places = ids.flatten()
         rows = self.weight[places]
         if self._scheme == "fp16":
-            x = rows.half().float()
+            x = to_fp16(rows).float()
         else:
             q, scale = to_int8(rows) if self._scale is None else (rows, self._scale[places])
             x = q * scale[:, None]
-        return x.view(*ids.shape, -1)
+        return x.view(*ids.shape, x.size(-1))
 
 
 class PackedGPT(GPT):
@@ -243,7 +246,7 @@ class PackedGPT(GPT):
         table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)
         # laid out beside its rows it would be a third of the model more, unless they are in a file
         after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0
-        table = table.float() if scheme is None else table
+        table = _wide(table, release) if scheme is None else table
         self.head = _product(table, scale, None, scheme, after, release)
         if scheme is None:
             self.wte.weight = nn.Parameter(table, requires_grad=False)
@@ -292,7 +295,7 @@ def pack(model: GPT, scheme: str | None = None) -> PackedGPT:
     state = model.state_dict()
     # the products are made of the narrow one, so that the wide one can go
     if scheme == "fp16":
-        state[EMBEDDING] = state[EMBEDDING].half()
+        state[EMBEDDING] = to_fp16(state[EMBEDDING])
     elif scheme == "int8":
         state[EMBEDDING], state[EMBEDDING + SCALE] = to_int8(state[EMBEDDING])
     return PackedGPT(model, state, scheme)
@@ -316,6 +319,12 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def to_fp16(weight: Tensor) -> Tensor:
+    """To float16 as fbgemm does it: what is too large becomes the largest number there is."""
+    most = torch.finfo(torch.float16).max
+    return weight.clamp(-most, most).half()
+
+
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) -> q, int8 (N, K), and the scales s, float32 (N,); see the module."""
     largest = torch.linalg.vector_norm(weight.float(), float("inf"), dim=1)  # (N,)
@@ -337,7 +346,7 @@ def _product(
 ) -> Product:
     """scale: of a weight that is int8 already."""
     if scheme is None:
-        return FloatProduct(weight.float(), bias, lays_out_after, release)
+        return FloatProduct(_wide(weight, release), bias, lays_out_after, release)
     product: Product
     if scheme == "fp16":
         product = HalfProduct(weight, bias)
@@ -346,6 +355,13 @@ def _product(
     if release is not None:
         release(weight)
     return product
+
+
+def _wide(weight: Tensor, release: Release | None) -> Tensor:
+    wide = weight.float()
+    if wide is not weight and release is not None:
+        release(weight)
+    return wide
 
 
 def _return_free_memory() -> None:

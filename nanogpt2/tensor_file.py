@@ -20,7 +20,7 @@ import math
 import mmap
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -141,9 +141,15 @@ class TensorFile:
         first = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
         start = tensor.data_ptr() - first
         end = min(start + tensor.numel() * tensor.element_size(), len(self._mapping))
-        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        # whole pages; the others are its neighbours' as well
+        start, end = (
+            -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
+            end // mmap.PAGESIZE * mmap.PAGESIZE,
+        )
         if 0 <= start < end:
-            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+            # it is advice, which memory that is locked refuses
+            with suppress(OSError):
+                self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def _mapped(self, entry: StoredTensor) -> Tensor:
         """A tensor's bytes, in a mapping of the whole file that lasts as long as they are held."""

@@ -96,8 +96,8 @@ def load_generator(
 ) -> GPT:
     """Load a GPT to generate with as fast as may be; arguments and errors as for `load_model`.
 
-    On a CPU its file is mapped into memory: while it is in use the file may be replaced or deleted,
-    but must not be written over.
+    In float32 on a CPU its file is mapped into memory: while it is in use the file may be replaced
+    or deleted, but must not be written over, nor the model's weights.
     """
     return _load(GPT, name, device, dtype, None, quantize, kernels, generates=True)
 

@@ -788,7 +788,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "rows of the embedding that are not narrowed",
-            "x = rows.half().float()",
+            "x = to_fp16(rows).float()",
             "x = rows.float()",
             (MAPPED,),
         ),
@@ -817,8 +817,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "mapped: pages are not let go",
-            "            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)",
-            "            pass",
+            "                self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)",
+            "                pass",
             ("test_tensor_file.py",),
         ),
         Mutant(

@@ -66,6 +66,21 @@ def test_products(parts, kind):
     assert ratio(without(x), F.linear(x, weight)) < TOLERANCE[kind]
 
 
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_no_tokens_have_no_scores(model, tmp_path, scheme):
+    packed = load_model(tmp_path, quantize=scheme)
+    assert packed(torch.empty(1, 0, dtype=torch.int64)).shape == (1, 0, TINY.vocab_size)
+
+
+def test_what_is_too_large_for_fp16_is_the_largest_there_is(model, tmp_path):
+    with torch.no_grad():
+        model.wte.weight[3, 5] = -7e4
+    save_model(model, tmp_path / "large")
+    for packed in (load_model(tmp_path / "large", quantize="fp16"), pack(model, "fp16")):
+        assert packed.wte(torch.tensor([3]))[0, 5] == -65504
+        assert dict(packed.stored())["wte.weight"][3, 5] == -65504
+
+
 def test_fp16_only_rounds_the_weights(parts):
     x, weight, bias = parts
     assert ratio(HalfProduct(weight, bias)(x), F.linear(x, weight.half().float(), bias)) < 1e-6
