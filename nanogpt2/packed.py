@@ -50,6 +50,7 @@ PAYS_AFTER = 128
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
 MIDDLE = (LEVELS + 1) // 2  # m
 CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
+MOST = torch.finfo(torch.float16).max
 Release = Callable[[Tensor], None]
 LEAST = 1e-30  # of a step or scale, which is divided by
 
@@ -131,6 +132,10 @@ class HalfProduct(Product):
         """weight: of any floating type; fbgemm rounds it."""
         super().__init__()
         wide = weight.float().contiguous()
+        # or it would be written over: it may be a file's, or the model's own
+        low, high = torch.aminmax(wide)
+        if max(-low, high) > MOST:
+            wide = wide.clamp(-MOST, MOST)
         self._packed = torch.ops.quantized.linear_prepack_fp16(wide, bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -320,9 +325,8 @@ def can_pack() -> bool:
 
 
 def to_fp16(weight: Tensor) -> Tensor:
-    """To float16 as fbgemm does it: what is too large becomes the largest number there is."""
-    most = torch.finfo(torch.float16).max
-    return weight.clamp(-most, most).half()
+    """To float16; what is too large becomes the largest number there is."""
+    return weight.clamp(-MOST, MOST).half()
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
