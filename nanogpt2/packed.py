@@ -8,22 +8,22 @@ to be read. Fewer bytes, in the order in which they are needed, are what makes i
     int8      1 byte: W = s q, with one s for each output, |q| <= 127
 
 The input of int8 has 8 bits as well, 7 on a processor without VNNI. Each row x has a range of its
-own, from low <= 0 to high >= 0, so that a text does not depend on its neighbours. With d, the range
-over 255 (127), and z, the whole number nearest to -low / d, x is about d (u - z) for whole numbers
-u from 0 to 255 (127). The product is given u - m, with m in the middle, and
+own, so that a text does not depend on its neighbours. With d, the range over 255 (127), x is about
+low + d u for whole numbers u from 0 to 255 (127). The product is given u - m, with m in the middle,
+and
 
-    x W^T = d ((u - m) W^T + (m - z) (the sum of W over its inputs))
+    x W^T = d (u - m) W^T + (low + m d) (the sum of W over its inputs)
 
 The tied embedding is narrowed with its head. All of this is for a CPU, and none of it can be
 trained. This file does not know how tokens are chosen, nor what a file looks like.
 """
 
 import ctypes
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,6 @@ FEW_ROWS = 8
 # rows multiplied, few at a time, after which laying a matrix out has paid for itself: the head and
 # the first block, then one block after the other, so that no step takes long
 PAYS_AFTER = 128
-# u goes from 0 to this: without VNNI, two products are added in 16 bits
-LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
-MIDDLE = (LEVELS + 1) // 2  # m
 CHUNK = 256  # rows of logits, or of a matrix that is narrowed, at once
 MOST = torch.finfo(torch.float16).max
 Release = Callable[[Tensor], None]
@@ -148,7 +145,9 @@ class HalfProduct(Product):
 
 
 class Int8Product(Product):
-    """With q of 8 bits and a scale s for each output, by fbgemm; see the module."""
+    """With q of 8 bits and a scale s for each output, by oneDNN; see the module."""
+
+    middle = 128  # m
 
     def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         """q: int8 (N, K); scale: float32 (N,)."""
@@ -157,46 +156,67 @@ class Int8Product(Product):
         sums = torch.cat([rows.sum(dim=1) for rows in q.split(CHUNK)])
         self._scale, self._sums = scale, sums * scale  # each (N,)
         self._bias = torch.zeros_like(scale) if bias is None else bias.detach()
+        self._packed = self._pack(q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        u, d, low = self._narrowed(x)
+        y = self._times(u)
+        return torch.addcmul(self._bias, low.add(d, alpha=self.middle), self._sums).addcmul_(d, y)
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        return {"": self._unpacked(), SCALE: self._scale}
+
+    def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, uint8 (..., K), with d and low, each (..., 1)."""
+        # u, and in the last 8 bytes of a row d and low
+        rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
+        d = rows[..., -8:-4].contiguous().view(torch.float32)
+        # that one low does not know what is no number
+        return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)
+
+    def _pack(self, q: Tensor) -> Any:
+        self._zero = torch.zeros(len(q), dtype=torch.int64)
+        # one that is not contiguous would be taken for another
+        return torch.ops.onednn.qlinear_prepack(q.contiguous(), None)
+
+    def _times(self, u: Tensor) -> Tensor:
+        """(u - m) W^T."""
+        weight = self._packed, self._scale, self._zero
+        # no bias, no scale of the output, nothing after it
+        rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
+        return torch.ops.onednn.qlinear_pointwise(u, 1.0, self.middle, *weight, *rest)
+
+    def _unpacked(self) -> Tensor:
+        return self._packed.to_dense().t()
+
+
+class Int7Product(Int8Product):
+    """The same with 7 bits of input, by fbgemm, which is faster on a processor without VNNI."""
+
+    middle = 64
+
+    def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, d, low = super()._narrowed(x)
+        # two steps become one, and its middle is half a step above the first
+        return u >> 1, 2 * d, low + d / 2
+
+    def _pack(self, q: Tensor) -> Any:
         with warnings.catch_warnings():
             # tensors of this kind are deprecated, but the product takes no other
             warnings.simplefilter("ignore")
             zero = torch.zeros(len(q), dtype=torch.int64)
-            weight = torch._make_per_channel_quantized_tensor(q, scale.double(), zero, 0)
-            self._packed = torch.ops.quantized.linear_prepack(weight, None)
+            weight = torch._make_per_channel_quantized_tensor(q, self._scale.double(), zero, 0)
+            return torch.ops.quantized.linear_prepack(weight, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See Product."""
-        if x.numel() == x.size(-1):
-            return self._of_one_row(x)
-        low = x.amin(dim=-1, keepdim=True).clamp_(max=0)  # each (..., 1)
-        high = x.amax(dim=-1, keepdim=True).clamp_(min=0)
-        d = (high - low).mul_(1 / LEVELS).clamp_(min=LEAST)
-        shift = (low / d).round_().add_(MIDDLE)  # m - z
-        y = self._product((x / d).sub_(shift))
-        return torch.addcmul(self._bias, d, torch.addcmul(y, shift, self._sums))
-
-    def _of_one_row(self, x: Tensor) -> Tensor:
-        """The same to the bit, with numbers for tensors of one, which is faster."""
-        low, high = (float(most) for most in torch.aminmax(x.detach()))
-        low, high = min(low, 0.0), max(high, 0.0)
-        width = _float32(high - low)
-        if not math.isfinite(width):
-            return x.new_full((*x.shape[:-1], len(self._bias)), math.nan)
-        d = max(_float32(width * _float32(1 / LEVELS)), _float32(LEAST))
-        shift = round(_float32(low / d)) + MIDDLE
-        y = self._product((x / d).sub_(shift))
-        return torch.add(self._bias, y.add_(self._sums, alpha=shift), alpha=d)
-
-    def _product(self, u: Tensor) -> Tensor:
-        """u W^T, with u rounded to whole numbers."""
+    def _times(self, u: Tensor) -> Tensor:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            u, 1.0, MIDDLE, self._packed
+            u.float().sub_(self.middle), 1.0, self.middle, self._packed
         )
 
-    def stored(self) -> dict[str, Tensor]:
-        """See Product."""
-        weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-        return {"": weight.int_repr(), SCALE: self._scale}
+    def _unpacked(self) -> Tensor:
+        return torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
 
 
 class NarrowEmbedding(nn.Module):
@@ -355,7 +375,9 @@ def _product(
     if scheme == "fp16":
         product = HalfProduct(weight, bias)
     else:
-        product = Int8Product(*(to_int8(weight) if scale is None else (weight, scale)), bias)
+        # without it two products are added in 16 bits
+        kind = Int8Product if torch.cpu._is_vnni_supported() else Int7Product
+        product = kind(*(to_int8(weight) if scale is None else (weight, scale)), bias)
     if release is not None:
         release(weight)
     return product
@@ -376,8 +398,3 @@ def _return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-def _float32(number: float) -> float:
-    """Round as float32 does."""
-    return ctypes.c_float(number).value

@@ -715,26 +715,26 @@ MUTANTS: dict[str, list[Mutant]] = {
     "packed.py": [
         Mutant(
             "int8: the middle left out",
-            "torch.addcmul(y, shift, self._sums)",
-            "y",
+            "low.add(d, alpha=self.middle)",
+            "low",
             (PACKED,),
         ),
         Mutant(
             "int8: one range for all rows",
-            "low = x.amin(dim=-1, keepdim=True)",
-            "low = x.amin().expand(*x.shape[:-1], 1).clone()",
+            "x.amin(dim=-1, keepdim=True)",
+            "x.amin().expand(*x.shape[:-1], 1)",
             (PACKED,),
         ),
         Mutant(
-            "int8: one row's range without 0",
-            "low, high = min(low, 0.0), max(high, 0.0)",
-            "pass",
+            "int8: what is no number is forgotten",
+            "return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)",
+            "return rows[..., :-8], d, rows[..., -4:].contiguous().view(torch.float32)",
             (PACKED,),
         ),
         Mutant(
-            "int8: one row that is no number",
-            "if not math.isfinite(width):",
-            "if False:",
+            "int8: 7 bits cut, not rounded",
+            "low + d / 2",
+            "low",
             (PACKED,),
         ),
         Mutant(
@@ -742,12 +742,6 @@ MUTANTS: dict[str, list[Mutant]] = {
             "        trim(0)",
             "        pass",
             (MAPPED,),
-        ),
-        Mutant(
-            "int8: one row's step as the processor's own number",
-            "_float32(width * _float32(1 / LEVELS))",
-            "width / LEVELS",
-            (PACKED,),
         ),
         Mutant(
             "int8: one scale for all outputs",
