@@ -2,7 +2,7 @@
 
 The command line -> the model -> a folder of about half or a quarter of the size, for generating
 on a CPU, and what it costs: with --text, how much worse a text is predicted and how often the
-likeliest token stays the same. What is done to the weights is said at the top of packed.py.
+likeliest token stays the same. What is done to the weights is said at the top of products.py.
 """
 
 import json

@@ -48,17 +48,17 @@ from nanogpt2.model_folder import (
 from nanogpt2.packed import (
     EMBEDDING,
     MATRICES,
-    SCALE,
     PackedGPT,
-    can_pack,
     check_scheme,
 )
+from nanogpt2.products import SCALE, can_multiply
 from nanogpt2.tensor_file import StoredTensor, TensorFile
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
 TRANSPOSED = tuple(name for name in MATRICES if name != EMBEDDING)
 MASKS = (".attn.bias", ".attn.masked_bias")
 PREFIX = "transformer."
+POSITIONS = "wpe.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
 READABLE_DTYPES = ("F32", "F16", "BF16")
@@ -246,7 +246,7 @@ def _load(
             _check_tensors(stored, model, opened[0].path)
             model.use_kernels(kernels, device)
             few = generates and model.kernels == "torch" and device == "cpu" and dtype == "float32"
-            packs = quantize is not None or (few and can_pack())
+            packs = quantize is not None or (few and can_multiply())
             state = _read_state(source, opened, stored, device, getattr(torch, dtype), packs)
             if packs:
                 release = partial(_release, opened)
@@ -403,7 +403,8 @@ def _read_state(
             ours = EMBEDDING if wanted[name] == HEAD else wanted[name]
             tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
             if mapped and not ours.endswith(MATRICES):
-                tensor = tensor.to(dtype, copy=True)
+                # positions are looked up in the file, as tokens are
+                tensor = tensor.to(dtype, copy=ours != POSITIONS)
             elif not mapped and name in passing and ours not in state:
                 tensor = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
             elif not mapped:

@@ -268,6 +268,18 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "generation/beam.py": [
         Mutant(
+            "equal scores: whichever text comes first",
+            "if (values[:, 1:] < values[:, :-1]).all():",
+            "if True:",
+            ("test_generation.py::test_the_largest_are_those_of_topk",),
+        ),
+        Mutant(
+            "equal scores: the one left out may equal the last",
+            "more = min(N + 1, V)",
+            "more = min(N, V)",
+            ("test_generation.py::test_the_largest_are_those_of_topk",),
+        ),
+        Mutant(
             "K candidates",
             "return max(2, 1 + len(request.eos)) * running.scores.size(1)",
             "return running.scores.size(1)",
@@ -606,8 +618,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "what rows have of their own is not reordered",
-            "self._own[:, :, parents, :, count:W]",
-            "self._own[..., count:W, :].clone()",
+            "own[..., count:W, :].index_select(1, parents)",
+            "own[..., count:W, :].clone()",
             (DECODER,),
         ),
         Mutant(
@@ -631,7 +643,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "more room, and nothing in it",
-            "            own[..., : self._W, :] = self._own[..., : self._W, :]\n",
+            "                self._own[n][..., : self._W, :] = own[..., : self._W, :]\n",
             "",
             (DECODER,),
         ),
@@ -712,66 +724,25 @@ MUTANTS: dict[str, list[Mutant]] = {
             "torch.multinomial(probabilities, count, True, generator",
         ),
     ],
-    "packed.py": [
-        Mutant(
-            "int8: the middle left out",
-            "low.add(d, alpha=self.middle)",
-            "low",
-            (PACKED,),
-        ),
-        Mutant(
-            "int8: one range for all rows",
-            "x.amin(dim=-1, keepdim=True)",
-            "x.amin().expand(*x.shape[:-1], 1)",
-            (PACKED,),
-        ),
-        Mutant(
-            "int8: what is no number is forgotten",
-            "return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)",
-            "return rows[..., :-8], d, rows[..., -4:].contiguous().view(torch.float32)",
-            (PACKED,),
-        ),
-        Mutant(
-            "int8: 7 bits cut, not rounded",
-            "low + d / 2",
-            "low",
-            (PACKED,),
-        ),
+    "malloc.py": [
         Mutant(
             "what malloc holds free is kept",
-            "        trim(0)",
-            "        pass",
+            '    _call("malloc_trim", 0)\n',
+            "",
             (MAPPED,),
         ),
         Mutant(
-            "int8: one scale for all outputs",
-            "(largest / 127)",
-            "(largest.amax().expand(len(largest)) / 127)",
-            (PACKED,),
+            "what is loaded is put among what is soon freed",
+            '    _call("mallopt", M_MMAP_THRESHOLD, 2**17)\n',
+            "",
+            (MAPPED,),
         ),
-        Mutant(
-            "int8: cut, not rounded",
-            ".round_())\n    return q, scale",
-            ")\n    return q, scale",
-            (PACKED,),
-        ),
-        Mutant("the other GELU", 'approximate="tanh"', 'approximate="none"', (PACKED,)),
-        Mutant(
-            "laid out for a prompt as well",
-            "if self._left > 0 and rows <= FEW_ROWS:",
-            "if self._left > 0:",
-            (PACKED,),
-        ),
-        Mutant(
-            "never laid out",
-            "            if self._left <= 0:\n",
-            "            if False:\n",
-            (PACKED,),
-        ),
+    ],
+    "packed.py": [
         Mutant(
             "the head left wide",
-            "self.head = _product(table, scale, None, scheme, after, release)",
-            "self.head = FloatProduct(table.float(), None)",
+            "self.head = product_for(table, scale, None, self.scheme, after, release)",
+            "self.head = product_for(table.float(), None, None, None, 0, None)",
             (PACKED,),
         ),
         Mutant(
@@ -800,6 +771,69 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "a loss that counts all", "(targets != -100).sum()", "targets.numel() / 2", (PACKED,)
+        ),
+    ],
+    "products.py": [
+        Mutant(
+            "int8: the middle left out",
+            "low.add(d, alpha=self.middle)",
+            "low",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: one range for all rows",
+            "x.amin(dim=-1, keepdim=True)",
+            "x.amin().expand(*x.shape[:-1], 1)",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: what is no number is forgotten",
+            "return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)",
+            "return rows[..., :-8], d, rows[..., -4:].contiguous().view(torch.float32)",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: 7 bits cut, not rounded",
+            "low + d / 2",
+            "low",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: one scale for all outputs",
+            "(largest / 127)",
+            "(largest.amax().expand(len(largest)) / 127)",
+            (PACKED,),
+        ),
+        Mutant(
+            "int8: cut, not rounded",
+            ".round_())\n    return q, scale",
+            ")\n    return q, scale",
+            (PACKED,),
+        ),
+        Mutant("the other GELU", 'approximate="tanh"', 'approximate="none"', (PACKED,)),
+        Mutant(
+            "laid out for a prompt as well",
+            "if self._left > 0 and rows <= FEW_ROWS:",
+            "if self._left > 0:",
+            (PACKED,),
+        ),
+        Mutant(
+            "never laid out",
+            "            if self._left <= 0:\n",
+            "            if False:\n",
+            (PACKED,),
+        ),
+        Mutant(
+            "fp16: the head's inputs filled up",
+            'scheme == "fp16" and bias is None and',
+            'scheme == "fp16" and False and',
+            (PACKED,),
+        ),
+        Mutant(
+            "fp16: the halves of the head's outputs change places",
+            "[F.pad(last, (0, REST)), F.pad(last, (REST, 0))]",
+            "[F.pad(last, (REST, 0)), F.pad(last, (0, REST))]",
+            (PACKED,),
         ),
     ],
     "tensor_file.py": [

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from reference import TINY, left_padded, prompts, twins
 
 from nanogpt2.generation import generate
-from nanogpt2.generation.decoder import ModelDecoder, RowsDecoder, decoder_for
+from nanogpt2.generation.decoder import ROOM, ModelDecoder, RowsDecoder, decoder_for
 from nanogpt2.model import GPT
-from nanogpt2.packed import FloatProduct, pack
+from nanogpt2.packed import pack
+from nanogpt2.products import FloatProduct
 from nanogpt2.training.lora import add_lora
 
 B, ROWS, LENGTH = 2, 3, 20
@@ -72,9 +73,9 @@ def test_what_is_the_same_in_all_rows_is_kept_once(model):
 
 def test_rows_far_apart_find_room(model):
     decoder = RowsDecoder(model, B, ROWS, LENGTH)
-    before = decoder._own.size(4)
+    before = decoder._own[0].size(3)
     follow(decoder, model, prompts(B, 2), [torch.tensor([[0, 1, 2]] * B)] * 17)
-    assert decoder._own.size(4) > before == 16
+    assert all(own.size(3) >= 17 > before == ROOM for own in decoder._own)
 
 
 @torch.no_grad()

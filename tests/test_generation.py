@@ -9,6 +9,7 @@ from reference import TINY, left_padded, prompts, their_output, twins
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
+from nanogpt2.generation.beam import largest
 from nanogpt2.generation.engine import Engine, context_start
 from nanogpt2.generation.request import prepare
 from nanogpt2.model import GPT
@@ -355,3 +356,21 @@ def test_beams_draw_from_what_multinomial_can(models):
 def test_a_pad_outside_the_vocabulary_is_refused(models, options):
     with pytest.raises(ValueError, match="pad_token_id must be below 61, not 61"):
         generate(models[0], prompts(2, 5), pad_token_id=61, **options)
+
+
+@pytest.mark.parametrize("levels", [3, 100, None])
+@pytest.mark.parametrize(("N", "K", "V"), [(2, 1, 9), (4, 2, 30), (6, 3, 2), (10, 5, 4000)])
+def test_the_largest_are_those_of_topk(levels, N, K, V):
+    """Which of two equal ones comes first is topk's secret, and decides what is generated."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        if levels is None:
+            # only the first that is left out equals another, the last that is not
+            total = torch.randperm(K * V, generator=generator).float()[None]
+            total.view(K, V)[:-1] -= K * V
+            values, places = total.topk(min(N + 1, K * V))
+            total[0, places[0, -1]] = values[0, -2]
+        else:
+            total = -torch.randint(levels, (2, K * V), generator=generator).float()
+            total[0, : V // 2] = -torch.inf
+        assert torch.equal(largest(total, N, K), total.topk(N)[1])

@@ -12,14 +12,14 @@ from transformers import GPT2LMHeadModel
 from nanogpt2 import generate, load_classifier, load_model, load_tokenizer, save_model
 from nanogpt2.config import SCHEMES
 from nanogpt2.model import GPT
-from nanogpt2.packed import (
-    MATRICES,
-    PAYS_AFTER,
+from nanogpt2.packed import MATRICES, PAYS_AFTER, pack
+from nanogpt2.products import (
     FloatProduct,
+    HalfHead,
     HalfProduct,
     Int7Product,
     Int8Product,
-    pack,
+    product_for,
     to_int8,
 )
 from nanogpt2.quantize import measure
@@ -90,6 +90,18 @@ def test_what_is_too_large_for_fp16_is_the_largest_there_is(model, tmp_path):
 def test_fp16_only_rounds_the_weights(parts):
     x, weight, bias = parts
     assert ratio(HalfProduct(weight, bias)(x), F.linear(x, weight.half().float(), bias)) < 1e-6
+
+
+@pytest.mark.parametrize("N", [36, 37])
+@pytest.mark.parametrize("K", [768, 1280])
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (0,)])
+def test_a_head_of_fp16_in_two_parts(N, K, shape):
+    weight, x = torch.randn(N, K), torch.randn(*shape, K)
+    head = HalfHead(weight)
+    assert torch.equal(head.stored()[""], weight.half())
+    found, expected = head(x), F.linear(x, weight.half().float())
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "levels"), [("int8", 255), ("int8 without VNNI", 127)])
@@ -297,3 +309,10 @@ def test_the_shape_is_stated_beside_it(model, tmp_path):
     save_model(load_model(tmp_path, quantize="int8"), tmp_path / "narrow")
     stated = json.loads((tmp_path / "narrow/config.json").read_text())
     assert stated["n_embd"] == TINY.n_embd
+
+
+@pytest.mark.parametrize(("K", "kind"), [(256, HalfProduct), (512, HalfProduct), (768, HalfHead)])
+def test_only_a_head_is_in_two_parts(K, kind):
+    weight = torch.randn(9, K)
+    assert type(product_for(weight, None, None, "fp16", 0, None)) is kind
+    assert type(product_for(weight, None, torch.ones(9), "fp16", 0, None)) is HalfProduct

@@ -91,6 +91,7 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
             if config.output_scores:
                 beams.scores.append(scores)
             candidates = _candidates(request, beams.running, scores, rows, noise)  # N of them
+            del scores  # large
             ended = stopping.ended(candidates.ids.flatten(0, 1)).view(candidates.scores.shape)
             beams.finished = beams.finished.extend(filler, -1)
             _finish(request, beams, candidates, ended)
@@ -128,7 +129,7 @@ def _candidates(
         step = running.ids.size(2) - request.prompt_length
         places = noise.draw(total.softmax(dim=1), N, step)  # (B, N)
     else:
-        places = total.topk(N)[1]
+        places = largest(total, N, running.scores.size(1))
     return continuations(running, total, places, rows)
 
 
@@ -136,6 +137,20 @@ def totals(running: Group, scores: Tensor) -> Tensor:
     """Score all continuations: scores of the next token (B * K, V) -> (B, K * V)."""
     B, K = running.scores.shape
     return (scores.view(B, K, -1) + running.scores[:, :, None]).flatten(1)
+
+
+def largest(total: Tensor, N: int, K: int) -> Tensor:
+    """Find the N largest as topk would: total (B, K * V) -> their places, int64 (B, N)."""
+    B, V = len(total), total.size(1) // K
+    if total.device.type == "cpu":
+        # among the V of each text first: less time and memory, and the same unless two are equal
+        more = min(N + 1, V)
+        values, places = total.view(B, K, V).topk(more)
+        places += V * torch.arange(K)[:, None]
+        values, of_texts = values.flatten(1).topk(min(N + 1, K * more))
+        if (values[:, 1:] < values[:, :-1]).all():
+            return places.flatten(1).gather(1, of_texts[:, :N])
+    return total.topk(N)[1]
 
 
 def width(request: Request, running: Group) -> int:

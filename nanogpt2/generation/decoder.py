@@ -4,11 +4,11 @@ Two ways, with the same results but for rounding. `ModelDecoder` runs model.py w
 any device and by either kernels. `RowsDecoder` is for a few rows on a CPU, where a step takes as
 long as the weights take to be read if only nothing else does:
 
-- the same arithmetic without the modules' steps, and products made for few rows (packed.py);
+- the same arithmetic without the modules' steps, and products made for few rows (products.py);
 - the prompt's keys and values are stored once, and read once for all of its rows:
 
-      shared  (L, B, H, S, D)   positions that are the same in all rows of a prompt
-      own     (L, N, H, W, D)   the W last ones, where the rows differ
+      shared  (B, H, S, D)   positions that are the same in all rows of a prompt
+      own     (N, H, W, D)   the W last ones, where the rows differ
 
   Attention to both is joined by their normalisers: o = w o_shared + (1 - w) o_own with
   w = sigmoid(lse_shared - lse_own);
@@ -27,7 +27,9 @@ from torch.nn import functional as F
 
 from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT, Linear
-from nanogpt2.packed import FloatProduct, Product, can_pack
+from nanogpt2.products import FloatProduct, Product, can_multiply
+
+ROOM = 8  # positions of `own` that are made at first
 
 
 class Decoder(Protocol):
@@ -80,7 +82,7 @@ def decoder_for(
         # neither sharded nor adapted
         and type(weight) in (nn.Parameter, Tensor)
         and all(type(m) is Linear or isinstance(m, Product) for m in linears)
-        and can_pack()
+        and can_multiply()
     )
     if few:
         return RowsDecoder(model, prompts, rows, max_length)
@@ -149,8 +151,10 @@ class RowsDecoder:
         self._H, self._D = c.n_head, c.n_embd // c.n_head
         B, N = prompts, prompts * rows
         # memory that is not written to is not taken
-        self._shared = torch.empty(2, c.n_layer, B, self._H, max_length, self._D)
-        self._own = torch.empty(2, c.n_layer, N, self._H, 16 if rows > 1 else 0, self._D)
+        self._shared = torch.empty(c.n_layer, 2, B, self._H, max_length, self._D)
+        own = 2, N, self._H, ROOM if rows > 1 else 0, self._D
+        # each layer's of its own: they are made longer one after the other
+        self._own = [torch.empty(own) for _ in self._layers]
         self._S = self._W = 0
         # (N, W): positions of two rows that bear the same number are the same
         self._origin = torch.empty(N, 0, dtype=torch.int64)
@@ -184,20 +188,19 @@ class RowsDecoder:
         if self._apart:
             self._make_room(T)
         store, past = (self._own, self._W) if self._apart else (self._shared, self._S)
-        seen = store[..., : past + T, :]  # (2, L, R, H, past + T, D)
-        new = seen[..., past:, :]
         shared = self._shared[..., : self._S, :] if self._apart and self._S else None
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
         for n, (ln_1, ln_2, c_attn, attn_proj, c_fc, mlp_proj) in enumerate(self._layers):
             qkv = c_attn(ln_1(x)).view(R, T, 3, self._H, self._D).permute(2, 0, 3, 1, 4)
-            q, new[:, n] = qkv[0], qkv[1:]  # each (R, H, T, D)
+            seen = store[n].narrow(3, 0, past + T)  # (2, R, H, past + T, D)
+            q, seen[:, :, :, past:] = qkv[0], qkv[1:]  # each (R, H, T, D)
             if shared is None:
-                k, v = seen[:, n]
+                k, v = seen
                 y = F.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
                 )
             else:
-                y = self._attend_apart(q, seen[:, n], shared[:, n], mask)
+                y = self._attend_apart(q, seen, shared[n], mask)
             x = attn_proj.plus(y.transpose(1, 2).reshape(R, T, -1), x)
             x = mlp_proj.plus(c_fc.gelu(ln_2(x)), x)
         if self._apart:
@@ -227,8 +230,10 @@ class RowsDecoder:
         count = int((of_a_prompt == of_a_prompt[:, :1]).all(dim=1).all(dim=0).sum())
         S, W = self._S, self._W
         first = parents[:: self._rows]
-        self._shared[..., S : S + count, :] = self._own[:, :, first, :, :count]
-        self._own[..., : W - count, :] = self._own[:, :, parents, :, count:W]
+        for shared, own in zip(self._shared, self._own, strict=True):
+            if count:
+                shared[..., S : S + count, :] = own[..., :count, :].index_select(1, first)
+            own[..., : W - count, :] = own[..., count:W, :].index_select(1, parents)
         self._origin = self._origin[:, count:]
         self._S, self._W = S + count, W - count
 
@@ -243,11 +248,11 @@ class RowsDecoder:
 
     def _make_room(self, count: int) -> None:
         """Let `own` hold so many positions more."""
-        *shape, room, D = self._own.shape
+        *shape, room, D = self._own[0].shape
         if self._W + count > room:
-            own = self._own.new_empty(*shape, max(2 * room, self._W + count), D)
-            own[..., : self._W, :] = self._own[..., : self._W, :]
-            self._own = own
+            for n, own in enumerate(self._own):
+                self._own[n] = own.new_empty(*shape, room + max(ROOM, room // 4, count), D)
+                self._own[n][..., : self._W, :] = own[..., : self._W, :]
 
     def _attend_apart(self, q: Tensor, own: Tensor, shared: Tensor, mask: Tensor | None) -> Tensor:
         """Attention (N, H, 1, D) to both stores: own (2, N, H, W, D), shared (2, B, H, S, D)."""

@@ -1,0 +1,292 @@
+"""x W^T for few rows on a CPU: the weight laid out, or narrowed to 16 or 8 bits.
+
+    float32   the same numbers; in oneDNN's blocks, once that pays
+    fp16      2 bytes a weight
+    int8      1 byte: W = s q, with one s for each output, |q| <= 127
+
+The input of int8 has 8 bits as well, 7 on a processor without VNNI. Each row x has a range of its
+own, so that a text does not depend on its neighbours. With d, the range over 255 (127), x is about
+low + d u for whole numbers u from 0 to 255 (127). The product is given u - m, with m in the middle,
+and
+
+    x W^T = d (u - m) W^T + (low + m d) (the sum of W over its inputs)
+
+PyTorch's own operations compute it, by oneDNN and fbgemm. They are no part of its stable interface.
+This file does not know what is multiplied.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt2 import malloc
+
+SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
+# rows that oneDNN's blocks are laid out for: 1 to 16 are about as fast
+FEW_ROWS = 8
+CHUNK = 256  # rows of a matrix that are narrowed at once
+ZERO = torch.zeros(1, dtype=torch.int64)  # int8's own, of all its outputs
+FULL, REST = 512, 256  # inputs of fbgemm's blocks in fp16, and of one that is half empty
+MOST = torch.finfo(torch.float16).max
+LEAST = 1e-30  # of a step or scale, which is divided by
+Release = Callable[[Tensor], None]
+
+
+class Product(nn.Module, ABC):
+    """x W^T + b for a weight (N, K): (..., K) -> (..., N), and what often comes next."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The tanh form of GELU, of x W^T + b."""
+        return F.gelu(self(x), approximate="tanh")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x W^T + b + residual, which is (..., N)."""
+        return self(x).add_(residual)
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The weight, by the ends of its tensors' names."""
+
+
+class FloatProduct(Product):
+    """In float32 by oneDNN; its weight is laid out, for good, after products of so many rows."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        lays_out_after: int = 0,
+        release: Release | None = None,
+    ) -> None:
+        """weight: in either order in memory. lays_out_after: 0 is never.
+
+        release: called with the weight once it is laid out.
+        """
+        super().__init__()
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        self._left, self._release = lays_out_after, release
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        weight = self._weight_for(x)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "none", [], "")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """See Product."""
+        weight = self._weight_for(x)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "gelu", [], "tanh")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See Product."""
+        weight = self._weight_for(x)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, self._bias, "add")
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        return {"": self._weight.to_dense() if self._weight.is_mkldnn else self._weight}
+
+    def _weight_for(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.size(-1)
+        if self._left > 0 and rows <= FEW_ROWS:
+            self._left -= rows
+            if self._left <= 0:
+                stored = self._weight
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(stored, FEW_ROWS)
+                malloc.return_free()
+                if self._release is not None:
+                    self._release(stored)
+        return self._weight
+
+
+class HalfProduct(Product):
+    """With a weight of 16 bits, by fbgemm; the sums are float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: of any floating type; fbgemm rounds it."""
+        super().__init__()
+        wide = weight.float().contiguous()
+        # or it would be written over: it may be a file's, or the model's own
+        low, high = torch.aminmax(wide)
+        if max(-low, high) > MOST:
+            wide = wide.clamp(-MOST, MOST)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(wide, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        return {"": torch.ops.quantized.linear_unpack_fp16(self._packed)[0].half()}
+
+
+class HalfHead(Product):
+    """The same for a large weight whose last 256 inputs fbgemm would fill up to 512.
+
+    Those of two outputs, one of each half of them, stand side by side in a matrix of their own. It
+    is multiplied by two rows: [x 0] gives the one half of the outputs, [0 x] the other.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: (N, K), of any floating type."""
+        super().__init__()
+        self._N = len(weight)
+        first, last = weight.split([weight.size(1) - REST, REST], dim=1)
+        # an output of zeros where they are odd
+        last = F.pad(last, (0, 0, 0, self._N % 2))
+        self._first = HalfProduct(first, None)
+        self._last = HalfProduct(torch.cat(last.chunk(2), dim=1), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        first, last = x.split([x.size(-1) - REST, REST], dim=-1)
+        pair = torch.stack([F.pad(last, (0, REST)), F.pad(last, (REST, 0))], dim=-2)
+        more = self._last(pair).flatten(-2)  # (..., N), or one more
+        return self._first(first.contiguous()).add_(more[..., : self._N])
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        first, last = self._first.stored()[""], self._last.stored()[""]
+        last = torch.cat(last.chunk(2, dim=1))[: self._N]
+        return {"": torch.cat([first, last], dim=1)}
+
+
+class Int8Product(Product):
+    """With q of 8 bits and a scale s for each output, by oneDNN; see the module."""
+
+    middle = 128  # m
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """q: int8 (N, K); scale: float32 (N,)."""
+        super().__init__()
+        # some rows at a time, because they are summed in 8 bytes each
+        sums = torch.cat([rows.sum(dim=1) for rows in q.split(CHUNK)])
+        self._scale, self._sums = scale, sums * scale  # each (N,)
+        self._bias = torch.zeros_like(scale) if bias is None else bias.detach()
+        self._packed = self._pack(q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Product."""
+        u, d, low = self._narrowed(x)
+        y = self._times(u)
+        return torch.addcmul(self._bias, low.add(d, alpha=self.middle), self._sums).addcmul_(d, y)
+
+    def stored(self) -> dict[str, Tensor]:
+        """See Product."""
+        return {"": self._unpacked(), SCALE: self._scale}
+
+    def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u, uint8 (..., K), with d and low, each (..., 1)."""
+        # u, and in the last 8 bytes of a row d and low
+        rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
+        d = rows[..., -8:-4].contiguous().view(torch.float32)
+        # that one low does not know what is no number
+        return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)
+
+    def _pack(self, q: Tensor) -> Any:
+        # one that is not contiguous would be taken for another
+        return torch.ops.onednn.qlinear_prepack(q.contiguous(), None)
+
+    def _times(self, u: Tensor) -> Tensor:
+        """(u - m) W^T."""
+        weight = self._packed, self._scale, ZERO
+        # no bias, no scale of the output, nothing after it
+        rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
+        return torch.ops.onednn.qlinear_pointwise(u, 1.0, self.middle, *weight, *rest)
+
+    def _unpacked(self) -> Tensor:
+        return self._packed.to_dense().t()
+
+
+class Int7Product(Int8Product):
+    """The same with 7 bits of input, by fbgemm, which is faster on a processor without VNNI."""
+
+    middle = 64
+
+    def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u, d, low = super()._narrowed(x)
+        # two steps become one, and its middle is half a step above the first
+        return u >> 1, 2 * d, low + d / 2
+
+    def _pack(self, q: Tensor) -> Any:
+        with warnings.catch_warnings():
+            # tensors of this kind are deprecated, but the product takes no other
+            warnings.simplefilter("ignore")
+            zero = torch.zeros(len(q), dtype=torch.int64)
+            weight = torch._make_per_channel_quantized_tensor(q, self._scale.double(), zero, 0)
+            return torch.ops.quantized.linear_prepack(weight, None)
+
+    def _times(self, u: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            u.float().sub_(self.middle), 1.0, self.middle, self._packed
+        )
+
+    def _unpacked(self) -> Tensor:
+        return torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+
+
+def product_for(
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    scheme: str | None,
+    lays_out_after: int,
+    release: Release | None,
+) -> Product:
+    """Make the product of a scheme, by default float32.
+
+    scale: of a weight that is int8 already. lays_out_after, release: see FloatProduct.
+    """
+    if scheme is None:
+        return FloatProduct(widened(weight, release), bias, lays_out_after, release)
+    product: Product
+    K = weight.size(1)
+    if scheme == "fp16" and bias is None and K > FULL and K % FULL == REST:
+        product = HalfHead(weight)
+    elif scheme == "fp16":
+        product = HalfProduct(weight, bias)
+    else:
+        # without it two products are added in 16 bits
+        kind = Int8Product if torch.cpu._is_vnni_supported() else Int7Product
+        product = kind(*(to_int8(weight) if scale is None else (weight, scale)), bias)
+    if release is not None:
+        release(weight)
+    return product
+
+
+def widened(weight: Tensor, release: Release | None) -> Tensor:
+    """To float32; itself where it is."""
+    wide = weight.float()
+    if wide is not weight and release is not None:
+        release(weight)
+    return wide
+
+
+def to_fp16(weight: Tensor) -> Tensor:
+    """To float16; what is too large becomes the largest number there is."""
+    return weight.clamp(-MOST, MOST).half()
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) -> q, int8 (N, K), and the scales s, float32 (N,); see the module."""
+    largest = torch.linalg.vector_norm(weight.float(), float("inf"), dim=1)  # (N,)
+    scale = (largest / 127).clamp_(min=LEAST)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    # some rows at a time: the embedding is a third of the model
+    for part, rows, s in zip(*(t.split(CHUNK) for t in (q, weight, scale)), strict=True):
+        part.copy_((rows / s[:, None]).round_())
+    return q, scale
+
+
+def can_multiply() -> bool:
+    """Whether this PyTorch has the products, which are no part of its stable interface."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
