@@ -22,6 +22,9 @@ if __name__ == "__main__":
             rows = [["preset", "what it does"], *([name, t.about] for name, t in TASKS.items())]
             terminal.write(terminal.table(rows) + "\n")
             sys.exit()
+        from nanogpt2.model_folder import digest_ahead
+
+        digest_ahead(CONFIG.model)  # while torch loads
 
 from nanogpt2 import ops
 from nanogpt2.cli import compare, text

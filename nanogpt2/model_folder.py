@@ -11,12 +11,13 @@ not open a tensor, and torch is not imported.
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nanogpt2 import hub
+from nanogpt2 import hub, tensor_header
 from nanogpt2.config import PICKLES, PRESETS, GPTConfig, check_model
 from nanogpt2.flags import show
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
@@ -39,6 +40,10 @@ class Checkpoint:
     config: GPTConfig | None
     manifest: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
 
+    def sha256_of(self, file: Path) -> str | None:
+        """What the manifest states of a file; None where it, or the manifest, is not there."""
+        return (self.manifest or {}).get(file.name, {}).get("sha256")
+
 
 def find_checkpoint(name: str | Path) -> Checkpoint:
     """Find a model's files by its name or path and read its config.json.
@@ -53,6 +58,19 @@ def find_checkpoint(name: str | Path) -> Checkpoint:
     manifest = read_manifest(folder)
     found = (path,) if folder != path else _weights_in(folder, manifest)
     return Checkpoint(found, _read_config(folder, manifest), manifest)
+
+
+def digest_ahead(name: str | Path) -> None:
+    """Begin to digest a model's files, for `load_generator`, beside whatever comes before it.
+
+    What is wrong with them is left for it to say.
+    """
+    # OpenAI's were digested when they arrived
+    if name not in PRESETS:
+        with suppress(ValueError, OSError):
+            source = find_checkpoint(name)
+            for file in source.files:
+                tensor_header.digest_ahead(file, source.sha256_of(file))
 
 
 def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ...]:

@@ -13,7 +13,7 @@ GPT-2's files differ in small ways, all of which are read here:
 
 Every name, shape and type is checked from the headers, and config.json against them, before a model
 is made or a tensor read, so a wrong file leaves nothing half-loaded. Pickles are never opened.
-The files' own formats are tensor_file.py's and model_folder.py's.
+The files' own formats are tensor_header.py's and model_folder.py's.
 """
 
 import os
@@ -52,7 +52,8 @@ from nanogpt2.packed import (
     check_scheme,
 )
 from nanogpt2.products import SCALE, can_multiply
-from nanogpt2.tensor_file import StoredTensor, TensorFile
+from nanogpt2.tensor_file import TensorFile
+from nanogpt2.tensor_header import StoredTensor
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
 TRANSPOSED = tuple(name for name in MATRICES if name != EMBEDDING)
@@ -247,10 +248,11 @@ def _load(
             model.use_kernels(kernels, device)
             few = generates and model.kernels == "torch" and device == "cpu" and dtype == "float32"
             packs = quantize is not None or (few and can_multiply())
-            state = _read_state(source, opened, stored, device, getattr(torch, dtype), packs)
             if packs:
+                state = _map_state(source, opened, stored)
                 release = partial(_release, opened)
                 return PackedGPT(gpt, state, quantize, release)  # type: ignore[return-value]
+            state = _read_state(source, opened, stored, device, getattr(torch, dtype))
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)
     return model.eval()
@@ -366,56 +368,77 @@ def _check_tensors(stored: Mapping[str, StoredTensor], model: nn.Module, first: 
 # ---- reading
 
 
+def _map_state(
+    source: Checkpoint, opened: list[TensorFile], stored: Mapping[str, StoredTensor]
+) -> dict[str, Tensor]:
+    """All the tensors, by our names and in our order of axes: matrices are views of their files.
+
+    Raises ValueError where a file is not what its manifest, or it itself, states.
+    """
+    state: dict[str, Tensor] = {}
+    ours_of = _parameters(stored)
+    for file in opened:
+        for name, tensor in file.mapped(ours_of, _stated_digest(source, file)):
+            ours = ours_of[name]
+            if not ours.endswith(MATRICES):
+                # positions are looked up in the file, as tokens are
+                tensor = tensor.to(torch.float32, copy=ours != POSITIONS)
+            _put(state, ours, tensor.t() if ours.endswith(TRANSPOSED) else tensor, file.path)
+    return state
+
+
 def _read_state(
     source: Checkpoint,
     opened: list[TensorFile],
     stored: Mapping[str, StoredTensor],
     device: str,
     dtype: torch.dtype,
-    mapped: bool,
 ) -> dict[str, Tensor]:
-    """Read all the tensors, by our names and in our order of axes.
-
-    mapped: the matrices stay in their files, as they are stored. Raises ValueError where a file is
-    not what its manifest, or it itself, states.
-    """
+    """The same, read: each tensor in memory of its own."""
     state: dict[str, Tensor] = {}
-    wanted = {entry.name: ours for ours, entry in stored.items()}
+    ours_of = _parameters(stored)
+    # what is copied anyway passes through
+    passing = {
+        entry.name
+        for ours, entry in stored.items()
+        if ours.endswith(TRANSPOSED) or tensor_file.DTYPES[entry.dtype] != dtype
+    }
+    if HEAD in stored and EMBEDDING in stored:
+        passing.add(max((stored[HEAD], stored[EMBEDDING]), key=lambda e: e.start).name)
     for file in opened:
-        sha256 = None
-        if source.manifest is not None:
-            sha256 = source.manifest.get(file.path.name, {}).get("sha256")
-            if sha256 is None and file.sha256 is None:
-                raise ValueError(
-                    f"{str(file.path)!r} states no SHA-256, nor does {MANIFEST} beside it; "
-                    f"where that is meant, delete {MANIFEST}"
-                )
-        # what is copied anyway passes through
-        passing = {
-            entry.name
-            for ours, entry in stored.items()
-            if ours.endswith(TRANSPOSED) or tensor_file.DTYPES[entry.dtype] != dtype
-        }
-        if HEAD in stored and EMBEDDING in stored:
-            passing.add(max((stored[HEAD], stored[EMBEDDING]), key=lambda e: e.start).name)
-        for name, tensor in file.tensors(wanted, sha256, passing, mapped):
-            # GPT-2's output head is its embedding: whichever of the two comes first is kept
-            ours = EMBEDDING if wanted[name] == HEAD else wanted[name]
+        for name, tensor in file.read(ours_of, _stated_digest(source, file), passing):
+            ours = ours_of[name]
             tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
-            if mapped and not ours.endswith(MATRICES):
-                # positions are looked up in the file, as tokens are
-                tensor = tensor.to(dtype, copy=ours != POSITIONS)
-            elif not mapped and name in passing and ours not in state:
+            if name in passing and ours not in state:
                 tensor = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-            elif not mapped:
-                tensor = tensor.to(device, dtype)
-            if ours in state and not torch.equal(tensor.to(dtype), state[ours].to(dtype)):
-                raise ValueError(
-                    f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head "
-                    "is tied"
-                )
-            state.setdefault(ours, tensor)
+            _put(state, ours, tensor.to(device, dtype), file.path)
     return state
+
+
+def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """The names in the files -> ours. GPT-2's output head is its embedding."""
+    return {entry.name: EMBEDDING if ours == HEAD else ours for ours, entry in stored.items()}
+
+
+def _stated_digest(source: Checkpoint, file: TensorFile) -> str | None:
+    """What the manifest states of a file. Raises ValueError where it, and the file, state none."""
+    sha256 = source.sha256_of(file.path)
+    if source.manifest is not None and sha256 is None and file.sha256 is None:
+        raise ValueError(
+            f"{str(file.path)!r} states no SHA-256, nor does {MANIFEST} beside it; "
+            f"where that is meant, delete {MANIFEST}"
+        )
+    return sha256
+
+
+def _put(state: dict[str, Tensor], name: str, tensor: Tensor, file: Path) -> None:
+    """Keep the first of a name. Raises ValueError where the second is another."""
+    first = state.setdefault(name, tensor)
+    wide = torch.promote_types(first.dtype, tensor.dtype)
+    if first is not tensor and not torch.equal(first.to(wide), tensor.to(wide)):
+        raise ValueError(
+            f"{str(file)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head is tied"
+        )
 
 
 def _release(opened: list[TensorFile], tensor: Tensor) -> None:

@@ -836,10 +836,30 @@ MUTANTS: dict[str, list[Mutant]] = {
             (PACKED,),
         ),
     ],
+    "tensor_header.py": [
+        Mutant(
+            "ahead: whatever the file is by now",
+            "return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns",
+            "return state.st_dev, state.st_size",
+            ("test_tensor_file.py",),
+        ),
+        Mutant(
+            "ahead: whatever digest is asked for",
+            "    _AHEAD[*_state(file), head] =",
+            "    _AHEAD[*_state(file), b''] =",
+            ("test_tensor_file.py",),
+        ),
+        Mutant(
+            "ahead: once for all",
+            "_AHEAD.pop((*_state(file), head), None)",
+            "_AHEAD.get((*_state(file), head))",
+            ("test_tensor_file.py",),
+        ),
+    ],
     "tensor_file.py": [
         Mutant(
             "mapped: from the data's start, not the file's",
-            "start, size = len(self._head) + entry.start, entry.end - entry.start",
+            "start, size = len(head) + entry.start, entry.end - entry.start",
             "start, size = entry.start, entry.end - entry.start",
             ("test_tensor_file.py",),
         ),
@@ -851,16 +871,16 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "mapped: damage is not found",
-            "if sha256 is not None and digest.hexdigest() != sha256:",
-            "if sha256 is not None and not mapped and digest.hexdigest() != sha256:",
+            "if digest is not None and digest.result() != sha256:",
+            "if False:",
             (MAPPED,),
         ),
     ],
     "weights.py": [
         Mutant(
             "what only generates is copied",
-            "getattr(torch, dtype), packs)",
-            "getattr(torch, dtype), False)",
+            "state = _map_state(source, opened, stored)",
+            'state = _read_state(source, opened, stored, "cpu", torch.float32)',
             (MAPPED,),
         ),
         Mutant(

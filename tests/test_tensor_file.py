@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from nanogpt2 import tensor_file
+from nanogpt2 import tensor_file, tensor_header
+from nanogpt2.tensor_header import DIGEST, Digest
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -18,9 +19,9 @@ TENSORS = {
 }
 
 
-def read(path, **options):
+def read(path, mapped=False, **options):
     with tensor_file.opened(path) as file:
-        return dict(file.tensors(TENSORS, **options))
+        return dict((file.mapped if mapped else file.read)(TENSORS, **options))
 
 
 def test_a_round_trip_and_the_library(tmp_path):
@@ -52,12 +53,12 @@ def test_every_byte_counts(tmp_path):
     path = tmp_path / "x.safetensors"
     tensor_file.write(path, TENSORS)
     data = path.read_bytes()
-    key = data.index(tensor_file.DIGEST.encode())
+    key = data.index(DIGEST.encode())
     for place in range(len(data)):
         changed = bytearray(data)
         changed[place] ^= 1
         path.write_bytes(changed)
-        if key <= place < key + len(tensor_file.DIGEST):
+        if key <= place < key + len(DIGEST):
             # it states nothing any more; a manifest beside it would
             assert all(torch.equal(read(path)[name], TENSORS[name]) for name in TENSORS)
             continue
@@ -66,11 +67,70 @@ def test_every_byte_counts(tmp_path):
                 read(path, mapped=mapped)
 
 
+@pytest.fixture
+def digested(monkeypatch):
+    """How many files were digested until now."""
+    found = []
+    run = Digest.run
+    monkeypatch.setattr(Digest, "run", lambda self: found.append(self) or run(self))
+    monkeypatch.setattr(tensor_header, "_AHEAD", {})
+    return found
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_file_that_is_digested_ahead(tmp_path, digested, stated):
+    path = tmp_path / "x.safetensors"
+    tensor_file.write(path, TENSORS)
+    sha256 = None if stated else hashlib.sha256(path.read_bytes()).hexdigest()
+    tensor_header.digest_ahead(path, sha256)
+    for digests in (1, 2):
+        # what was found holds once
+        assert read(path, mapped=True, sha256=sha256) and len(digested) == digests
+
+
+def test_a_file_that_changed_since_it_was_digested_ahead(tmp_path, digested):
+    path, other = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    for each in (path, other):
+        tensor_file.write(each, TENSORS)
+    tensor_header.digest_ahead(path)
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    for change in (lambda: path.write_bytes(data), lambda: path.write_bytes(data + b"0")):
+        change()
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            read(path, mapped=True)
+    tensor_header.digest_ahead(other)
+    path.write_bytes(data)
+    path.replace(other)
+    with pytest.raises(ValueError, match="damaged"):
+        read(other, mapped=True)
+
+
+def test_damage_that_is_found_ahead(tmp_path, digested):
+    path = tmp_path / "x.safetensors"
+    tensor_file.write(path, TENSORS)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    tensor_header.digest_ahead(path)
+    with pytest.raises(ValueError, match="damaged"):
+        read(path, mapped=True)
+    assert len(digested) == 1
+
+
+def test_a_digest_that_another_is_asked_of(tmp_path, digested):
+    path = tmp_path / "x.safetensors"
+    tensor_file.write(path, TENSORS)
+    tensor_header.digest_ahead(path)
+    with pytest.raises(ValueError, match="damaged"):
+        read(path, mapped=True, sha256="0" * 64)
+
+
 def test_pages_that_are_released_come_back(tmp_path):
     path, tensors = tmp_path / "x.safetensors", {"a": torch.randn(9999), "b": torch.randn(7777)}
     tensor_file.write(path, tensors)
     with tensor_file.opened(path) as file:
-        found = dict(file.tensors(tensors, mapped=True))
+        found = dict(file.mapped(tensors))
         for tensor in (*found.values(), torch.ones(9)):
             file.release(tensor)
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -78,7 +138,7 @@ def test_pages_that_are_released_come_back(tmp_path):
     tensor_file.write(resident, {"a": torch.ones(4 * 2**20)})
     pages = []
     with tensor_file.opened(resident) as file:
-        (_, tensor), *_ = file.tensors(["a"], mapped=True)
+        (_, tensor), *_ = file.mapped(["a"])
         for act in (torch.Tensor.sum, file.release):
             act(tensor)
             status = Path("/proc/self/status").read_text()
@@ -92,7 +152,7 @@ def test_an_open_file_is_one_file_whatever_happens_to_its_name(tmp_path):
     tensor_file.write(other, {name: tensor + 1 for name, tensor in TENSORS.items()})
     with tensor_file.opened(path) as file:
         other.replace(path)
-        assert torch.equal(dict(file.tensors(TENSORS))["a"], TENSORS["a"])
+        assert torch.equal(dict(file.read(TENSORS))["a"], TENSORS["a"])
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -105,7 +165,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, mapped):
         with path.open("r+b") as again:
             again.truncate(1000)
         with pytest.raises(ValueError, match="cannot be mapped: mmap" if mapped else "cut short"):
-            dict(file.tensors(["a"], mapped=mapped))
+            dict((file.mapped if mapped else file.read)(["a"]))
 
 
 def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more):
@@ -144,8 +204,8 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more):
         {"a": entry(shape=[2], offsets=[0, 8])},
         {"a": entry(), "b": entry()},
         {"a": entry(), "__metadata__": 5},
-        {"a": entry(), "__metadata__": {tensor_file.DIGEST: 5}},
-        {"a": entry(), "__metadata__": {tensor_file.DIGEST: ""}},
+        {"a": entry(), "__metadata__": {DIGEST: 5}},
+        {"a": entry(), "__metadata__": {DIGEST: ""}},
         {},
     ],
     ids=lambda header: str(header)[:50],

@@ -87,7 +87,7 @@ def load_adapter(model: Model, folder: str | Path) -> None:
     rank, alpha = _read_config(Path(folder) / CONFIG)
     path = Path(folder) / TENSORS
     with tensor_file.opened(path) as file:
-        stored = dict(file.tensors([entry.name for entry in file.entries]))
+        stored = dict(file.read([entry.name for entry in file.entries]))
     # the same model without numbers, to hold the file against
     with torch.device("meta"):
         gpt = GPT(model.config)

@@ -1,0 +1,169 @@
+"""What a safetensors file states of its tensors, and the SHA-256 of its bytes.
+
+    8 bytes      length of the header, little-endian
+    header       JSON: {name: {"dtype", "shape", "data_offsets": [start, end]}, "__metadata__": {}}
+    data         the tensors' bytes, without a gap
+
+A file written by tensor_file.py states its own SHA-256 in its metadata, computed with the digest's
+64 characters taken as zeros.
+
+A model's files can be digested ahead, while torch is imported, which takes as long: so it is not
+imported here.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import IO, Any
+
+# bytes of a number
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+LONGEST_HEADER = 100_000_000  # bytes, the library's limit
+MOST_AXES = 8
+DIGEST = "nanogpt2.sha256"  # its key in the metadata
+NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header says of a tensor."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # in the data, in bytes
+    end: int
+
+
+class Header:
+    """The sound header of an open file: `entries`, in the data's order, and `sha256`, its own."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        """Read it. Raises ValueError for one that is none."""
+        self.path = path
+        self._file = file
+        self._size = size = file.seek(0, 2)
+        file.seek(0)
+        length = file.read(8)
+        announced = int.from_bytes(length, "little")
+        if len(length) < 8 or announced > min(size - 8, LONGEST_HEADER):
+            raise self._broken(f"{size} bytes cannot hold its header")
+        header = file.read(announced)
+        self._head = length + header
+        try:
+            stated = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
+            metadata = stated.pop("__metadata__", {})
+            self.sha256 = metadata.get(DIGEST)
+            found = [_entry(path, name, value) for name, value in stated.items()]
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise self._broken(f"its header: {error}") from None
+        self.entries = sorted(found, key=lambda entry: (entry.start, entry.end))
+        end = 0
+        for entry in self.entries:
+            if entry.start != end:
+                raise self._broken(f"{entry.name!r} starts at {entry.start}, not at {end}")
+            end = entry.end
+        if end != size - len(self._head):
+            raise self._broken(f"its tensors take {end} bytes, not {size - len(self._head)}")
+
+    def _stated(self, sha256: str | None) -> tuple[str | None, bytes]:
+        """The digest the file must have, `sha256` or its own, and its head as that takes it."""
+        if sha256 is not None or self.sha256 is None:
+            return sha256, self._head
+        return self.sha256, self._head.replace(str(self.sha256).encode(), NO_DIGEST.encode(), 1)
+
+    def _broken(self, why: str) -> ValueError:
+        return ValueError(f"{str(self.path)!r} is no whole safetensors file: {why}")
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _entry(path: Path, name: str, stated: Mapping[str, Any]) -> StoredTensor:
+    """Read what the header says of one tensor. Raises an error for what cannot be."""
+    dtype, shape, (start, end) = stated["dtype"], stated["shape"], stated["data_offsets"]
+    if len(stated) != 3 or dtype not in SIZES:
+        raise ValueError(f"tensor {name!r} has no known type")
+    sizes = [*shape, start, end]
+    if len(shape) > MOST_AXES or any(type(n) is not int or not 0 <= n < 2**63 for n in sizes):
+        raise ValueError(f"tensor {name!r} has no shape or place")
+    if end - start != math.prod(shape) * SIZES[dtype]:
+        raise ValueError(f"tensor {name!r} does not take the bytes of its shape")
+    return StoredTensor(path, name, dtype, tuple(shape), start, end)
+
+
+# ---- digests of files that are mapped into memory
+
+
+class Digest(Thread):
+    """The SHA-256 of a mapped file, computed beside whatever else is done."""
+
+    def __init__(self, head: bytes, mapping: mmap.mmap) -> None:
+        """head: what the file's first bytes are taken for."""
+        super().__init__(daemon=True)
+        self._head, self._mapping, self._found = head, mapping, ""
+        self.start()
+
+    def run(self) -> None:
+        """See Thread."""
+        digest = hashlib.sha256(self._head)
+        # all at once: between two pieces it would have to wait for Python's lock
+        with memoryview(self._mapping) as whole, whole[len(self._head) :] as data:
+            digest.update(data)
+        self._found = digest.hexdigest()
+
+    def result(self) -> str:
+        """Wait for it; in hexadecimal."""
+        self.join()
+        return self._found
+
+
+# by the file, as it was, and what its head is taken for
+_AHEAD: dict[tuple[Any, ...], Digest] = {}
+
+
+def digest_ahead(path: Path, sha256: str | None = None) -> None:
+    """Begin to digest a file that is soon mapped and must have this SHA-256, by default its own.
+
+    Raises ValueError for what is no safetensors file, OSError for what cannot be read.
+    """
+    # a pipe would be waited for, without end
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        stated, head = Header(path, file)._stated(sha256)
+        if stated is not None:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            _AHEAD[*_state(file), head] = Digest(head, mapping)
+
+
+def digest_of(file: IO[bytes], head: bytes, mapping: mmap.mmap) -> Digest:
+    """The digest of an open file that is mapped: the one begun ahead, if the file is still that."""
+    return _AHEAD.pop((*_state(file), head), None) or Digest(head, mapping)
+
+
+def _state(file: IO[bytes]) -> tuple[int, ...]:
+    state = os.fstat(file.fileno())
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
