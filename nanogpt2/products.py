@@ -4,10 +4,10 @@
     fp16      2 bytes a weight
     int8      1 byte: W = s q, with one s for each output, |q| <= 127
 
-The input of int8 has 8 bits as well, 7 on a processor without VNNI. Each row x has a range of its
-own, so that a text does not depend on its neighbours. With d, the range over 255 (127), x is about
-low + d u for whole numbers u from 0 to 255 (127). The product is given u - m, with m in the middle,
-and
+The input of int8 has 8 bits as well, or 7 where oneDNN has no VNNI instructions to use. Each row x
+has a range of its own, so that a text does not depend on its neighbours. With d, the range over
+255 (127), x is about low + d u for whole numbers u from 0 to 255 (127). The product is given u - m,
+with m in the middle, and
 
     x W^T = d (u - m) W^T + (low + m d) (the sum of W over its inputs)
 
@@ -18,6 +18,7 @@ This file does not know what is multiplied.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -198,17 +199,14 @@ class Int8Product(Product):
 
     def _times(self, u: Tensor) -> Tensor:
         """(u - m) W^T."""
-        weight = self._packed, self._scale, ZERO
-        # no bias, no scale of the output, nothing after it
-        rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
-        return torch.ops.onednn.qlinear_pointwise(u, 1.0, self.middle, *weight, *rest)
+        return _qlinear(u, self.middle, self._packed, self._scale)
 
     def _unpacked(self) -> Tensor:
         return self._packed.to_dense().t()
 
 
 class Int7Product(Int8Product):
-    """The same with 7 bits of input, by fbgemm, which is faster on a processor without VNNI."""
+    """The same with 7 bits of input, by fbgemm: exact and faster where oneDNN cannot use VNNI."""
 
     middle = 64
 
@@ -234,6 +232,25 @@ class Int7Product(Int8Product):
         return torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
 
 
+def _qlinear(u: Tensor, middle: int, packed: Tensor, scale: Tensor) -> Tensor:
+    """(u - middle) (scale q)^T by oneDNN: uint8 (..., K), packed int8 (N, K) -> float32 (..., N)."""
+    # no bias, no scale of the output, nothing after it
+    rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise(u, 1.0, middle, packed, scale, ZERO, *rest)
+
+
+@cache
+def onednn_sums_exactly() -> bool:
+    """Whether oneDNN's 8-bit product is exact here: without VNNI it saturates sums at 16 bits.
+
+    Its result decides, not the processor's features: ONEDNN_MAX_CPU_ISA may switch VNNI off.
+    """
+    u = torch.full((1, 64), 255, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+    found = _qlinear(u, Int8Product.middle, packed, torch.ones(16))
+    return bool((found == (255 - Int8Product.middle) * 127 * 64).all())
+
+
 def product_for(
     weight: Tensor,
     scale: Tensor | None,
@@ -255,8 +272,7 @@ def product_for(
     elif scheme == "fp16":
         product = HalfProduct(weight, bias)
     else:
-        # without it two products are added in 16 bits
-        kind = Int8Product if torch.cpu._is_vnni_supported() else Int7Product
+        kind = Int8Product if onednn_sums_exactly() else Int7Product
         product = kind(*(to_int8(weight) if scale is None else (weight, scale)), bias)
     if release is not None:
         release(weight)

@@ -63,6 +63,21 @@ def poisoned(monkeypatch):
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in one process a core, by pytest-xdist; chosen tests run in one alone.
+
+    Without pytest-xdist, or with a GPU, which the processes would share, all tests run in one.
+    """
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # one of these processes, or a pytest that a test of theirs runs
+    asked = getattr(config.option, "numprocesses", 0)
+    if whole and asked is None and not config.option.usepdb and not torch.cuda.is_available():
+        # a worker takes over from another in the order of the files: they share their fixtures
+        config.option.numprocesses, config.option.dist = os.cpu_count(), "worksteal"
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

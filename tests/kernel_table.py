@@ -1,16 +1,16 @@
 """Compile every kernel ahead of time, as its launcher launches it for GPT-2's shapes.
 
-    python tests/kernel_table.py [--json] [WORD ...]
+    python tests/kernel_table.py [--json] [--chips sm_90,gfx942] [WORD ...]
 
 No GPU is needed. Each case calls a launcher; the launches are recorded, not run, and each is
 compiled for each chip. What is compiled is thus what is launched: types, block sizes, warps and the
 alignments that Triton specialises on. WORDs choose the cases whose names hold one of them.
 """
 
+import argparse
 import contextlib
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -196,13 +196,15 @@ def pytorch_for(target):
         torch.version.hip = original
 
 
-def record(words=()):
-    """(name of the case, target, launch) of every launch of every case."""
+def record(words=(), chips=tuple(TARGETS)):
+    """(name of the case, target, launch) of every launch of every case, for these chips."""
     for name, launcher, arguments, *targets in (case for cases in CASES for case in cases()):
         name = name.replace("torch.", "")
         if words and not any(word in name for word in words):
             continue
-        for target in targets[0] if targets else TARGETS:
+        for target in chips:
+            if targets and target not in targets[0]:
+                continue
             with record_launches() as launches, pytorch_for(target):
                 launcher(*arguments)
             for launch in launches:
@@ -242,16 +244,20 @@ def compiled(case):
     }
 
 
-def table(words=()):
+def table(words=(), chips=tuple(TARGETS)):
     """One dict a case, kernel and target; ptxas, which takes the most time, runs beside Python."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compiled, list(record(words))))
+        return list(pool.map(compiled, list(record(words, chips))))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    rows = table([word for word in arguments if word != "--json"])
-    if "--json" in arguments:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only cases with one of these")
+    parser.add_argument("--chips", default=",".join(TARGETS), help="by default %(default)s")
+    parser.add_argument("--json", action="store_true", help="the rows as one JSON list")
+    arguments = parser.parse_args()
+    rows = table(arguments.words, arguments.chips.split(","))
+    if arguments.json:
         print(json.dumps(rows))
     else:
         print("| case | kernel | target | warps | registers | spilled bytes | shared bytes |")

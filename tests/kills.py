@@ -244,8 +244,10 @@ def kill_store(kills, seed, folder, act=die):
     started = time.perf_counter()
     names, done = points(out, 4), 4
     duration = time.perf_counter() - started
-    # every point in turn, in any order; each third kill comes at a random time
-    order = rng.sample(range(len(names)), len(names))
+    # every point in turn, in any order, but one of each kind of call first; each third kill comes
+    # at a random time
+    order, kinds = rng.sample(range(len(names)), len(names)), set()
+    order.sort(key=lambda i: (kind := names[i].split()[-1]) in kinds or kinds.add(kind) or False)
     for number in range(kills):
         # the commit to be killed marks a new best one and removes an old one
         while done % 2 == 0:

@@ -169,9 +169,9 @@ MUTANTS: dict[str, list[Mutant]] = {
             ("test_processors.py::test_sequence_bias",),
         ),
         Mutant(
-            "prefix_allowed_tokens_fn: sampled rows numbered by their prompt",
-            "rows=rows if c.num_beams > 1 else 1",
-            "rows=rows",
+            "prefix_allowed_tokens_fn: sampled rows numbered by themselves",
+            "fn=request.prefix_allowed_tokens, rows=rows",
+            "fn=request.prefix_allowed_tokens, rows=rows if c.num_beams > 1 else 1",
         ),
         Mutant(
             "top_k: ties dropped",
@@ -267,6 +267,11 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
     ],
     "generation/beam.py": [
+        Mutant(
+            "beam sampling: candidates in draw order",
+            "        places = drawn.gather(1, order)\n",
+            "        places = drawn\n",
+        ),
         Mutant(
             "equal scores: whichever text comes first",
             "if (values[:, 1:] < values[:, :-1]).all():",

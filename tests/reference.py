@@ -22,6 +22,8 @@ from nanogpt2.weights import load_model
 logging.disable_progress_bar()
 
 ROOT = Path(__file__).parent.parent
+# seconds after which a process counts as hung, however busy the machine; no test is about time
+HUNG = 1800
 # mutually distinct, so that a wrong axis cannot pass
 TINY = GPTConfig(
     vocab_size=61,
@@ -193,7 +195,7 @@ def rewrite(source: Path, target: Path, change) -> None:
 
 
 def run_script(
-    script: str, *arguments: str, cwd: Path, stdin: bytes = b"", timeout: float = 300, **environment
+    script: str, *arguments: str, cwd: Path, stdin: bytes = b"", **environment
 ) -> subprocess.CompletedProcess:
     """Run train.py or sample.py as a user does; warnings are errors there too."""
     return subprocess.run(
@@ -201,7 +203,7 @@ def run_script(
         cwd=cwd,
         input=stdin,
         capture_output=True,
-        timeout=timeout,
+        timeout=HUNG,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
@@ -212,7 +214,7 @@ def run_module(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedP
         [sys.executable, "-W", "error", "-m", module, *arguments],
         cwd=cwd,
         capture_output=True,
-        timeout=300,
+        timeout=HUNG,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 

@@ -109,6 +109,7 @@ def test_a_long_prompt_and_the_picture(bench, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_memory(bench):
     (found,) = (bench_generate.measure_memory(bench, "memory")[name] for name in ["cache"])
     per_position = 2 * SHAPE.n_layer * SHAPE.n_embd * 4

@@ -187,6 +187,7 @@ def test_nanogpt_281_a_machine_without_a_gpu(book, capsys, monkeypatch):
     assert "--device" in line and "cuda" in line and not Path("no").exists()
 
 
+@pytest.mark.slow
 def test_nanogpt_243_compiling_without_a_compiler(book):
     """torch.compile ends in a page of traceback: also nanochat 502."""
     nowhere = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}

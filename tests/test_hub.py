@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from reference import ROOT
+from reference import HUNG, ROOT
 
 from nanogpt2 import hub
 
@@ -79,7 +79,7 @@ def fetch(
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
+        "HF_HUB_ETAG_TIMEOUT": "60",
     } | environment
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -87,7 +87,7 @@ def fetch(
         stderr=stderr,
         text=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=HUNG,
         env=os.environ | environment,
     )
 

@@ -30,13 +30,19 @@ def killed(what, number, folder, seed=0):
     return json.loads(ran.stdout)
 
 
-# `-m "not slow"` leaves them out too
-LONG = (pytest.mark.marathon, pytest.mark.slow)
+def slow(number):
+    return pytest.param(number, marks=pytest.mark.slow)
+
+
+def marathon(number):
+    return pytest.param(number, marks=pytest.mark.marathon)
+
+
 # where a commit must have been killed for its kills to prove anything
 CALLS = {"open", "write", "serialize_file", "mkdir", "rename", "replace", "unlink", "rmdir", "link"}
 
 
-@pytest.mark.parametrize("number", [300, pytest.param(10_000, marks=LONG)], ids=str)
+@pytest.mark.parametrize("number", [100, slow(300), marathon(10_000)], ids=str)
 def test_the_store_loses_nothing(tmp_path, number):
     hit = killed("store", number, tmp_path)
     assert hit["named"] + hit["random"] == number
@@ -45,7 +51,7 @@ def test_the_store_loses_nothing(tmp_path, number):
     assert hit["by name"].keys() >= CALLS
 
 
-@pytest.mark.parametrize("number", [20, pytest.param(500, marks=LONG)], ids=str)
+@pytest.mark.parametrize("number", [slow(20), marathon(500)], ids=str)
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, number):
     hit = killed("train", number, tmp_path / "runs")
     assert hit["kills"] == number and hit["resumed"] > 0 and hit["with a checkpoint"] > 0
@@ -94,6 +100,7 @@ def test_an_error_at_any_call_leaves_the_last_checkpoint(tmp_path):
     assert hit["status 1"] > 50 and hit["unfinished folder seen"] > 10
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_read_only_folder(tmp_path):
     """Refused by the kernel: a size that no file may exceed, and permissions."""
     hit = killed("full", 12, tmp_path / "runs")

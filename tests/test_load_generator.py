@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from nanogpt2 import GPT, generate, load_generator, load_model, save_model
 from nanogpt2.config import SCHEMES, GPTConfig
 from nanogpt2.packed import PAYS_AFTER, PackedGPT, pack
-from nanogpt2.products import FEW_ROWS
+from nanogpt2.products import FEW_ROWS, onednn_sums_exactly
 
 # enough for all to be laid out
 LONG = {"max_new_tokens": PAYS_AFTER + FEW_ROWS * TINY.n_layer, "eos_token_id": None}
-VNNI = torch.cpu._is_vnni_supported()
+VNNI = onednn_sums_exactly()
 CHANGES = {
     "as it is": dict,
     "float16": lambda tensors: {name: t.half() for name, t in tensors.items()},
@@ -123,6 +123,7 @@ print(anonymous() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "size", "loaded", "used"),
     # fbgemm fills the inputs of its matrices up to 512s
@@ -143,6 +144,7 @@ def test_memory(tmp_path, scheme, size, loaded, used):
         assert low <= int(taken) / (config.n_parameters * size) < high
 
 
+@pytest.mark.slow
 def test_memory_at_its_most(tmp_path):
     """124M parameters in int8, while they are narrowed and while five beams are decoded."""
     model = GPT(GPTConfig())

@@ -148,6 +148,15 @@ def test_no_damage_to_a_config_is_a_traceback(folder):
         (folder / name).write_bytes(whole)
 
 
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory):
+    """A model folder with the files that transformers' own tokenizer writes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_model(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4)), folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -168,9 +177,8 @@ def test_no_damage_to_a_config_is_a_traceback(folder):
     ],
     ids=lambda changes: json.dumps(changes)[:40],
 )
-def test_odd_tokenizer_files(tmp_path, changes):
-    save_model(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=4)), tmp_path)
-    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+def test_odd_tokenizer_files(with_tokenizer, tmp_path, changes):
+    shutil.copytree(with_tokenizer, tmp_path, dirs_exist_ok=True)
     # beyond the vocabulary the model has no embedding: the token is never met
     edit(tmp_path / "tokenizer.json", added_tokens=[{"id": 50257, "content": "<|pad|>"}])
     assert load_tokenizer(tmp_path) is gpt2_tokenizer()

@@ -1,10 +1,13 @@
 """Narrow weights: what each product computes, what is kept, what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from reference import TINY, prompts, twins
+from reference import ROOT, TINY, prompts, twins
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
@@ -19,6 +22,7 @@ from nanogpt2.products import (
     HalfProduct,
     Int7Product,
     Int8Product,
+    onednn_sums_exactly,
     product_for,
     to_int8,
 )
@@ -46,8 +50,10 @@ def int7_product(weight, bias):
     return Int7Product(*to_int8(weight), bias)
 
 
-# the processor's own and the other one
-NARROW = {"int8": int8_product, "int8 without VNNI": int7_product}
+# fbgemm's product is right on every processor; oneDNN's is used only where it is, with VNNI
+NARROW = {"int8 without VNNI": int7_product}
+if onednn_sums_exactly():
+    NARROW["int8"] = int8_product
 PRODUCTS = {"float": FloatProduct, "fp16": HalfProduct} | NARROW
 # RMS of the difference / RMS; int8: 1 / 127 of a range of about 3 deviations, rounded evenly
 TOLERANCE = {"float": 1e-6, "fp16": 5e-4, "int8": 1.2e-2, "int8 without VNNI": 2e-2}
@@ -104,9 +110,10 @@ def test_a_head_of_fp16_in_two_parts(N, K, shape):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "levels"), [("int8", 255), ("int8 without VNNI", 127)])
-def test_int8_by_hand(parts, kind, levels):
+@pytest.mark.parametrize("kind", NARROW)
+def test_int8_by_hand(parts, kind):
     x, weight, bias = parts
+    levels = {"int8": 255, "int8 without VNNI": 127}[kind]
     product = NARROW[kind](weight, bias)
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     q = (weight / scale).round()
@@ -122,11 +129,38 @@ def test_int8_by_hand(parts, kind, levels):
 
 @pytest.mark.parametrize("kind", NARROW)
 def test_int8_of_the_largest_numbers(kind):
+    assert_holds_the_largest(NARROW[kind])
+
+
+def assert_holds_the_largest(product):
     """Without VNNI a processor adds two products in 16 bits, which must hold them."""
     x, weight = torch.ones(2, 64), torch.full((16, 64), -3.0)
     x[:, 0] = 0
     expected = torch.full((2, 16), -3.0 * 63)
-    torch.testing.assert_close(NARROW[kind](weight, None)(x), expected, rtol=5e-3, atol=0)
+    torch.testing.assert_close(product(weight, None)(x), expected, rtol=5e-3, atol=0)
+
+
+def test_the_product_chosen_here_holds_the_largest_numbers():
+    assert_holds_the_largest(lambda weight, _: product_for(weight, None, None, "int8", 0, None))
+
+
+LARGEST = """
+import torch
+from nanogpt2.products import product_for
+x, weight = torch.ones(2, 64), torch.full((16, 64), -3.0)
+x[:, 0] = 0
+product = product_for(weight, None, None, "int8", 0, None)
+torch.testing.assert_close(product(x), torch.full((2, 16), -3.0 * 63), rtol=5e-3, atol=0)
+print(type(product).__name__)
+"""
+
+
+def test_the_product_follows_what_onednn_may_use():
+    """ONEDNN_MAX_CPU_ISA makes of any processor one without VNNI; a process reads it once."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", LARGEST]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.stdout == "Int7Product\n", done.stderr
 
 
 @pytest.mark.parametrize("kind", ["fp16", *NARROW])
@@ -246,14 +280,18 @@ def test_nothing_wide_is_left(tmp_path, model, scheme):
 
 
 def test_what_it_costs(tmp_path):
-    """On what the demo model itself writes: at most half a percent of perplexity."""
+    """On what the demo model itself writes: at most half a percent of perplexity.
+
+    Of single texts of 250 tokens it is up to 1 % either way, so int8 is measured on 16 of them.
+    """
     demo = load_model("demo")
     start = torch.tensor([load_tokenizer("demo").encode("The state of the Union")])
-    ids = generate(demo, start, max_new_tokens=600, do_sample=True, seed=1, eos_token_id=None)
-    text = ids.sequences[0].tolist()
-    for scheme, least in (("fp16", 0.999), ("int8", 0.95)):
+    options = {"do_sample": True, "seed": 1, "num_return_sequences": 16, "eos_token_id": None}
+    texts = generate(demo, start, max_new_tokens=250, **options).sequences
+    for scheme, most, least in (("fp16", 1e-4, 0.999), ("int8", 5e-3, 0.95)):
+        text = (texts if scheme == "int8" else texts[:3]).flatten().tolist()
         cost = measure(demo, load_model("demo", quantize=scheme), text)
-        assert abs(cost.perplexity_after / cost.perplexity_before - 1) < 5e-3
+        assert abs(cost.perplexity_after / cost.perplexity_before - 1) < most
         assert cost.top1_agreement >= least
         assert cost.tokens == len(text) - 1
     with pytest.raises(ValueError, match="2 tokens or more"):

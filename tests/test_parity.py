@@ -118,7 +118,7 @@ def random_options(rng, V):
     if some(0.15):
         o["logits_processor"] = [avoid_even]
     if some(0.1):
-        # by the number that transformers gives a row, and by its last token
+        # by the prompt's number and the row's last token
         o["prefix_allowed_tokens_fn"] = lambda number, ids: [
             (int(ids[-1]) * 3 + number + i) % V for i in range(5)
         ]
@@ -137,8 +137,9 @@ def outcome(run, *arguments, **options):
 def check_block(zoo, first):
     """Compare PER_BLOCK configurations; returns how many both refused, and in how many beams.
 
-    By model.py, whose products are transformers' to the last bit, all are equal. The decoder for a
-    few rows rounds in another order: one configuration in a thousand may meet a threshold there.
+    Scores agree within 1e-4. The decoder for a few rows adds in another order than transformers, so
+    one configuration in a thousand may meet a threshold within rounding; model.py, whose products
+    are PyTorch's as theirs are, must then give their tokens.
     """
     refused = beams = 0
     for case in range(first, first + PER_BLOCK):
@@ -273,6 +274,30 @@ def only_after(step, tokens, prompt):
     """A prefix_allowed_tokens_fn that allows `tokens` alone from a step on."""
     others = [i for i in range(TINY.vocab_size) if i != EOS]
     return lambda number, ids: tokens if len(ids) >= prompt + step else others
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
+    ],
+)
+def test_prefix_allowed_tokens_fn_is_given_the_prompts_number(models, options):
+    numbers = []
+
+    def allow(number, ids):
+        numbers.append(number)
+        return [number, number + 1, 20 + number]
+
+    options = options | {"prefix_allowed_tokens_fn": allow, "max_new_tokens": 3, "top_k": 0}
+    found = assert_parity(models, prompts(2, 4), eos_token_id=None, **options).sequences
+    # ours and theirs were asked for the same rows in the same order
+    assert numbers[: len(numbers) // 2] == numbers[len(numbers) // 2 :] and {*numbers} == {0, 1}
+    for prompt, rows in enumerate(found[:, 4:].chunk(2)):
+        assert set(rows.flatten().tolist()) <= {prompt, prompt + 1, 20 + prompt}
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -469,7 +494,7 @@ def test_the_penalty_of_padded_prompts(models):
 
 def test_banned_ngrams_count_padding(models):
     """As in transformers: n = 1 bans the pad token, and a text as short as n has none banned."""
-    for seed in PARITY_SEEDS:
+    for seed in PARITY_SEEDS[:6]:
         ids, mask = left_padded(3, 6, seed, pad=9)
         for n in (1, 2, 3, 6, 7):
             for K in (1, 3):

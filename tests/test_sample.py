@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from reference import ROOT, run_script
+from reference import HUNG, ROOT, run_script
 
 import sample
 from nanogpt2 import terminal
@@ -474,7 +474,7 @@ def started(folder, tmp_path):
 def test_signals_end_it_quietly(folder, tmp_path, number, code):
     process = started(folder, tmp_path)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HUNG)
     assert process.returncode == code and err == b""
 
 
@@ -483,7 +483,7 @@ def test_a_closed_pipe_ends_it_quietly(folder, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=60) == -signal.SIGPIPE
+    assert process.wait(timeout=HUNG) == -signal.SIGPIPE
 
 
 def test_the_demo_model_continues_a_text(tmp_path):

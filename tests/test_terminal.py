@@ -2,9 +2,9 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from reference import ROOT
@@ -54,7 +54,9 @@ def fake(monkeypatch):
     # pytest's own standard output is no terminal
     monkeypatch.setattr(terminal, "write", out.write)
     monkeypatch.setattr(terminal.Screen, "redraws", lambda self: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    # not shutil's own function, which pytest calls too
+    size = SimpleNamespace(get_terminal_size=lambda: os.terminal_size((20, 24)))
+    monkeypatch.setattr(terminal, "shutil", size)
     return out
 
 
@@ -122,6 +124,7 @@ def test_colours_run_from_red_to_green():
 SCRIPT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from nanogpt2 import terminal
 from nanogpt2.flags import fail
 terminal.prepare()

@@ -57,9 +57,8 @@ def generate(
     input_ids: int64 (B, T), left-padded where lengths differ; T = 0 starts from the model's
     bos_token_id. attention_mask: (B, T), 0 at padding; None infers it as transformers does.
     tokenizer: needed by stop_strings. logits_processor: functions of (ids, scores) of your own.
-    prefix_allowed_tokens_fn: (number, ids so far) -> the ids allowed next; as in transformers, the
-    prompt's number with beams, else the row's, of B * num_return_sequences. options: the fields of
-    GenerationConfig.
+    prefix_allowed_tokens_fn: (the prompt's number, ids so far) -> the ids allowed next. options:
+    the fields of GenerationConfig.
 
     The model runs in eval mode and is left as it was. Draws come from torch's global generator, or
     from one of their own where `seed` is given; both give transformers' tokens for the same seed.

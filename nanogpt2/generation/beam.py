@@ -1,10 +1,10 @@
 """Beam search and beam sampling: K texts side by side, of which the best continuations survive.
 
 Each step scores K V continuations a prompt and takes N = max(2, 1 + E) K of them as candidates, so
-that K remain even where E end tokens crowd the top: the N best, or, sampling, N drawn without
-replacement, in draw order. Candidates that end the text compete, length-normalised, for the K
-finished places; the best K of the others run on. A text's score is the sum of its processed
-log-probabilities divided by (new tokens) ^ length_penalty.
+that K remain even where E end tokens crowd the top: the N best, or, when sampling, N drawn without
+replacement and then sorted, best first. Of the first K candidates, those that end the text compete,
+length-normalised, for the K finished places; the best K of the others run on. A text's score is the
+sum of its processed log-probabilities divided by (new tokens) ^ length_penalty.
 
 The arithmetic, the -1e9 that stands for "not in the running" included, is transformers', because
 ties are settled by it. This file does not know the model's inside, nor text.
@@ -127,7 +127,10 @@ def _candidates(
     N = width(request, running)
     if request.config.samples:
         step = running.ids.size(2) - request.prompt_length
-        places = noise.draw(total.softmax(dim=1), N, step)  # (B, N)
+        drawn = noise.draw(total.softmax(dim=1), N, step)  # (B, N), in draw order
+        # best first, because only the first K candidates may finish
+        order = total.gather(1, drawn).sort(dim=1, descending=True).indices
+        places = drawn.gather(1, order)
     else:
         places = largest(total, N, running.scores.size(1))
     return continuations(running, total, places, rows)

@@ -63,10 +63,7 @@ def _preferences(request: Request, rows: int) -> list[tuple[str, Processor]]:
     elif c.min_length > 0:
         chain.append(("min_length", partial(ban_before, length=c.min_length, tokens=eos)))
     if request.prefix_allowed_tokens is not None:
-        # transformers numbers prompts where beams run, and rows where they do not
-        allow = partial(
-            allow_only, fn=request.prefix_allowed_tokens, rows=rows if c.num_beams > 1 else 1
-        )
+        allow = partial(allow_only, fn=request.prefix_allowed_tokens, rows=rows)
         chain.append(("prefix_allowed_tokens_fn", allow))
     if c.forced_bos_token_id is not None:
         bos = _ids("forced_bos_token_id", c.forced_bos_token_id, request)
@@ -204,9 +201,9 @@ def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor
 
 
 def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) -> Tensor:
-    """Allow what `fn(group's number, row)` names, `rows` to a group.
+    """Allow the tokens that `fn(prompt's number, row)` returns; each prompt has `rows` rows.
 
-    Where a whole group has nothing left, all that is allowed is alike.
+    Where every row of a prompt has nothing left, its allowed tokens all score 0.
     """
     mask = torch.full_like(scores, -INF)
     for row, tokens in enumerate(ids):
