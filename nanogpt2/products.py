@@ -233,7 +233,7 @@ class Int7Product(Int8Product):
 
 
 def _qlinear(u: Tensor, middle: int, packed: Tensor, scale: Tensor) -> Tensor:
-    """(u - middle) (scale q)^T by oneDNN: uint8 (..., K), packed int8 (N, K) -> float32 (..., N)."""
+    """(u - middle) (scale q)^T by oneDNN: uint8 (..., K), int8 (N, K) -> float32 (..., N)."""
     # no bias, no scale of the output, nothing after it
     rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
     return torch.ops.onednn.qlinear_pointwise(u, 1.0, middle, packed, scale, ZERO, *rest)
