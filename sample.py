@@ -10,8 +10,8 @@ from dataclasses import replace
 from statistics import mean
 
 from nanogpt2 import terminal
-from nanogpt2.config import SampleConfig, fail, parse, wrong_use
-from nanogpt2.presets import TASKS
+from nanogpt2.config import SampleConfig, fail, parse, usage_error
+from nanogpt2.config.presets import TASKS
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
@@ -22,38 +22,38 @@ if __name__ == "__main__":
             rows = [["preset", "what it does"], *([name, t.about] for name, t in TASKS.items())]
             terminal.write(terminal.table(rows) + "\n")
             sys.exit()
-        from nanogpt2.model_folder import digest_ahead
+        from nanogpt2.checkpoints.folder import digest_ahead
 
         digest_ahead(CONFIG.model)  # while torch loads
 
 from nanogpt2 import ops
+from nanogpt2.checkpoints.weights import choose_device, load_generator, load_tokenizer
 from nanogpt2.cli import compare, text
 from nanogpt2.cli.classify import show_labels
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown, request_for
+from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.cli.interactive import Conversation, run_interactive
-from nanogpt2.cli.one import Show, decode_texts, note_dropped, note_outgrown, request_for
 from nanogpt2.cli.prompts import Job, read_prompt, read_prompts, run_prompts
-from nanogpt2.generation.explain import draw, explain, shade
-from nanogpt2.generation.tree import BeamTree
+from nanogpt2.cli.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import choose_device, load_generator, load_tokenizer
 
 
 def main(config: SampleConfig) -> None:
     """Read the prompt, load the model, print the texts."""
-    with wrong_use("PROMPT" if config.prompt_file is None else "--prompt_file"):
+    with usage_error("PROMPT" if config.prompt_file is None else "--prompt_file"):
         prompt = read_prompt(config.prompt, config.prompt_file)
-    with wrong_use("--prompts"):
+    with usage_error("--prompts"):
         key = "text" if config.classify else "prompt"
         lines = read_prompts(config.prompts, config.skip_bad, key) if config.prompts else {}
-    with wrong_use("--device"):
+    with usage_error("--device"):
         device = choose_device(config.device)
-    with wrong_use():
+    with usage_error():
         ops.choose_kernels(config.kernels, device)
     if config.classify:
         show_labels(config, device, [*lines.values()] or [prompt])
         return
-    with wrong_use("--model"):
+    with usage_error("--model"):
         tokenizer = load_tokenizer(config.model)
         model = load_generator(config.model, device, config.dtype, config.quantize, config.kernels)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
@@ -73,7 +73,7 @@ def main(config: SampleConfig) -> None:
             for found in run_prompts(model, tokenizer, lines, options, job):
                 terminal.write(text.as_line(found))
         elif config.compare is not None:
-            with wrong_use("--compare"):
+            with usage_error("--compare"):
                 other = load_generator(
                     config.compare, device, config.dtype, config.quantize, config.kernels
                 )
@@ -101,7 +101,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
     screen = terminal.Screen() if streams and tree is None else None
     count = config.generation.num_return_sequences
     openings = [f"--- {i + 1} of {count} ---\n" if count > 1 else "" for i in range(count)]
-    show = Show(screen, openings[0] + prompt, tree=tree)
+    show = OutputSink(screen, openings[0] + prompt, tree=tree)
     (texts,) = decode_texts(model, tokenizer, request, show)
     if screen is not None:
         screen.write("\n")

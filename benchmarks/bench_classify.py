@@ -27,16 +27,16 @@ import torch
 import train
 from benchmarks import harness, peers
 from nanogpt2 import GPT, load_model, load_tokenizer, save_model
+from nanogpt2.checkpoints.weights import load_classifier
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import PRESETS, TrainConfig
 from nanogpt2.data.corpus import load_corpus
 from nanogpt2.data.loader import make_batches, validation_batches
 from nanogpt2.metrics import accuracy, macro_f1
 from nanogpt2.training import distributed
-from nanogpt2.training.learner import Learner
 from nanogpt2.training.optim import learning_rate
+from nanogpt2.training.trainer import Trainer
 from nanogpt2.training.validation import validate
-from nanogpt2.weights import load_classifier
 
 MOST_APART = 0.002  # nats
 CONFIG = TrainConfig(
@@ -107,19 +107,19 @@ def main(argv: list[str]) -> None:
         save_model(GPTClassifier(model, corpus.labels), folder, tokenizer)
         batches = make_batches(corpus.train, config.block_size, config.seed)
         validation = validation_batches(corpus.validation, config.batch_size, config.block_size)
-        learner = Learner(config, load_classifier(folder), distributed.join("cpu"))
+        trainer = Trainer(config, load_classifier(folder), distributed.join("cpu"))
         peer = peers.TransformersClassifier(Path(folder), weight_decay=config.weight_decay)
 
     rows = []
     for step in range(config.steps + 1):
         row: dict[str, float] = {"step": step}
         if step:
-            row["ours"] = train.take_step(config, learner, batches, step)["loss"]
+            row["ours"] = train.take_step(config, trainer, batches, step)["loss"]
             x, y = batches.rows((step - 1) * config.batch_size, config.batch_size)
             lr = learning_rate(step, config.steps, config.warmup, config.lr, config.schedule)
             row["theirs"] = peer.step(x, y, lr)
         if step % config.eval_every == 0:
-            found = validate(learner, validation)
+            found = validate(trainer, validation)
             row |= {f"{key}_ours": value for key, value in found.items()}
             answers = peer.answers(validation)
             right, said = ([corpus.labels[n] for n in column] for column in zip(*answers))  # noqa: B905

@@ -23,8 +23,8 @@ from nanogpt2.config import PRESETS, TrainConfig
 from nanogpt2.data.corpus import load_corpus
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
 from nanogpt2.training import distributed
-from nanogpt2.training.learner import Learner
 from nanogpt2.training.optim import learning_rate
+from nanogpt2.training.trainer import Trainer
 from nanogpt2.training.validation import validate
 
 MOST_APART = 0.002  # nats
@@ -37,18 +37,18 @@ def side_by_side(
     config: TrainConfig, folder: Path, batches: Batches, validation: ValidationBatches
 ) -> list[dict[str, float]]:
     """Train both from the weights in `folder`; a row for every evaluation, before the first too."""
-    learner = Learner(config, load_model(folder), distributed.join("cpu"))
+    trainer = Trainer(config, load_model(folder), distributed.join("cpu"))
     peer = peers.Transformers(folder, weight_decay=config.weight_decay, fused=True)
     rows = []
     for step in range(config.steps + 1):
         row: dict[str, float] = {"step": step}
         if step:
-            row["ours"] = train.take_step(config, learner, batches, step)["loss"]
+            row["ours"] = train.take_step(config, trainer, batches, step)["loss"]
             x, y = batches.rows((step - 1) * config.batch_size, config.batch_size)
             lr = learning_rate(step, config.steps, config.warmup, config.lr, config.schedule)
             row["theirs"] = peer.step(x, y, lr)
         if step % config.eval_every == 0:
-            row["val_ours"] = validate(learner, validation)["val_loss"]
+            row["val_ours"] = validate(trainer, validation)["val_loss"]
             row["val_theirs"] = peer.validation_loss(validation)
         rows.append(row)
     return rows

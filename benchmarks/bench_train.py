@@ -29,7 +29,7 @@ from benchmarks import harness, peers
 from nanogpt2 import GPT, load_model, save_model
 from nanogpt2.config import PRESETS, GPTConfig, TrainConfig
 from nanogpt2.training import distributed, estimate
-from nanogpt2.training.learner import Learner
+from nanogpt2.training.trainer import Trainer
 
 SHAPES = {
     "124M": (PRESETS["gpt2"], 4, 256),
@@ -82,10 +82,10 @@ class Ours:
             compile=flag == "--compile",
         )
         world = distributed.join(device)
-        self.learner = Learner(self.config, load_model(folder, device), world)
+        self.trainer = Trainer(self.config, load_model(folder, device), world)
 
     def step(self, batches: RandomBatches, n: int) -> float:
-        return train.take_step(self.config, self.learner, batches, n)["loss"]
+        return train.take_step(self.config, self.trainer, batches, n)["loss"]
 
 
 def make_arm(

@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanogpt2.checkpoints.weights import load_classifier as load_classifier
+    from nanogpt2.checkpoints.weights import load_generator as load_generator
+    from nanogpt2.checkpoints.weights import load_model as load_model
+    from nanogpt2.checkpoints.weights import load_tokenizer as load_tokenizer
+    from nanogpt2.checkpoints.weights import save_model as save_model
     from nanogpt2.classifier import GPTClassifier as GPTClassifier
     from nanogpt2.config import GenerationConfig as GenerationConfig
     from nanogpt2.config import GPTConfig as GPTConfig
     from nanogpt2.generation import generate as generate
     from nanogpt2.model import GPT as GPT
     from nanogpt2.tokenizer import Tokenizer as Tokenizer
-    from nanogpt2.weights import load_classifier as load_classifier
-    from nanogpt2.weights import load_generator as load_generator
-    from nanogpt2.weights import load_model as load_model
-    from nanogpt2.weights import load_tokenizer as load_tokenizer
-    from nanogpt2.weights import save_model as save_model
 
 _HOME = {
     "GPT": "model",
@@ -26,11 +26,11 @@ _HOME = {
     "GenerationConfig": "config",
     "Tokenizer": "tokenizer",
     "generate": "generation",
-    "load_classifier": "weights",
-    "load_generator": "weights",
-    "load_model": "weights",
-    "load_tokenizer": "weights",
-    "save_model": "weights",
+    "load_classifier": "checkpoints.weights",
+    "load_generator": "checkpoints.weights",
+    "load_model": "checkpoints.weights",
+    "load_tokenizer": "checkpoints.weights",
+    "save_model": "checkpoints.weights",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"

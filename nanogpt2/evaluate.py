@@ -21,9 +21,9 @@ from nanogpt2.config import (
     check_model,
     fail,
     parse,
-    wrong_use,
+    usage_error,
 )
-from nanogpt2.flags import check, flag
+from nanogpt2.config.flags import check, flag
 
 TASKS = ("perplexity", "lambada", "hellaswag", "classify")
 # flags of one task alone
@@ -68,9 +68,9 @@ class EvaluateConfig:
         for name, task in OWN_FLAGS.items():
             if name in given and task != config.task:
                 raise ValueError(f"{name} must come with --task {task}, not {config.task}")
-        with wrong_use("FILE"):
+        with usage_error("FILE"):
             check_data(config.file)
-        with wrong_use("--model"):
+        with usage_error("--model"):
             check_model(config.model)
         return config
 
@@ -81,6 +81,7 @@ if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, sys.argv[1:])
 
 from nanogpt2 import ops
+from nanogpt2.checkpoints.weights import choose_device, load_classifier, load_model, load_tokenizer
 from nanogpt2.evaluation.classification import measure_classification
 from nanogpt2.evaluation.examples import read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
@@ -88,7 +89,6 @@ from nanogpt2.evaluation.lambada import measure_lambada, read_lambada
 from nanogpt2.evaluation.perplexity import joined, measure_perplexity
 from nanogpt2.evaluation.published import published
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import choose_device, load_classifier, load_model, load_tokenizer
 
 Advance = Callable[[int], object]
 # how much there is to do, and how a model, which sees that many tokens, is measured
@@ -98,15 +98,15 @@ Job = tuple[int, Callable[[Any, int, Advance], Mapping[str, Any]]]
 def main(config: EvaluateConfig) -> None:
     """Read the file, load the model, print the figures."""
     model: Any
-    with wrong_use("--device"):
+    with usage_error("--device"):
         device = choose_device(config.device)
-    with wrong_use():
+    with usage_error():
         ops.choose_kernels(config.kernels, device)
-    with wrong_use("--model"):
+    with usage_error("--model"):
         tokenizer = load_tokenizer(config.model)
-    with wrong_use("FILE"):
+    with usage_error("FILE"):
         count, measure = JOBS[config.task](config, tokenizer)
-    with wrong_use("--model"):
+    with usage_error("--model"):
         if config.task == "classify":
             model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
         else:
@@ -124,7 +124,7 @@ def main(config: EvaluateConfig) -> None:
         fail(f"--block_size must be <= {longest}, the model's, not {block_size}")
     if (config.stride or 1) > block_size:
         fail(f"--stride must be <= {block_size}, the block size, not {config.stride}")
-    with wrong_use("FILE"), terminal.Progress(count, 0, "example") as bar:
+    with usage_error("FILE"), terminal.Progress(count, 0, "example") as bar:
         figures = measure(model, block_size, bar.advance)
     terminal.write(shown(config, block_size, figures) + "\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt2.ops import Mask, Seen
+from nanogpt2.ops import AttentionMetadata, Mask
 
 
 class KVCache:
@@ -110,14 +110,14 @@ class SharedCache(KVCache):
         super().extend(layer, k, v)
         return (self.k[layer], self.v[layer]) if self.length else (k, v)
 
-    def seen(self, count: int) -> Seen:
+    def seen(self, count: int) -> AttentionMetadata:
         """See KVCache."""
         if self.length == 0:
             # read anew: what rows had in common they have no more
             self.ancestors = self._own_rows()
-            return Seen(self.start)
+            return AttentionMetadata(self.start)
         lengths = self.ancestors.new_full((self.batch_size,), self.length + count)
-        return Seen(self.start, lengths, self.ancestors)
+        return AttentionMetadata(self.start, lengths, self.ancestors)
 
     def repeat_interleave(self, repeats: int) -> None:
         """Let `repeats` rows share every row: B -> B * repeats rows."""

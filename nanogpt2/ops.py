@@ -78,7 +78,7 @@ def describe_kernels(asked: str, kernels: str, device: torch.device | str) -> st
     return f"kernels: triton {triton.__version__}{how} ({', '.join(ROOMS)})"
 
 
-class Seen(NamedTuple):
+class AttentionMetadata(NamedTuple):
     """What each row's tokens may look at, as Triton's kernels read it; all int32.
 
     `start` (B,): the position of the row's first token, those before it are padding. Where keys and
@@ -91,7 +91,7 @@ class Seen(NamedTuple):
     ancestors: Tensor | None = None
 
 
-Mask = Tensor | Seen | None
+Mask = Tensor | AttentionMetadata | None
 
 
 def chunk_rows(vocab_size: int, width: int, device: str) -> int:
@@ -147,18 +147,21 @@ def attention(
 
     q: (B, H, T, D); k, v: (B, H, S, D). `causal` lets query t see keys 0 to t and needs S = T;
     `mask`, bool and broadcastable to (B, H, T, S), is True where a query may look. Triton's kernels
-    know padding at a row's start and no other: they take a Seen, whose `lengths` say that k and v
-    are a cache's (rows, H, max_length, D); with a mask attention is PyTorch's. -> (B, H, T, D).
+    know padding at a row's start and no other: they take an AttentionMetadata, whose `lengths` say
+    that k and v are a cache's (rows, H, max_length, D); with a mask attention is PyTorch's.
+    -> (B, H, T, D).
     """
     if kernels == "triton" and not isinstance(mask, Tensor):
-        seen = mask or Seen()
+        seen = mask or AttentionMetadata()
         if seen.lengths is not None:
             return _decode_attention(q, k, v, seen.lengths, seen.start, seen.ancestors)
         from nanogpt2.kernels import attention as room
 
         return room.attention(q, k, v, causal, start=seen.start, **_options(dropout))
-    if isinstance(mask, Seen):
-        raise ValueError('mask must be a tensor or None for kernels "torch", not a Seen')
+    if isinstance(mask, AttentionMetadata):
+        raise ValueError(
+            'mask must be a tensor or None for kernels "torch", not an AttentionMetadata'
+        )
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
     )
@@ -169,7 +172,7 @@ def self_attention(
 ) -> Tensor:
     """attention of queries, keys and values side by side: (B, T, 3, H, D) -> (B, T, H, D).
 
-    Without a mask, or with a Seen, it is causal.
+    Without a mask, or with an AttentionMetadata, it is causal.
     """
     if kernels == "triton" and not isinstance(mask, Tensor):
         from nanogpt2.kernels import attention as room

@@ -2,7 +2,7 @@
 
 The command line -> the model -> a folder of about half or a quarter of the size, for generating
 on a CPU, and what it costs: with --text, how much worse a text is predicted and how often the
-likeliest token stays the same. What is done to the weights is said at the top of products.py.
+likeliest token stays the same. What is done to the weights is said at the top of prepacked.py.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import SCHEMES, check_data, check_model, fail, parse, wrong_use
-from nanogpt2.flags import check, flag
+from nanogpt2.config import SCHEMES, check_data, check_model, fail, parse, usage_error
+from nanogpt2.config.flags import check, flag
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class QuantizeConfig:
     def from_flags(cls, given: dict[str, Any]) -> "QuantizeConfig":
         """Build the configuration from the flags that were given."""
         config = cls(**given)
-        with wrong_use("MODEL"):
+        with usage_error("MODEL"):
             check_model(config.model)
         if config.text is not None:
-            with wrong_use("--text"):
+            with usage_error("--text"):
                 check_data(config.text)
         return config
 
@@ -56,12 +56,12 @@ if __name__ == "__main__":
 
 import torch
 
+from nanogpt2.checkpoints.weights import load_model, load_tokenizer, save_model
+from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.evaluation.examples import read_texts
 from nanogpt2.evaluation.perplexity import joined, windows
 from nanogpt2.metrics import perplexity
 from nanogpt2.model import GPT
-from nanogpt2.packed import PackedGPT
-from nanogpt2.weights import load_model, load_tokenizer, save_model
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Cost:
 
 def main(config: QuantizeConfig) -> None:
     """Narrow, compare, save."""
-    with wrong_use("MODEL"):
+    with usage_error("MODEL"):
         tokenizer = load_tokenizer(config.model)
         model = load_model(config.model)
-        if isinstance(model, PackedGPT):
+        if isinstance(model, InferenceGPT):
             raise ValueError(f"{config.model!r} is narrow already")
         narrow = load_model(config.model, quantize=config.quantize)
     figures: dict[str, Any] = {"model": config.model, "quantize": config.quantize}
     if config.text is not None:
-        with wrong_use("--text"):
+        with usage_error("--text"):
             ids = joined(read_texts(config.text), tokenizer)[: config.limit]
             figures |= asdict(measure(model, narrow, ids))
     if config.out is not None:

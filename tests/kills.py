@@ -38,13 +38,13 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from nanogpt2 import terminal  # noqa: E402
+from nanogpt2.checkpoints.weights import load_model  # noqa: E402
 from nanogpt2.config import GPTConfig, TrainConfig, parse  # noqa: E402
 from nanogpt2.model import GPT  # noqa: E402
 from nanogpt2.tokenizer import byte_tokenizer  # noqa: E402
 from nanogpt2.training import checkpoint as store  # noqa: E402
 from nanogpt2.training.report import plot_losses  # noqa: E402
 from nanogpt2.training.run_folder import RunFolder  # noqa: E402
-from nanogpt2.weights import load_model  # noqa: E402
 
 KEEP = 2
 # calls that only look: a kill there is one at the call before

@@ -27,12 +27,12 @@ SECONDS = 300
 PROCESSORS, GENERATION = "test_processors.py", "test_generation.py"
 KERNELS = "test_kernels_in_use.py"
 PARITY, STOPPING, NOISE = "test_parity.py", "test_stopping.py", "test_noise.py"
-DECODER, PACKED, MAPPED = "test_decoder.py", "test_packed.py", "test_load_generator.py"
+DECODER, PACKED, MAPPED = "test_decoder.py", "test_prepacked.py", "test_load_generator.py"
 KILLS = "test_kills.py::test_the_store_loses_nothing"
 DISK = "test_checkpoint.py::test_what_must_be_on_the_disk_before_what"
 ORDER = "test_checkpoint.py::test_the_order_of_a_commit"
-RESUMED = "test_learner.py::test_twenty_stops_change_no_bit"
-AVERAGED = "test_learner.py::test_stops_change_no_bit_of_what_else_there_is"
+RESUMED = "test_trainer.py::test_twenty_stops_change_no_bit"
+AVERAGED = "test_trainer.py::test_stops_change_no_bit_of_what_else_there_is"
 UNDONE = "test_kills.py::test_what_the_last_commit_left_undone_is_done_on_resuming"
 
 
@@ -666,8 +666,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "adapters are not seen",
-            "type(m) is Linear or isinstance(m, Product)",
-            "isinstance(m, Linear.__base__ | Product)",
+            "type(m) is Linear or isinstance(m, PrepackedLinear)",
+            "isinstance(m, Linear.__base__ | PrepackedLinear)",
             (DECODER,),
         ),
         Mutant(
@@ -743,11 +743,11 @@ MUTANTS: dict[str, list[Mutant]] = {
             (MAPPED,),
         ),
     ],
-    "packed.py": [
+    "inference_model.py": [
         Mutant(
             "the head left wide",
-            "self.head = product_for(table, scale, None, self.scheme, after, release)",
-            "self.head = product_for(table.float(), None, None, None, 0, None)",
+            "self.head = prepacked_linear_for(table, scale, None, self.scheme, after, release)",
+            "self.head = prepacked_linear_for(table.float(), None, None, None, 0, None)",
             (PACKED,),
         ),
         Mutant(
@@ -778,7 +778,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "a loss that counts all", "(targets != -100).sum()", "targets.numel() / 2", (PACKED,)
         ),
     ],
-    "products.py": [
+    "prepacked.py": [
         Mutant(
             "int8: the middle left out",
             "low.add(d, alpha=self.middle)",
@@ -841,38 +841,38 @@ MUTANTS: dict[str, list[Mutant]] = {
             (PACKED,),
         ),
     ],
-    "tensor_header.py": [
+    "header.py": [
         Mutant(
             "ahead: whatever the file is by now",
             "return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns",
             "return state.st_dev, state.st_size",
-            ("test_tensor_file.py",),
+            ("test_tensors.py",),
         ),
         Mutant(
             "ahead: whatever digest is asked for",
             "    _AHEAD[*_state(file), head] =",
             "    _AHEAD[*_state(file), b''] =",
-            ("test_tensor_file.py",),
+            ("test_tensors.py",),
         ),
         Mutant(
             "ahead: once for all",
             "_AHEAD.pop((*_state(file), head), None)",
             "_AHEAD.get((*_state(file), head))",
-            ("test_tensor_file.py",),
+            ("test_tensors.py",),
         ),
     ],
-    "tensor_file.py": [
+    "tensors.py": [
         Mutant(
             "mapped: from the data's start, not the file's",
             "start, size = len(head) + entry.start, entry.end - entry.start",
             "start, size = entry.start, entry.end - entry.start",
-            ("test_tensor_file.py",),
+            ("test_tensors.py",),
         ),
         Mutant(
             "mapped: pages are not let go",
             "                self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)",
             "                pass",
-            ("test_tensor_file.py",),
+            ("test_tensors.py",),
         ),
         Mutant(
             "mapped: damage is not found",
@@ -1183,7 +1183,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             ("test_run_folder.py::test_resuming_takes_what_the_run_was_told",),
         ),
     ],
-    "training/learner.py": [
+    "training/trainer.py": [
         Mutant(
             "resume: the optimizers start anew",
             "            optimizer.load_state_dict(described)\n",
@@ -1218,9 +1218,9 @@ MUTANTS: dict[str, list[Mutant]] = {
     "train.py": [
         Mutant(
             "resume: the first sequences again",
-            "    first = ((step - 1) * learner.world.size + learner.world.rank) * share\n",
+            "    first = ((step - 1) * trainer.world.size + trainer.world.rank) * share\n",
             '    take_step.taken = taken = getattr(take_step, "taken", 0) + 1\n'
-            "    first = ((taken - 1) * learner.world.size + learner.world.rank) * share\n",
+            "    first = ((taken - 1) * trainer.world.size + trainer.world.rank) * share\n",
             (RESUMED,),
         ),
         Mutant(
@@ -1235,7 +1235,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             '        before = Snapshot(**folder.record()["before"])\n',
             '        before = Snapshot(**folder.record()["before"])\n'
             '        state["best"] = math.inf\n',
-            ("test_learner.py::test_the_best_is_remembered_over_a_stop",),
+            ("test_trainer.py::test_the_best_is_remembered_over_a_stop",),
         ),
         Mutant(
             "resume: what the commit left undone stays so",

@@ -11,14 +11,14 @@ from reference import TINY, hf_model, settings
 
 import train
 from benchmarks import harness, peers
+from nanogpt2.checkpoints.weights import load_classifier, load_model, save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.data.examples import Examples
 from nanogpt2.data.loader import make_batches, validation_batches
 from nanogpt2.training.distributed import World
-from nanogpt2.training.learner import Learner
 from nanogpt2.training.optim import learning_rate
+from nanogpt2.training.trainer import Trainer
 from nanogpt2.training.validation import validate
-from nanogpt2.weights import load_classifier, load_model, save_model
 
 STEPS = 20
 
@@ -34,11 +34,11 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def curves(config, learner, peer, batches):
+def curves(config, trainer, peer, batches):
     """Losses of all steps, ours and theirs, which one optimizer's settings made."""
     ours, theirs = [], []
     for step in range(1, config.steps + 1):
-        ours.append(train.take_step(config, learner, batches, step)["loss"])
+        ours.append(train.take_step(config, trainer, batches, step)["loss"])
         x, y = batches.rows((step - 1) * config.batch_size, config.batch_size)
         lr = learning_rate(step, config.steps, config.warmup, config.lr, config.schedule)
         theirs.append(peer.step(x, y, lr))
@@ -48,13 +48,13 @@ def curves(config, learner, peer, batches):
 @pytest.mark.parametrize("peer", [peers.Transformers, peers.NanoGPT])
 def test_fine_tuning(folder, ids, peer):
     config = settings(steps=STEPS, warmup=3, lr=3e-3)
-    learner = Learner(config, load_model(folder), World("cpu"))
+    trainer = Trainer(config, load_model(folder), World("cpu"))
     peer = peer(folder, weight_decay=config.weight_decay)
     batches = make_batches(ids[:300], config.block_size, config.seed)
-    ours, theirs = curves(config, learner, peer, batches)
+    ours, theirs = curves(config, trainer, peer, batches)
     assert ours == pytest.approx(theirs, abs=1e-4) and ours[-1] < ours[0] - 0.5
     held_out = validation_batches(ids[300:], 3, config.block_size)
-    found = validate(learner, held_out)["val_loss"]
+    found = validate(trainer, held_out)["val_loss"]
     assert found == pytest.approx(peer.validation_loss(held_out), abs=1e-4)
 
 
@@ -67,12 +67,12 @@ def test_classification(folder, ids, tmp_path):
     ids = ids % (TINY.vocab_size - 1)
     texts = Examples(ids, stops - lengths, stops, ids[stops - 1] % 3, ("a", "b", "c"))
     config = settings(task="classify", steps=STEPS)
-    learner = Learner(config, load_classifier(tmp_path / "start"), World("cpu"))
+    trainer = Trainer(config, load_classifier(tmp_path / "start"), World("cpu"))
     peer = peers.TransformersClassifier(tmp_path / "start", weight_decay=config.weight_decay)
-    ours, theirs = curves(config, learner, peer, make_batches(texts, config.block_size, 0))
+    ours, theirs = curves(config, trainer, peer, make_batches(texts, config.block_size, 0))
     assert ours == pytest.approx(theirs, abs=1e-4) and ours[-1] < ours[0] - 0.1
     held_out = validation_batches(texts, 3, config.block_size)
-    found = validate(learner, held_out)
+    found = validate(trainer, held_out)
     assert found["val_loss"] == pytest.approx(peer.validation_loss(held_out), abs=1e-4)
     answers = peer.answers(held_out)
     assert found["val_accuracy"] == sum(a == b for a, b in answers) / len(answers)

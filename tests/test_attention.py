@@ -198,7 +198,7 @@ def test_offsets_beyond_32_bits(axis):
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_packed(dtype):
+def test_prepacked(dtype):
     B, T, H, D = 2, 70, 3, 16
     qkv = random(B, T, 3 * H * D, dtype=dtype).requires_grad_()
     do = random(B, T, H * D, dtype=dtype)

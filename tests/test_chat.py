@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanogpt2.config.presets import TASKS
 from nanogpt2.data.chat import segments
 from nanogpt2.data.records import Record
-from nanogpt2.presets import TASKS
 from nanogpt2.tokenizer import gpt2_tokenizer
 
 

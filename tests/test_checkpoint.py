@@ -12,29 +12,29 @@ import pytest
 import torch
 from reference import TINY, settings
 
+from nanogpt2.checkpoints.weights import load_model
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training.distributed import World
-from nanogpt2.training.learner import Learner
 from nanogpt2.training.run_folder import RunFolder
-from nanogpt2.weights import load_model
+from nanogpt2.training.trainer import Trainer
 
 
 def trained(seed=0, steps=2):
-    """A learner with a past."""
+    """A trainer with a past."""
     torch.manual_seed(seed)
     model = GPT(replace(TINY, vocab_size=257, bos_token_id=256, eos_token_id=256))
-    learner = Learner(settings(), model, World("cpu"))
+    trainer = Trainer(settings(), model, World("cpu"))
     for _ in range(steps):
-        learner.backward(torch.randint(257, (2, 5)), torch.randint(257, (2, 5)), 1.0, last=True)
-        learner.step(lr=1e-2)
-    return learner
+        trainer.backward(torch.randint(257, (2, 5)), torch.randint(257, (2, 5)), 1.0, last=True)
+        trainer.step(lr=1e-2)
+    return trainer
 
 
 def save(folder, step, seed=0):
-    learner = trained(seed)
-    made = learner.exported(), byte_tokenizer(), learner.tensors()
+    trainer = trained(seed)
+    made = trainer.exported(), byte_tokenizer(), trainer.tensors()
     return store.save_checkpoint(folder, *made, {"step": step})
 
 
@@ -215,7 +215,7 @@ class Disk:
 
 def test_what_must_be_on_the_disk_before_what(tmp_path, monkeypatch):
     disk = Disk(tmp_path / "out", monkeypatch)
-    learner = trained()
+    trainer = trained()
     with closing(RunFolder(tmp_path / "out")) as folder:
         folder.lock()
         folder.start(settings(), before={"val_loss": 1.0})
@@ -224,7 +224,7 @@ def test_what_must_be_on_the_disk_before_what(tmp_path, monkeypatch):
             folder.log({"step": step})
             folder.sync_metrics()
             state = {"step": step, "is_best": step % 2 == 1}
-            made = learner.exported(), byte_tokenizer(), learner.tensors(), state
+            made = trainer.exported(), byte_tokenizer(), trainer.tensors(), state
             store.commit(tmp_path / "out", *made, keep=2)
             for path in (tmp_path / "out", tmp_path / "out/checkpoints"):
                 assert disk.holds_names(path)
@@ -238,8 +238,8 @@ def test_what_must_be_on_the_disk_before_what(tmp_path, monkeypatch):
 
 def test_the_order_of_a_commit(tmp_path, monkeypatch):
     folder = tmp_path / "out/checkpoints"
-    learner = trained()
-    made = learner.exported(), byte_tokenizer(), learner.tensors()
+    trainer = trained()
+    made = trainer.exported(), byte_tokenizer(), trainer.tensors()
     store.commit(tmp_path / "out", *made, {"step": 1, "is_best": True}, keep=1)
     order, publish, prune = [], store.publish, store.prune
 

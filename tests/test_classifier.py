@@ -9,18 +9,18 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
-from nanogpt2 import tensor_file
-from nanogpt2.classifier import GPTClassifier
-from nanogpt2.config import GPTConfig
-from nanogpt2.model import GPT
-from nanogpt2.tokenizer import byte_tokenizer
-from nanogpt2.weights import (
+from nanogpt2.checkpoints import tensors as tensor_file
+from nanogpt2.checkpoints.weights import (
     is_classifier,
     load_classifier,
     load_model,
     load_tokenizer,
     save_model,
 )
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.config import GPTConfig
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import byte_tokenizer
 
 LABELS = ("ham", "spam", "other")
 LENGTHS = (11, 1, 4, 7, 2)

@@ -7,11 +7,11 @@ import torch
 from reference import run_script
 
 import sample
+from nanogpt2.checkpoints.weights import load_classifier, save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, SampleConfig, parse
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
-from nanogpt2.weights import load_classifier, save_model
 
 BLOCK = 32
 LABELS = ("ham", "spam", "日本")

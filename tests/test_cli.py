@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt2.cli import compare
+from nanogpt2.cli.decode import OutputSink, decode_texts, request_for
+from nanogpt2.cli.explain import explain
 from nanogpt2.cli.interactive import Conversation, run_interactive
-from nanogpt2.cli.one import Show, decode_texts, request_for
 from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
 from nanogpt2.cli.text import Completion, as_line, pieces
+from nanogpt2.cli.tree import BeamTree
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
-from nanogpt2.generation.explain import explain
 from nanogpt2.generation.stopping import StopStrings
-from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 
@@ -180,7 +180,7 @@ def test_any_text_is_cut_at_its_first_stop_string(text, stops):
 def test_what_is_streamed_is_the_text(model, options, seed):
     heard = []
     options = options | {"seed": seed}
-    texts = texts_of(model, "日本 🙂", Show(heard=heard.append), **options)
+    texts = texts_of(model, "日本 🙂", OutputSink(heard=heard.append), **options)
     assert "".join(heard) == texts[0].completion.text
     ids = torch.tensor([BYTES.encode("日本 🙂")])
     found = generate(model, ids, tokenizer=BYTES, **{"max_new_tokens": 12} | options)
@@ -196,7 +196,7 @@ def test_beams_are_shown_as_soon_as_they_agree(model):
     for seed in range(4):
         heard = []
         options = {"num_beams": 3, "max_new_tokens": 40, "do_sample": True, "seed": seed}
-        texts_of(model, "ab", Show(heard=heard.append), **options)
+        texts_of(model, "ab", OutputSink(heard=heard.append), **options)
         shown.append(len([piece for piece in heard if piece]))
     assert max(shown) > 5, "all came at the end"
 
@@ -624,7 +624,7 @@ def test_the_tree_holds_every_text(model):
     options = GenerationConfig(num_beams=4, num_return_sequences=4, max_new_tokens=6, seed=0)
     request = request_for(model, BYTES, ["ab"], replace(options, eos_token_id=(101, 32)))
     tree = BeamTree(request.prompt_length)
-    texts = decode_texts(model, BYTES, request, Show(tree=tree))[0]
+    texts = decode_texts(model, BYTES, request, OutputSink(tree=tree))[0]
     drawn = tree.draw(BYTES)
     assert drawn.count("ended, score") >= 4 and "pruned at" in drawn
     for text in texts:
@@ -642,7 +642,7 @@ def test_the_tree_is_best_first(model, seed):
     )
     request = request_for(model, BYTES, ["ab"], options)
     tree = BeamTree(request.prompt_length)
-    decode_texts(model, BYTES, request, Show(tree=tree))
+    decode_texts(model, BYTES, request, OutputSink(tree=tree))
     best_of = {}
 
     def walk(place):

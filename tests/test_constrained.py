@@ -18,8 +18,8 @@ from search_reference import (
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
-from nanogpt2.generation.constrained import Constraints, constrained_search
 from nanogpt2.generation.request import prepare
+from nanogpt2.generation.search.constrained import Constraints, constrained_search
 
 # never in a prompt nor in a word
 PAD = 60

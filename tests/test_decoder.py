@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TINY, left_padded, prompts, twins
 
+from nanogpt2.cpu.inference_model import pack
+from nanogpt2.cpu.prepacked import FloatLinear
 from nanogpt2.generation import generate
 from nanogpt2.generation.decoder import ROOM, ModelDecoder, RowsDecoder, decoder_for
 from nanogpt2.model import GPT
-from nanogpt2.packed import pack
-from nanogpt2.products import FloatProduct
 from nanogpt2.training.lora import add_lora
 
 B, ROWS, LENGTH = 2, 3, 20
@@ -147,9 +147,9 @@ def test_which_runs_what(model):
 
 def test_generation_goes_through_it(model, monkeypatch):
     rows = []
-    product = FloatProduct.forward
+    product = FloatLinear.forward
     monkeypatch.setattr(
-        FloatProduct, "forward", lambda self, x: (rows.append(x.size(0)), product(self, x))[1]
+        FloatLinear, "forward", lambda self, x: (rows.append(x.size(0)), product(self, x))[1]
     )
     generate(model, prompts(1, 4), max_new_tokens=3, num_beams=5, eos_token_id=None)
     # the prompt is read once, not once a beam

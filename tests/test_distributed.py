@@ -14,11 +14,11 @@ from reference import HUNG, ROOT, TINY, settings
 from test_train import SMALL, book, metrics, numbers, run
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from nanogpt2.checkpoints.weights import load_classifier, load_model
 from nanogpt2.config import TrainConfig, fail
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World
-from nanogpt2.training.learner import Learner
-from nanogpt2.weights import load_classifier, load_model
+from nanogpt2.training.trainer import Trainer
 
 __all__ = ["book"]  # the fixture
 
@@ -189,11 +189,11 @@ def test_two_processes_are_stopped_and_go_on_bit_for_bit(book, flags, dropout):
 
 
 def test_processes_drop_other_activations(monkeypatch):
-    monkeypatch.setattr("nanogpt2.training.learner.DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr("nanogpt2.training.trainer.DistributedDataParallel", lambda model: model)
     draws = []
     for rank in range(3):
         torch.manual_seed(5)
-        Learner(settings(seed=5), GPT(TINY), World("cpu", rank, 3))
+        Trainer(settings(seed=5), GPT(TINY), World("cpu", rank, 3))
         draws.append(torch.rand(1).item())
     assert len(set(draws)) == 3
 
@@ -260,8 +260,8 @@ def test_an_error_in_one_process_ends_both(book):
 
 def test_the_first_of_several_processes_speaks_for_all(capsys, monkeypatch):
     slept = []
-    monkeypatch.setattr("nanogpt2.flags.time.sleep", slept.append)
-    monkeypatch.setattr("nanogpt2.flags.signal.signal", lambda *args: slept.append(args))
+    monkeypatch.setattr("nanogpt2.config.flags.time.sleep", slept.append)
+    monkeypatch.setattr("nanogpt2.config.flags.signal.signal", lambda *args: slept.append(args))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit):

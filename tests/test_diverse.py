@@ -19,8 +19,8 @@ from search_reference import (
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
-from nanogpt2.generation.diverse import diverse_search
 from nanogpt2.generation.request import prepare
+from nanogpt2.generation.search.diverse import diverse_search
 from nanogpt2.tokenizer import byte_tokenizer
 
 PAD = 3

@@ -11,6 +11,7 @@ import torch
 from reference import ROOT, run_module, twins
 
 from nanogpt2 import evaluate
+from nanogpt2.checkpoints.weights import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, parse
 from nanogpt2.evaluation import hellaswag, lambada
@@ -23,7 +24,6 @@ from nanogpt2.evaluation.published import FIGURES, published
 from nanogpt2.metrics import accuracy, macro_f1
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
-from nanogpt2.weights import save_model
 
 BLOCK = 16
 BYTES = GPTConfig(257, BLOCK, 2, 3, 24, bos_token_id=256, eos_token_id=256)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from reference import TINY, twins
 
+from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import diverse, generate
-from nanogpt2.generation.explain import draw, explain, shade
 from nanogpt2.generation.request import prepare
 from nanogpt2.tokenizer import byte_tokenizer
 

@@ -21,11 +21,11 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import sample
 import train
+from nanogpt2.checkpoints.weights import load_model, load_tokenizer
 from nanogpt2.config import SampleConfig, parse
 from nanogpt2.data.shards import write_shard
 from nanogpt2.generation.decoder import RowsDecoder
 from nanogpt2.model import GPT
-from nanogpt2.weights import load_model, load_tokenizer
 
 __all__ = ["book"]  # the fixture
 

@@ -19,14 +19,15 @@ import torch
 from attention_reference import bf16_dots, kept  # noqa: F401
 from kernel_reference import DEVICE, rms_ratio
 from reference import ROOT, left_padded, prompts, settings
-from test_learner import stop_after
 from test_sample import run as run_sample
 from test_train import metrics, numbers
 from test_train import run as run_train
+from test_trainer import stop_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from nanogpt2 import evaluate, ops
+from nanogpt2.checkpoints.weights import load_model, save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, parse
 from nanogpt2.generation import generate
@@ -35,8 +36,7 @@ from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import snapshot
 from nanogpt2.training.distributed import World
-from nanogpt2.training.learner import Learner
-from nanogpt2.weights import load_model, save_model
+from nanogpt2.training.trainer import Trainer
 
 SHAPE = GPTConfig(61, 20, n_layer=2, n_head=2, n_embd=32, bos_token_id=60, eos_token_id=60)
 # fp32 sums of some hundred terms in another order; a GPU's products may be three of TF32
@@ -155,10 +155,10 @@ def test_activation_checkpointing(device, dropout):
         torch.manual_seed(5)
         _, model = pair(device, dropout=dropout, n_layer=1)
         config = settings(activation_checkpointing=again, kernels="triton")
-        learner = Learner(config, model, World(device, 0, 1))
+        trainer = Trainer(config, model, World(device, 0, 1))
         x, y = batch(device)
         torch.manual_seed(6)
-        losses.append(learner.backward(x, y, 1.0, last=True))
+        losses.append(trainer.backward(x, y, 1.0, last=True))
         models.append(model)
     assert torch.equal(*losses)
     # on a GPU the gradient of the queries is added up in any order
@@ -182,17 +182,17 @@ def test_autocast(device, dtype):
 
 
 def test_left_padding(device):
-    """A Seen says where rows start: their real tokens are those of the row alone."""
+    """A AttentionMetadata says where rows start: their real tokens are those of the row alone."""
     model, ours = pair(device, n_layer=1)
     x, _ = batch(device)
     start = torch.tensor([3, 0], dtype=torch.int32, device=device)
     positions = (torch.arange(7, device=device) - start[:, None]).clamp(min=0)
-    hidden = ours.hidden_states(x, positions, mask=ops.Seen(start)).detach()
+    hidden = ours.hidden_states(x, positions, mask=ops.AttentionMetadata(start)).detach()
     alone = model.hidden_states(x[:1, 3:]).detach()
     assert rms_ratio(hidden[:1, 3:], alone) < BOUND
     assert rms_ratio(hidden[1:], model.hidden_states(x[1:]).detach()) < BOUND
     with pytest.raises(ValueError, match=r'mask must be .* kernels "torch"'):
-        model.hidden_states(x, positions, mask=ops.Seen(start))
+        model.hidden_states(x, positions, mask=ops.AttentionMetadata(start))
 
 
 def test_a_mask_of_ones_own_is_pytorchs(device):
@@ -229,13 +229,13 @@ def test_twenty_steps(device):
         shape = {"n_layer": 1, "n_head": 1, "n_embd": 16}
         model = GPT(GPTConfig(**(SHAPE.__dict__ | shape))).to(device)
         model.use_kernels(kernels)
-        learner = Learner(settings(lr=1e-3, kernels=kernels), model, World(device, 0, 1))
+        trainer = Trainer(settings(lr=1e-3, kernels=kernels), model, World(device, 0, 1))
         x, y = batch(device, T=4)
         with Calls() as calls:
             for _ in range(20):
-                loss = learner.backward(x, y, 1.0, last=True)
-                learner.gradient_norm()
-                learner.step(1e-3)
+                loss = trainer.backward(x, y, 1.0, last=True)
+                trainer.gradient_norm()
+                trainer.step(1e-3)
                 losses.append(loss.item())
         assert calls.count["attention_qkv_backward"] == (20 if kernels == "triton" else 0)
     for theirs, ours in zip(losses[:20], losses[20:], strict=True):

@@ -9,9 +9,7 @@ from reference import ROOT
 
 # module -> what of ours it may import; a name stands for the module and everything under it
 MAY_IMPORT = {
-    "flags": [],
-    "presets": [],
-    "config": ["flags", "presets", "config"],
+    "config": ["config"],
     "tokenizer": [],
     "kv_cache": ["ops"],
     "terminal": [],
@@ -20,70 +18,57 @@ MAY_IMPORT = {
     "hub": ["terminal"],
     "ops": ["kernels"],
     "model": ["config", "ops", "kv_cache"],
-    "malloc": [],
-    "products": ["malloc"],
-    "packed": ["config", "malloc", "model", "products"],
     "classifier": ["ops", "model"],
-    "tensor_header": [],
-    "tensor_file": ["tensor_header"],
-    "model_folder": ["config", "flags", "hub", "tensor_header", "tokenizer"],
-    "weights": [
-        "config",
-        "flags",
-        "model",
+    "cpu": ["config", "model", "ops", "kv_cache", "cpu"],
+    "checkpoints": ["config", "hub", "model", "tokenizer", "classifier", "cpu", "checkpoints"],
+    "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "cpu", "generation"],
+    "cli": [
+        "checkpoints",
         "classifier",
-        "model_folder",
-        "packed",
-        "products",
-        "tensor_file",
-        "tensor_header",
+        "cli",
+        "config",
+        "generation",
+        "model",
+        "ops",
+        "terminal",
         "tokenizer",
     ],
-    "generation": ["config", "model", "kv_cache", "ops", "products", "tokenizer", "generation"],
-    # what draws
-    "generation.explain": ["terminal"],
-    "generation.tree": ["terminal"],
-    "cli": ["config", "generation", "model", "terminal", "tokenizer", "cli"],
-    "cli.classify": ["classifier", "ops", "weights"],
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": [
+        "checkpoints",
         "classifier",
         "config",
+        "cpu",
         "metrics",
         "model",
         "ops",
         "terminal",
         "tokenizer",
         "training",
-        "weights",
     ],
-    "training.adapter": ["tensor_file"],
     "training.snapshot": ["generation"],
-    "training.checkpoint": ["model_folder"],
     "evaluation": ["classifier", "data", "metrics", "model", "tokenizer", "evaluation"],
     "evaluate": [
+        "checkpoints",
         "classifier",
         "config",
-        "flags",
         "data",
         "evaluation",
         "model",
         "ops",
         "terminal",
         "tokenizer",
-        "weights",
     ],
     "quantize": [
+        "checkpoints",
         "config",
-        "flags",
+        "cpu",
         "data",
         "evaluation",
         "metrics",
         "model",
-        "packed",
         "terminal",
         "tokenizer",
-        "weights",
     ],
 }
 LONGEST = {"train.py": 250, "sample.py": 150, "nanogpt2/model.py": 250}
@@ -143,9 +128,9 @@ def test_the_table_names_every_module():
 
 
 def test_siblings_form_no_cycle():
-    for folder in ("cli", "config", "data", "evaluation", "generation", "training"):
-        files = {p.stem: our_imports(p) for p in (ROOT / "nanogpt2" / folder).glob("*.py")}
-        prefix = f"nanogpt2.{folder}."
+    for folder in (p for p in (ROOT / "nanogpt2").rglob("*") if p.is_dir() and any(p.glob("*.py"))):
+        files = {p.stem: our_imports(p) for p in folder.glob("*.py")}
+        prefix = ".".join(folder.relative_to(ROOT).parts) + "."
         graph = {
             stem: {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
             for stem, names in files.items()

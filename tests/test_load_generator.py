@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt2 import GPT, generate, load_generator, load_model, save_model
 from nanogpt2.config import SCHEMES, GPTConfig
-from nanogpt2.packed import PAYS_AFTER, PackedGPT, pack
-from nanogpt2.products import FEW_ROWS, onednn_sums_exactly
+from nanogpt2.cpu.inference_model import PAYS_AFTER, InferenceGPT, pack
+from nanogpt2.cpu.prepacked import FEW_ROWS, onednn_sums_exactly
 
 # enough for all to be laid out
 LONG = {"max_new_tokens": PAYS_AFTER + FEW_ROWS * TINY.n_layer, "eos_token_id": None}
@@ -53,7 +53,7 @@ def same_parts(found, expected):
 def test_it_is_what_load_model_reads(folder, change, scheme):
     rewrite(folder, CHANGES[change])
     found, expected = load_generator(folder, quantize=scheme), pack(load_model(folder), scheme)
-    assert isinstance(found, PackedGPT)
+    assert isinstance(found, InferenceGPT)
     same_parts(found, expected)
     ids = prompts(2, 7)
     # rows that are narrowed when they are read, rows that are narrow

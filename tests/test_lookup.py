@@ -5,10 +5,10 @@ import torch
 from reference import TINY, prompts, twins
 
 from nanogpt2.config import GenerationConfig
+from nanogpt2.cpu.inference_model import pack
 from nanogpt2.generation import decoder, generate
 from nanogpt2.generation.lookup import look_up
 from nanogpt2.model import GPT
-from nanogpt2.packed import pack
 
 LOOK = {"prompt_lookup_num_tokens": 4}
 

@@ -8,10 +8,10 @@ from lora_reference import adapted, peft_pair, peft_twin
 from reference import TINY, prompts, twins
 from torch import nn
 
+from nanogpt2.checkpoints.weights import load_model, save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import LoRALinear, add_lora, lora_layers, merged
-from nanogpt2.weights import load_model, save_model
 
 IDS = prompts(3, 7)
 TARGETS = prompts(3, 7, seed=5)

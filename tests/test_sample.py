@@ -14,12 +14,12 @@ from reference import HUNG, ROOT, run_script
 
 import sample
 from nanogpt2 import terminal
+from nanogpt2.checkpoints.weights import load_model, save_model
 from nanogpt2.config import GPTConfig, SampleConfig, parse
+from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.generation import generate
 from nanogpt2.model import GPT
-from nanogpt2.packed import PackedGPT
 from nanogpt2.tokenizer import byte_tokenizer
-from nanogpt2.weights import load_model, save_model
 
 BLOCK = 64
 
@@ -260,7 +260,7 @@ def test_too_little_memory_is_one_line(capfd, folder, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(PackedGPT, "logits", fail)
+    monkeypatch.setattr(InferenceGPT, "logits", fail)
     with pytest.raises(SystemExit) as stopped:
         run(folder, "Hello")
     assert stopped.value.code == 1
@@ -269,7 +269,7 @@ def test_too_little_memory_is_one_line(capfd, folder, monkeypatch, error):
 
 
 def test_other_errors_are_not_taken_for_it(folder, monkeypatch):
-    monkeypatch.setattr(PackedGPT, "logits", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(InferenceGPT, "logits", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         run(folder, "Hello")
 

@@ -11,7 +11,7 @@ from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate, stochastic
 from nanogpt2.generation.noise import CounterNoise
 from nanogpt2.generation.request import prepare
-from nanogpt2.generation.stochastic import stochastic_search
+from nanogpt2.generation.search.stochastic import stochastic_search
 
 # texts of at most three tokens out of four, of which 3 ends: 3 + 9 + 27 longest, 1 + 3 + 9 ended
 FEW = replace(TINY, vocab_size=4, bos_token_id=0, eos_token_id=3)

@@ -23,12 +23,12 @@ from reference import (
 from transformers import AutoTokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from nanogpt2.checkpoints.weights import save_model
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
 from nanogpt2.generation.request import prepare
 from nanogpt2.generation.stopping import Stopping, StopStrings
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
-from nanogpt2.weights import save_model
 
 
 def merging_tokenizer(*words):

@@ -126,7 +126,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from nanogpt2 import terminal
-from nanogpt2.flags import fail
+from nanogpt2.config.flags import fail
 terminal.prepare()
 opened = Path("opened").open("w")
 terminal.note("a note")

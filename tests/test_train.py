@@ -14,12 +14,12 @@ from reference import HUNG, ROOT, run_script
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train
+from nanogpt2.checkpoints.weights import load_model, load_tokenizer
 from nanogpt2.config import TrainConfig, parse
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training.checkpoint import latest_checkpoint
 from nanogpt2.training.run_folder import RunFolder
-from nanogpt2.weights import load_model, load_tokenizer
 
 SMALL = ["--init", "scratch", "--tokenizer", "bytes", "--n_layer", "2", "--n_head", "2"]
 SMALL += ["--n_embd", "16", "--block_size", "16", "--batch_size", "4"]
@@ -37,7 +37,7 @@ def run(*argv):
     """The script in this process; its exit code."""
     try:
         config = parse(TrainConfig, argv)
-        with train.wrong_use("--out"):
+        with train.usage_error("--out"):
             config = RunFolder(Path(config.out)).check(config)
         train.main(config)
     except SystemExit as stopped:
@@ -168,7 +168,7 @@ def test_the_preview_is_of_the_next_steps_batch(book, monkeypatch):
     argv = ["chat.jsonl", "--task", "chat", *SMALL, "--block_size", "48", "--steps", "5"]
     argv += ["--grad_accum", "2", "--save_every", "1"]
     shown, trained = [], []
-    preview, backward = train.preview, train.Learner.backward
+    preview, backward = train.preview, train.Trainer.backward
 
     def recording_preview(x, y, *rest):
         shown.append((x, y))
@@ -179,7 +179,7 @@ def test_the_preview_is_of_the_next_steps_batch(book, monkeypatch):
         return backward(self, x, y, *rest, **last)
 
     monkeypatch.setattr(train, "preview", recording_preview)
-    monkeypatch.setattr(train.Learner, "backward", recording_backward)
+    monkeypatch.setattr(train.Trainer, "backward", recording_backward)
     assert run(*argv) == 0
     shutil.rmtree("out/checkpoints/step-5")
     assert run(*argv, "--resume") == 0

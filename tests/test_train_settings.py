@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from test_train import SMALL, book, metrics, numbers, run
 
 import train
+from nanogpt2.checkpoints.weights import load_model
 from nanogpt2.model import GPT
 from nanogpt2.training.optim import learning_rate
-from nanogpt2.weights import load_model
 
 __all__ = ["book"]  # the fixture
 

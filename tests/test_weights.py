@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from nanogpt2 import hub
+from nanogpt2.checkpoints.weights import load_model, load_tokenizer, save_model
 from nanogpt2.config import GPTConfig
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint
-from nanogpt2.weights import load_model, load_tokenizer, save_model
 
 IDS = torch.randint(TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
 

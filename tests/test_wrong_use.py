@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from test_train import SMALL, run
 
 import sample
+from nanogpt2.checkpoints.weights import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import SampleConfig, TrainConfig, parse
+from nanogpt2.config.flags import MOST
 from nanogpt2.data.shards import write_shard
-from nanogpt2.flags import MOST
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
-from nanogpt2.weights import save_model
 
 TOO_MUCH = str(MOST + 1)
 # what each kind of flag cannot be, whatever its range

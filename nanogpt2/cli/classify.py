@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from nanogpt2 import ops, terminal
+from nanogpt2.checkpoints.weights import load_classifier, load_tokenizer
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.cli.text import as_line
-from nanogpt2.config import SampleConfig, fail, wrong_use
+from nanogpt2.config import SampleConfig, fail, usage_error
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.weights import load_classifier, load_tokenizer
 
 
 def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
     """Load the classifier and print what it makes of each text."""
     if not all(texts):
         fail("PROMPT is empty: there is nothing to classify")
-    with wrong_use("--model"):
+    with usage_error("--model"):
         tokenizer = load_tokenizer(config.model)
         model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nanogpt2 import terminal
-from nanogpt2.cli.one import decode_texts, note_dropped, note_outgrown, request_for
+from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown, request_for
 from nanogpt2.cli.text import Completion, pieces
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.engine import Engine, evaluating

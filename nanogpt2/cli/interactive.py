@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.cli.one import Show, decode_texts, note_dropped, request_for
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, request_for
 from nanogpt2.config import GenerationConfig, refuse_ignored, value_of
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ class Conversation:
         note_dropped(request, self.model.config.block_size)
         screen = terminal.Screen()
         written: list[str] = []
-        show = Show(screen, shown, heard=written.append)
+        show = OutputSink(screen, shown, heard=written.append)
         try:
             decode_texts(self.model, self.tokenizer, request, show)
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.cli.one import Text, decode_texts, request_for
+from nanogpt2.cli.decode import Text, decode_texts, request_for
 from nanogpt2.cli.text import as_json
 from nanogpt2.config import GenerationConfig
 from nanogpt2.model import GPT

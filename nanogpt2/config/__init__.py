@@ -9,6 +9,7 @@ generate(). sample.py and train.py: the scripts' command lines. flags.py, a floo
 checks and reads a field of any of them. All names are to be imported from here.
 """
 
+from nanogpt2.config.flags import MAX_SEED, fail, parse, usage_error, value_of
 from nanogpt2.config.generation import FROM_CHECKPOINT, SENSIBLE_SAMPLING, GenerationConfig
 from nanogpt2.config.model import (
     DEVICES,
@@ -39,7 +40,6 @@ from nanogpt2.config.train import (
     data_files,
     data_kind,
 )
-from nanogpt2.flags import MAX_SEED, fail, parse, value_of, wrong_use
 
 __all__ = [
     "TokenIds",
@@ -72,5 +72,5 @@ __all__ = [
     "parse",
     "fail",
     "value_of",
-    "wrong_use",
+    "usage_error",
 ]

@@ -6,8 +6,8 @@ This file does not know the command line: what its flags mean together is in sam
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nanogpt2.config.flags import MAX_SEED, check, flag, show
 from nanogpt2.config.model import TokenIds
-from nanogpt2.flags import MAX_SEED, check, flag, show
 
 FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
 

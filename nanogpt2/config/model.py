@@ -6,7 +6,7 @@ This file opens no file and does not know what a tensor is.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt2.flags import check, flag, show
+from nanogpt2.config.flags import check, flag, show
 
 TokenIds = int | tuple[int, ...] | None
 MOST_LAYERS = 1000

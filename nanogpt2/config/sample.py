@@ -6,6 +6,7 @@ This file knows which flags mean nothing beside others; a value's own range is i
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from nanogpt2.config.flags import check, fail, flag, usage_error
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
 from nanogpt2.config.model import (
     DEVICES,
@@ -15,8 +16,7 @@ from nanogpt2.config.model import (
     SCHEMES,
     check_model,
 )
-from nanogpt2.flags import check, fail, flag, wrong_use
-from nanogpt2.presets import TASKS
+from nanogpt2.config.presets import TASKS
 
 SAMPLING_FLAGS = (
     "temperature",
@@ -124,7 +124,7 @@ class SampleConfig:
             one = "prompts" if "prompts" in given else "prompt_file"
             fail(f"--{one} must be left out where another prompt is given")
         for name in ("model", "compare"):
-            with wrong_use(f"--{name}"):
+            with usage_error(f"--{name}"):
                 check_model("gpt2" if given.get(name) is None else given[name])
         names = {f.name for f in fields(GenerationConfig)}
         own = {name: value for name, value in given.items() if name not in names}

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nanogpt2.config.flags import MAX_SEED, check, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
-from nanogpt2.flags import MAX_SEED, check, flag, show, wrong_use
 
 DATA_NAMES = ("pydocs", "shakespeare")
 DATA_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -172,13 +172,13 @@ class TrainConfig:
                 )
         if "text_column" in given and given.get("task") == "chat":
             raise ValueError("text_column must be left out with --task chat, whose columns are set")
-        with wrong_use("DATA"):
+        with usage_error("DATA"):
             check_data(given["data"])
         if given.get("validation") is not None:
-            with wrong_use("--validation"):
+            with usage_error("--validation"):
                 check_data(given["validation"])
         if given.get("init") != "scratch":
-            with wrong_use("--init"):
+            with usage_error("--init"):
                 check_model(given.get("init", "gpt2"))
         return cls(**given, given=tuple(given))
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.beam import Beams, beam_search, best
-from nanogpt2.generation.constrained import constrained_search
-from nanogpt2.generation.contrastive import contrastive_search
-from nanogpt2.generation.diverse import diverse_search
 from nanogpt2.generation.engine import check_memory
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
 from nanogpt2.generation.sampling import Step, decode
-from nanogpt2.generation.stochastic import stochastic_search
+from nanogpt2.generation.search.constrained import constrained_search
+from nanogpt2.generation.search.contrastive import contrastive_search
+from nanogpt2.generation.search.diverse import diverse_search
+from nanogpt2.generation.search.stochastic import stochastic_search
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 

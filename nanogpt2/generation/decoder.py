@@ -4,7 +4,7 @@ Two ways, with the same results but for rounding. `ModelDecoder` runs model.py w
 any device and by either kernels. `RowsDecoder` is for a few rows on a CPU, where a step takes as
 long as the weights take to be read if only nothing else does:
 
-- the same arithmetic without the modules' steps, and products made for few rows (products.py);
+- the same arithmetic without the modules' steps, and products made for few rows (prepacked.py);
 - the prompt's keys and values are stored once, and read once for all of its rows:
 
       shared  (B, H, S, D)   positions that are the same in all rows of a prompt
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, can_multiply
 from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT, Linear
-from nanogpt2.products import FloatProduct, Product, can_multiply
 
 ROOM = 8  # positions of `own` that are made at first
 
@@ -81,7 +81,7 @@ def decoder_for(
         and weight.dtype == torch.float32
         # neither sharded nor adapted
         and type(weight) in (nn.Parameter, Tensor)
-        and all(type(m) is Linear or isinstance(m, Product) for m in linears)
+        and all(type(m) is Linear or isinstance(m, PrepackedLinear) for m in linears)
         and can_multiply()
     )
     if few:
@@ -280,6 +280,8 @@ def _linears(block: Any) -> tuple[nn.Module, ...]:
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
-def _product(linear: Any) -> Product:
+def _product(linear: Any) -> PrepackedLinear:
     """A linear part as one that is made for few rows."""
-    return linear if isinstance(linear, Product) else FloatProduct(linear.weight, linear.bias)
+    return (
+        linear if isinstance(linear, PrepackedLinear) else FloatLinear(linear.weight, linear.bias)
+    )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt2 import tensor_file
+from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import add_lora, lora_layers

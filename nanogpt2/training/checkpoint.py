@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-N`:
 
     model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
-    training.safetensors                  the learner's other tensors: optimizer, generators, ...
+    training.safetensors                  the trainer's other tensors: optimizer, generators, ...
     state.json                            the rest
     manifest.json                         {file: {size, sha256}} of all of these
 
@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogpt2 import terminal
+from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
+from nanogpt2.checkpoints.weights import save_model
 from nanogpt2.classifier import Model
-from nanogpt2.model_folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.training.run_folder import sync
-from nanogpt2.weights import save_model
 
 STATE, TENSORS = "state.json", "training.safetensors"
 
@@ -131,7 +131,7 @@ def is_whole(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the learner's tensors and state.json; the model is `load_model(path)`'s to read."""
+    """Return the trainer's tensors and state.json; the model is `load_model(path)`'s to read."""
     return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
 
 

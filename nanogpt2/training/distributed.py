@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanogpt2.weights import choose_device
+from nanogpt2.checkpoints.weights import choose_device
 
 _left: list[Any] = []  # groups that this process was in
 
@@ -39,7 +39,7 @@ class World:
         return self.rank == 0
 
     @property
-    def kind(self) -> str:
+    def device_type(self) -> str:
         """The kind of device: cpu, cuda or mps."""
         return self.device.partition(":")[0]
 
@@ -111,13 +111,13 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
 
     A block's parameters are together only while it computes.
     """
-    mesh = dist.init_device_mesh(world.kind, (world.size,))
+    mesh = dist.init_device_mesh(world.device_type, (world.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be shared out; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -62,7 +62,7 @@ def memory_estimate(
     change is not counted.
 
     Measured as VmHWM on a CPU, above a process that has trained a tiny model, after three steps of
-    a `Learner`, the estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
+    a `Trainer`, the estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
     257, 32 x 256), 2 % (the same with dropout, 16 x 256), 14 % (a classifier of 30 M, 16 x 256),
     and for 124 M at 4 x 256 by 2 % (2,256 MiB), 5 % in bf16, 10 % with LoRA; too high by 1 % with
     grad_accum=2. Not compared on a GPU.

@@ -12,7 +12,7 @@ from nanogpt2 import ops
 from nanogpt2.config import GPTConfig, TrainConfig
 from nanogpt2.training.distributed import World
 from nanogpt2.training.estimate import memory_estimate
-from nanogpt2.training.learner import Learner
+from nanogpt2.training.trainer import Trainer
 
 # on a GPU a step takes more sequences where the data has enough for so many steps
 STEP_TOKENS = 2**15
@@ -26,7 +26,7 @@ def block_size(config: TrainConfig, model: GPTConfig, world: World, rooms: tuple
     Raises ValueError where more are asked for than the model or a text has. A text of one's own to
     validate on is too short, rather than that the sequences become as short.
     """
-    default = min(1024 if world.kind == "cuda" else 256, model.block_size, rooms[0])
+    default = min(1024 if world.device_type == "cuda" else 256, model.block_size, rooms[0])
     if config.validation is None and config.task == "lm":
         default = min(default, rooms[1])
     wanted = config.block_size or max(default, FEWEST_TOKENS)
@@ -50,7 +50,7 @@ def fill_in(
     sequences: those of an epoch. Raises ValueError where a step's cannot be shared out among the
     processes.
     """
-    on_gpu = world.kind == "cuda"
+    on_gpu = world.device_type == "cuda"
     batch_size = config.batch_size or -(-8 // world.size) * world.size
     if config.batch_size is None and config.steps is None and on_gpu:
         enough = int(config.epochs * sequences / FEWEST_STEPS)
@@ -87,7 +87,7 @@ def _rate(config: TrainConfig, width: int) -> float:
 
 def describe(
     config: TrainConfig,
-    learner: Learner,
+    trainer: Trainer,
     sequences: int,
     figures: Mapping[str, Any] | None = None,
 ) -> str:
@@ -95,17 +95,17 @@ def describe(
 
     sequences: those of an epoch.
     """
-    every = sum(p.numel() for p in learner.model.parameters())
-    trained = sum(p.numel() for p in learner.parameters.values())
+    every = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.parameters.values())
     memory = memory_estimate(
-        learner.model.config,
+        trainer.model.config,
         config.batch_size,
         config.block_size,
         trainable=trained,
         dtype=config.dtype,
-        device=learner.world.kind,
+        device=trainer.world.device_type,
         grad_accum=config.grad_accum,
-        labels=len(getattr(learner.model, "labels", ())),
+        labels=len(getattr(trainer.model, "labels", ())),
     )
     in_a_step = config.batch_size * config.grad_accum
     lines = [
@@ -114,8 +114,8 @@ def describe(
         f"{config.steps:,} steps of {in_a_step} x {config.block_size} tokens: "
         f"{config.steps * in_a_step / sequences:.2g} epochs of {sequences:,} sequences",
     ]
-    kernels = learner.model.kernels
-    if said := ops.describe_kernels(config.kernels, kernels, learner.world.kind):
+    kernels = trainer.model.kernels
+    if said := ops.describe_kernels(config.kernels, kernels, trainer.world.device_type):
         lines.append(said)
     if figures is not None:
         speed = figures["tokens_per_second"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.metrics import accuracy, macro_f1
-from nanogpt2.training.learner import Learner
+from nanogpt2.training.trainer import Trainer
 
 
 class BatchList(Protocol):
@@ -26,14 +26,14 @@ class BatchList(Protocol):
 
 
 @torch.no_grad()
-def validate(learner: Learner, batches: BatchList) -> dict[str, float]:
+def validate(trainer: Trainer, batches: BatchList) -> dict[str, float]:
     """Return the mean cross-entropy over all targets, in nats, as val_loss.
 
     A classifier's accuracy and macro F1 are there too, as val_accuracy and val_macro_f1. The
     processes share the batches, int64 (B, T) inputs and targets; each must call this. Raises
     FloatingPointError for a loss that is not finite.
     """
-    world, model = learner.world, learner.view.eval()
+    world, model = trainer.world, trainer.eval_model.eval()
     labels = len(model.labels) if isinstance(model, GPTClassifier) else 0
     total, count = 0.0, 0
     answers = torch.zeros(labels * labels)  # how often label i was taken for label j
@@ -41,7 +41,7 @@ def validate(learner: Learner, batches: BatchList) -> dict[str, float]:
         # weights that are shared out need every process; one without a batch left repeats the last
         mine = start + world.rank
         x, y = (ids.to(world.device) for ids in batches[min(mine, len(batches) - 1)])
-        with learner.precision():
+        with trainer.precision():
             scores = model(x)[y != -100] if labels else None  # (M, L)
             loss = model(x, y) if scores is None else F.cross_entropy(scores.float(), y[y != -100])
         if mine < len(batches):

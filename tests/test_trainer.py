@@ -18,13 +18,13 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2LMHeadModel
 
 import train
+from nanogpt2.checkpoints.weights import load_model, new_model, save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, TrainConfig, parse
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World
-from nanogpt2.training.learner import Learner
 from nanogpt2.training.run_folder import RunFolder
-from nanogpt2.weights import load_model, new_model, save_model
+from nanogpt2.training.trainer import Trainer
 
 STEPS = 60
 WAYS = {"full": [], "lora": ["--lora_rank", "2"], "classify": ["--task", "classify"]}
@@ -150,7 +150,7 @@ def test_stops_change_no_bit_of_what_else_there_is(inputs, tmp_path, monkeypatch
 
 def without(prefix):
     """restore() that does not see the tensors of one kind."""
-    restore = Learner.restore
+    restore = Trainer.restore
 
     def forgetful(self, tensors, micro_batch):
         kept = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
@@ -168,9 +168,9 @@ def test_what_is_not_restored_shows(inputs, tmp_path, monkeypatch, forgotten):
     assert run(*command(inputs, tmp_path / "stopped", *setting)) == 143
     monkeypatch.undo()
     if forgotten == "optimizer":
-        monkeypatch.setattr(Learner, "restore", without("optimizer."))
+        monkeypatch.setattr(Trainer, "restore", without("optimizer."))
     elif forgotten == "generators":
-        monkeypatch.setattr(Learner, "restore", without("rng."))
+        monkeypatch.setattr(Trainer, "restore", without("rng."))
     elif forgotten == "data position":
         rows = train.make_batches
 
@@ -207,7 +207,7 @@ class NeverStopped:
 
 def learner_of(model=None, **options):
     torch.manual_seed(0)
-    return Learner(settings(**options), model or GPT(TINY), World("cpu"))
+    return Trainer(settings(**options), model or GPT(TINY), World("cpu"))
 
 
 def batch(rows=2):
@@ -216,19 +216,19 @@ def batch(rows=2):
 
 
 def test_the_average_is_kept_and_exported():
-    learner = learner_of(ema=0.75)
+    trainer = learner_of(ema=0.75)
     expected = None
     for _ in range(4):
-        learner.backward(*batch(), 1.0, last=True)
-        learner.step(lr=0.1)
-        state = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+        trainer.backward(*batch(), 1.0, last=True)
+        trainer.step(lr=0.1)
+        state = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         # the first update is taken as it is
         expected = expected or state
         expected = {n: 0.75 * p + 0.25 * state[n] for n, p in expected.items()}
-    assert isinstance(learner.average, AveragedModel)
-    for name, parameter in learner.exported().named_parameters():
+    assert isinstance(trainer.average, AveragedModel)
+    for name, parameter in trainer.exported().named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
-        assert not torch.equal(parameter, learner.model.get_parameter(name)), name
+        assert not torch.equal(parameter, trainer.model.get_parameter(name)), name
 
 
 def test_recomputed_activations_give_the_same_gradients():
@@ -237,9 +237,9 @@ def test_recomputed_activations_give_the_same_gradients():
     for recompute in (False, True):
         torch.manual_seed(3)
         model = GPT(replace(TINY, dropout=0.5))
-        learner = learner_of(model, activation_checkpointing=recompute)
-        learner.backward(x, y, 1.0, last=True)
-        grads.append([p.grad for p in learner.parameters.values()])
+        trainer = learner_of(model, activation_checkpointing=recompute)
+        trainer.backward(x, y, 1.0, last=True)
+        grads.append([p.grad for p in trainer.parameters.values()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -250,33 +250,33 @@ def test_the_tied_embeddings_gradient_is_the_sum_of_both():
     plain = GPT(TINY)
     for x, y in parts:
         plain(x, y).backward()
-    learner = learner_of()
+    trainer = learner_of()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         for x, y in parts:
-            learner.backward(x, y, 1.0, last=True)
+            trainer.backward(x, y, 1.0, last=True)
     for name, parameter in plain.named_parameters():
-        ours = learner.parameters[name].grad
+        ours = trainer.parameters[name].grad
         assert (ours - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
     (dense,) = (e for e in profiled.key_averages() if e.key == "aten::embedding_dense_backward")
     # of the positions, once in each part
     assert dense.count == 2
     with torch.no_grad():
-        assert torch.equal(learner.view(parts[0][0]), plain(parts[0][0]))
+        assert torch.equal(trainer.eval_model(parts[0][0]), plain(parts[0][0]))
 
 
 def test_float16_survives_an_overflow():
-    learner = learner_of(dtype="float16")
+    trainer = learner_of(dtype="float16")
     x, y = batch()
-    learner.backward(x, y, 1.0, last=True)
-    assert 0 < learner.gradient_norm() < 100
-    learner.step(lr=0.0)
-    scale = learner.scaler.get_scale()
-    weights = [p.detach().clone() for p in learner.parameters.values()]
-    learner.backward(x, y, 1e6, last=True)
-    assert not math.isfinite(learner.gradient_norm())
-    learner.step(lr=1.0, apply=False)
-    assert learner.scaler.get_scale() == scale / 2
-    assert all(torch.equal(a, b) for a, b in zip(weights, learner.parameters.values(), strict=True))
+    trainer.backward(x, y, 1.0, last=True)
+    assert 0 < trainer.gradient_norm() < 100
+    trainer.step(lr=0.0)
+    scale = trainer.scaler.get_scale()
+    weights = [p.detach().clone() for p in trainer.parameters.values()]
+    trainer.backward(x, y, 1e6, last=True)
+    assert not math.isfinite(trainer.gradient_norm())
+    trainer.step(lr=1.0, apply=False)
+    assert trainer.scaler.get_scale() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.parameters.values(), strict=True))
 
 
 def test_float16_gradients_are_those_of_float32():
@@ -284,32 +284,32 @@ def test_float16_gradients_are_those_of_float32():
     grads = []
     for dtype in ("float32", "float16"):
         torch.manual_seed(3)
-        learner = learner_of(GPT(TINY), dtype=dtype)
-        learner.backward(x, y, 1.0, last=True)
-        learner.gradient_norm()
-        grads.append(torch.cat([p.grad.flatten() for p in learner.parameters.values()]))
+        trainer = learner_of(GPT(TINY), dtype=dtype)
+        trainer.backward(x, y, 1.0, last=True)
+        trainer.gradient_norm()
+        grads.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values()]))
     # 11 bits of mantissa
     assert (grads[0] - grads[1]).norm() < 2e-3 * grads[0].norm()
 
 
 def test_what_is_exported_after_lora_is_plain(tmp_path):
-    learner = learner_of(lora_rank=2)
-    learner.backward(*batch(), 1.0, last=True)
-    learner.step(lr=0.1)
-    save_model(learner.exported(), tmp_path)
+    trainer = learner_of(lora_rank=2)
+    trainer.backward(*batch(), 1.0, last=True)
+    trainer.step(lr=0.1)
+    save_model(trainer.exported(), tmp_path)
     ids = batch()[0]
-    learner.model.eval()
+    trainer.model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(load_model(tmp_path)(ids), learner.model(ids))
+        torch.testing.assert_close(load_model(tmp_path)(ids), trainer.model(ids))
         theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits
-        torch.testing.assert_close(theirs, learner.model(ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs, trainer.model(ids), atol=1e-4, rtol=1e-4)
 
 
 def test_a_classifier_learns_with_lora_head_included():
     torch.manual_seed(0)
-    learner = learner_of(GPTClassifier(GPT(TINY), ("a", "b")), lora_rank=2)
-    assert "score.weight" in learner.parameters
-    assert all("lora_" in n or n == "score.weight" for n in learner.parameters)
+    trainer = learner_of(GPTClassifier(GPT(TINY), ("a", "b")), lora_rank=2)
+    assert "score.weight" in trainer.parameters
+    assert all("lora_" in n or n == "score.weight" for n in trainer.parameters)
 
 
 @settings_of_hypothesis(max_examples=25, deadline=None)
@@ -325,13 +325,13 @@ def test_accumulated_gradients_are_the_big_batchs(data):
         row[: data.draw(st.integers(0, len(row) - 1))] = -100
     grads = []
     for parts in ([slice(0, rows)], [slice(0, cut), slice(cut, rows)]):
-        learner = learner_of()
+        trainer = learner_of()
         total = int((y != -100).sum())
         losses = [
-            learner.backward(x[part], y[part], int((y[part] != -100).sum()) / total, last=True)
+            trainer.backward(x[part], y[part], int((y[part] != -100).sum()) / total, last=True)
             for part in parts
         ]
-        grads.append(torch.cat([p.grad.flatten() for p in learner.parameters.values()]))
+        grads.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values()]))
         grads.append(torch.stack(losses).sum())
     whole, loss, parted, parted_loss = grads
     assert (whole - parted).norm() <= 1e-6 * whole.norm()

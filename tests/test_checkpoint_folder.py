@@ -10,12 +10,12 @@ import torch
 from reference import TINY
 from transformers import AutoTokenizer
 
-from nanogpt2 import weights
+from nanogpt2.checkpoints import weights
+from nanogpt2.checkpoints.weights import load_model, load_tokenizer, new_model, save_model
 from nanogpt2.config import GPTConfig, check_model
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint
-from nanogpt2.weights import load_model, load_tokenizer, new_model, save_model
 
 BYTES = GPTConfig(257, 8, 2, 1, 4, bos_token_id=256, eos_token_id=256)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from nanogpt2 import terminal
-from nanogpt2.generation.diverse import Diversity, chain_with
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request
+from nanogpt2.generation.search.diverse import Diversity, chain_with
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 

@@ -167,7 +167,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 @contextmanager
-def wrong_use(flag: str = "") -> Iterator[None]:
+def usage_error(flag: str = "") -> Iterator[None]:
     """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2.
 
     Without a flag the error starts with the name of one.

@@ -4,7 +4,7 @@
     header       JSON: {name: {"dtype", "shape", "data_offsets": [start, end]}, "__metadata__": {}}
     data         the tensors' bytes, without a gap
 
-A file written by tensor_file.py states its own SHA-256 in its metadata, computed with the digest's
+A file written by tensors.py states its own SHA-256 in its metadata, computed with the digest's
 64 characters taken as zeros.
 
 A model's files can be digested ahead, while torch is imported, which takes as long: so it is not

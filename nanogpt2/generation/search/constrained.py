@@ -12,7 +12,7 @@ bank, numbered by the constraints met, the begun one in part; the next K are the
 then the second best of each, and so on, banks that are further on first. So there are always some
 that are about to meet the constraints, however unlikely. Only a text that has met them all may end;
 where fewer than num_return_sequences of the texts still running at the last step have, all of those
-compete, as 4.x has it: too short a max_length may give texts without the words (finishing.py has
+compete, as 4.x has it: too short a max_length may give texts without the words (hypotheses.py has
 the other rules).
 
 Tokens are transformers' 4.x, the last version that had this built in: the prompt counts, padding
@@ -32,10 +32,10 @@ from torch import Tensor
 
 from nanogpt2.generation.beam import Beams, continuations, pick, totals, width
 from nanogpt2.generation.engine import Engine, evaluating
-from nanogpt2.generation.finishing import close, finish, ranked, start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.sampling import filler_token
+from nanogpt2.generation.search.hypotheses import close, finish, ranked, start
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
 

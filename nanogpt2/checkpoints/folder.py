@@ -17,9 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nanogpt2 import hub, tensor_header
+from nanogpt2 import hub
+from nanogpt2.checkpoints import header as tensor_header
 from nanogpt2.config import PICKLES, PRESETS, GPTConfig, check_model
-from nanogpt2.flags import show
+from nanogpt2.config.flags import show
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ GPT-2's files differ in small ways, all of which are read here:
 
 Every name, shape and type is checked from the headers, and config.json against them, before a model
 is made or a tensor read, so a wrong file leaves nothing half-loaded. Pickles are never opened.
-The files' own formats are tensor_header.py's and model_folder.py's.
+The files' own formats are header.py's and folder.py's.
 """
 
 import os
@@ -28,12 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanogpt2 import tensor_file
-from nanogpt2.classifier import GPTClassifier, Model
-from nanogpt2.config import PRESETS, GPTConfig
-from nanogpt2.flags import show
-from nanogpt2.model import GPT
-from nanogpt2.model_folder import (
+from nanogpt2.checkpoints import tensors as tensor_file
+from nanogpt2.checkpoints.folder import (
     MANIFEST,
     THEIR_NAMES,
     WEIGHTS,
@@ -45,15 +41,19 @@ from nanogpt2.model_folder import (
     read_labels,
     tokenizer_files,
 )
-from nanogpt2.packed import (
+from nanogpt2.checkpoints.header import StoredTensor
+from nanogpt2.checkpoints.tensors import TensorFile
+from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.config import PRESETS, GPTConfig
+from nanogpt2.config.flags import show
+from nanogpt2.cpu.inference_model import (
     EMBEDDING,
     MATRICES,
-    PackedGPT,
+    InferenceGPT,
     check_scheme,
 )
-from nanogpt2.products import SCALE, can_multiply
-from nanogpt2.tensor_file import TensorFile
-from nanogpt2.tensor_header import StoredTensor
+from nanogpt2.cpu.prepacked import SCALE, can_multiply
+from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
 TRANSPOSED = tuple(name for name in MATRICES if name != EMBEDDING)
@@ -168,7 +168,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     bits. Each file appears whole or not at all. Raises ValueError for a dtype that is not one of
     load_model's and for a model with LoRA, OSError for what cannot be written.
     """
-    state = dict(model.stored()) if isinstance(model, PackedGPT) else model.state_dict()
+    state = dict(model.stored()) if isinstance(model, InferenceGPT) else model.state_dict()
     if any(name.endswith(("lora_a", "lora_b")) for name in state):
         raise ValueError("the model has LoRA: save what merged(model) returns, or its adapter")
     labels = model.labels if isinstance(model, GPTClassifier) else ()
@@ -251,7 +251,7 @@ def _load(
             if packs:
                 state = _map_state(source, opened, stored)
                 release = partial(_release, opened)
-                return PackedGPT(gpt, state, quantize, release)  # type: ignore[return-value]
+                return InferenceGPT(gpt, state, quantize, release)  # type: ignore[return-value]
             state = _read_state(source, opened, stored, device, getattr(torch, dtype))
     names = {name.removeprefix(PREFIX): name for name in model.state_dict()}
     model.load_state_dict({names[ours]: tensor for ours, tensor in state.items()}, assign=True)

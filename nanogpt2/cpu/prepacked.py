@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2 import malloc
+from nanogpt2.cpu import malloc
 
 SCALE = "_scale"  # of int8, behind the matrix's name: float32 (N,)
 # rows that oneDNN's blocks are laid out for: 1 to 16 are about as fast
@@ -38,7 +38,7 @@ LEAST = 1e-30  # of a step or scale, which is divided by
 Release = Callable[[Tensor], None]
 
 
-class Product(nn.Module, ABC):
+class PrepackedLinear(nn.Module, ABC):
     """x W^T + b for a weight (N, K): (..., K) -> (..., N), and what often comes next."""
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Product(nn.Module, ABC):
         """The weight, by the ends of its tensors' names."""
 
 
-class FloatProduct(Product):
+class FloatLinear(PrepackedLinear):
     """In float32 by oneDNN; its weight is laid out, for good, after products of so many rows."""
 
     def __init__(
@@ -77,22 +77,22 @@ class FloatProduct(Product):
         self._left, self._release = lays_out_after, release
 
     def forward(self, x: Tensor) -> Tensor:
-        """See Product."""
+        """See PrepackedLinear."""
         weight = self._weight_for(x)
         return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
-        """See Product."""
+        """See PrepackedLinear."""
         weight = self._weight_for(x)
         return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "gelu", [], "tanh")
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """See Product."""
+        """See PrepackedLinear."""
         weight = self._weight_for(x)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, self._bias, "add")
 
     def stored(self) -> dict[str, Tensor]:
-        """See Product."""
+        """See PrepackedLinear."""
         return {"": self._weight.to_dense() if self._weight.is_mkldnn else self._weight}
 
     def _weight_for(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class FloatProduct(Product):
         return self._weight
 
 
-class HalfProduct(Product):
+class HalfLinear(PrepackedLinear):
     """With a weight of 16 bits, by fbgemm; the sums are float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -122,15 +122,15 @@ class HalfProduct(Product):
         self._packed = torch.ops.quantized.linear_prepack_fp16(wide, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See Product."""
+        """See PrepackedLinear."""
         return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
 
     def stored(self) -> dict[str, Tensor]:
-        """See Product."""
+        """See PrepackedLinear."""
         return {"": torch.ops.quantized.linear_unpack_fp16(self._packed)[0].half()}
 
 
-class HalfHead(Product):
+class HalfHead(PrepackedLinear):
     """The same for a large weight whose last 256 inputs fbgemm would fill up to 512.
 
     Those of two outputs, one of each half of them, stand side by side in a matrix of their own. It
@@ -144,24 +144,24 @@ class HalfHead(Product):
         first, last = weight.split([weight.size(1) - REST, REST], dim=1)
         # an output of zeros where they are odd
         last = F.pad(last, (0, 0, 0, self._N % 2))
-        self._first = HalfProduct(first, None)
-        self._last = HalfProduct(torch.cat(last.chunk(2), dim=1), None)
+        self._first = HalfLinear(first, None)
+        self._last = HalfLinear(torch.cat(last.chunk(2), dim=1), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See Product."""
+        """See PrepackedLinear."""
         first, last = x.split([x.size(-1) - REST, REST], dim=-1)
         pair = torch.stack([F.pad(last, (0, REST)), F.pad(last, (REST, 0))], dim=-2)
         more = self._last(pair).flatten(-2)  # (..., N), or one more
         return self._first(first.contiguous()).add_(more[..., : self._N])
 
     def stored(self) -> dict[str, Tensor]:
-        """See Product."""
+        """See PrepackedLinear."""
         first, last = self._first.stored()[""], self._last.stored()[""]
         last = torch.cat(last.chunk(2, dim=1))[: self._N]
         return {"": torch.cat([first, last], dim=1)}
 
 
-class Int8Product(Product):
+class Int8Linear(PrepackedLinear):
     """With q of 8 bits and a scale s for each output, by oneDNN; see the module."""
 
     middle = 128  # m
@@ -176,13 +176,13 @@ class Int8Product(Product):
         self._packed = self._pack(q)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See Product."""
+        """See PrepackedLinear."""
         u, d, low = self._narrowed(x)
         y = self._times(u)
         return torch.addcmul(self._bias, low.add(d, alpha=self.middle), self._sums).addcmul_(d, y)
 
     def stored(self) -> dict[str, Tensor]:
-        """See Product."""
+        """See PrepackedLinear."""
         return {"": self._unpacked(), SCALE: self._scale}
 
     def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +205,7 @@ class Int8Product(Product):
         return self._packed.to_dense().t()
 
 
-class Int7Product(Int8Product):
+class Int7Linear(Int8Linear):
     """The same with 7 bits of input, by fbgemm: exact and faster where oneDNN cannot use VNNI."""
 
     middle = 64
@@ -247,32 +247,32 @@ def onednn_sums_exactly() -> bool:
     """
     u = torch.full((1, 64), 255, dtype=torch.uint8)
     packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
-    found = _qlinear(u, Int8Product.middle, packed, torch.ones(16))
-    return bool((found == (255 - Int8Product.middle) * 127 * 64).all())
+    found = _qlinear(u, Int8Linear.middle, packed, torch.ones(16))
+    return bool((found == (255 - Int8Linear.middle) * 127 * 64).all())
 
 
-def product_for(
+def prepacked_linear_for(
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
     scheme: str | None,
     lays_out_after: int,
     release: Release | None,
-) -> Product:
+) -> PrepackedLinear:
     """Make the product of a scheme, by default float32.
 
-    scale: of a weight that is int8 already. lays_out_after, release: see FloatProduct.
+    scale: of a weight that is int8 already. lays_out_after, release: see FloatLinear.
     """
     if scheme is None:
-        return FloatProduct(widened(weight, release), bias, lays_out_after, release)
-    product: Product
+        return FloatLinear(widened(weight, release), bias, lays_out_after, release)
+    product: PrepackedLinear
     K = weight.size(1)
     if scheme == "fp16" and bias is None and K > FULL and K % FULL == REST:
         product = HalfHead(weight)
     elif scheme == "fp16":
-        product = HalfProduct(weight, bias)
+        product = HalfLinear(weight, bias)
     else:
-        kind = Int8Product if onednn_sums_exactly() else Int7Product
+        kind = Int8Linear if onednn_sums_exactly() else Int7Linear
         product = kind(*(to_int8(weight) if scale is None else (weight, scale)), bias)
     if release is not None:
         release(weight)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from nanogpt2 import tensor_file, tensor_header
-from nanogpt2.tensor_header import DIGEST, Digest
+from nanogpt2.checkpoints import header as tensor_header
+from nanogpt2.checkpoints import tensors as tensor_file
+from nanogpt2.checkpoints.header import DIGEST, Digest
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written one tensor at a time; their format is in tensor_header.py.
+"""Safetensors files, read and written one tensor at a time; their format is in header.py.
 
 A file is read, unless it is to be mapped into memory: then nothing is copied, and pages that are
 needed no more are the system's. But what is mapped changes where another program writes over the
@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from nanogpt2.tensor_header import DIGEST, NO_DIGEST, Header, StoredTensor, digest_of
+from nanogpt2.checkpoints.header import DIGEST, NO_DIGEST, Header, StoredTensor, digest_of
 
 DTYPES = {
     "F64": torch.float64,

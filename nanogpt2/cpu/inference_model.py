@@ -2,9 +2,9 @@
 
 One new token multiplies every weight by a single row, so a step takes as long as the weights take
 to be read. Fewer bytes, in the order in which they are needed, are what makes it faster; how they
-are multiplied is in products.py. The tied embedding is narrowed with its head. All of this is for a
-CPU, and none of it can be trained. This file does not know how tokens are chosen, nor what a file
-looks like.
+are multiplied is in prepacked.py. The tied embedding is narrowed with its head. All of this is for
+a CPU, and none of it can be trained. This file does not know how tokens are chosen, nor what a
+file looks like.
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2 import malloc
 from nanogpt2.config import SCHEMES
-from nanogpt2.model import GPT
-from nanogpt2.products import (
+from nanogpt2.cpu import malloc
+from nanogpt2.cpu.prepacked import (
     FEW_ROWS,
     SCALE,
-    Product,
+    PrepackedLinear,
     Release,
     can_multiply,
-    product_for,
+    prepacked_linear_for,
     to_fp16,
     to_int8,
     widened,
 )
+from nanogpt2.model import GPT
 
 EMBEDDING = "wte.weight"
 MATRICES = (
@@ -62,7 +62,7 @@ class NarrowEmbedding(nn.Module):
         return x.view(*ids.shape, x.size(-1))
 
 
-class PackedGPT(GPT):
+class InferenceGPT(GPT):
     """A GPT that generates, scores and measures, but cannot be trained."""
 
     def __init__(
@@ -93,7 +93,7 @@ class PackedGPT(GPT):
         # laid out beside its rows it would be a third of the model more, unless they are in a file
         after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0
         table = widened(table, release) if self.scheme is None else table
-        self.head = product_for(table, scale, None, self.scheme, after, release)
+        self.head = prepacked_linear_for(table, scale, None, self.scheme, after, release)
         if self.scheme is None:
             self.wte.weight = nn.Parameter(table, requires_grad=False)
         else:
@@ -105,7 +105,7 @@ class PackedGPT(GPT):
                 weight = f"h.{n}.{part}.{name}.weight"
                 matrix = state.pop(weight), state.pop(weight + SCALE, None)
                 after = PAYS_AFTER + FEW_ROWS * n
-                product = product_for(*matrix, bias, self.scheme, after, release)
+                product = prepacked_linear_for(*matrix, bias, self.scheme, after, release)
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
 
@@ -131,14 +131,14 @@ class PackedGPT(GPT):
         products = {EMBEDDING: self.head} | {
             f"{name}.weight": m
             for name, m in self.h.named_modules(prefix="h")
-            if isinstance(m, Product)
+            if isinstance(m, PrepackedLinear)
         }
         for name, product in products.items():
             for end, tensor in product.stored().items():
                 yield name + end, tensor
 
 
-def pack(model: GPT, scheme: str | None = None) -> PackedGPT:
+def pack(model: GPT, scheme: str | None = None) -> InferenceGPT:
     """Make a model on a CPU one that only generates, faster; `model` itself is used up.
 
     scheme: fp16 or int8, by default float32 as it is. Raises ValueError for another one, and for a
@@ -152,7 +152,7 @@ def pack(model: GPT, scheme: str | None = None) -> PackedGPT:
         state[EMBEDDING] = to_fp16(state[EMBEDDING])
     elif scheme == "int8":
         state[EMBEDDING], state[EMBEDDING + SCALE] = to_int8(state[EMBEDDING])
-    return PackedGPT(model, state, scheme)
+    return InferenceGPT(model, state, scheme)
 
 
 def check_scheme(scheme: str | None, device: str, dtype: torch.dtype) -> None:

@@ -11,15 +11,15 @@ import torch
 
 from nanogpt2 import terminal
 from nanogpt2.cli.text import Completion
+from nanogpt2.cli.tree import BeamTree
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
-from nanogpt2.generation.diverse import avoided
 from nanogpt2.generation.engine import check_memory, context_start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request, check_least, prepare
+from nanogpt2.generation.search.diverse import avoided
 from nanogpt2.generation.stopping import stop_bytes
-from nanogpt2.generation.tree import BeamTree
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def note_outgrown(request: Request, block_size: int, texts: list["Text"]) -> Non
         )
 
 
-class Show:
+class OutputSink:
     """Who follows a text while it is made: a screen, a listener, the beams' tree; or nobody."""
 
     def __init__(
@@ -112,7 +112,7 @@ class Show:
 
 
 def decode_texts(
-    model: GPT, tokenizer: Tokenizer, request: Request, show: Show | None = None
+    model: GPT, tokenizer: Tokenizer, request: Request, show: OutputSink | None = None
 ) -> list[list[Text]]:
     """Return the texts of a request's prompts; show the first text of the first while it is made.
 
@@ -120,7 +120,7 @@ def decode_texts(
     """
     decode = _beams if request.config.num_beams > 1 else _rows
     try:
-        return decode(model, tokenizer, request, show or Show())
+        return decode(model, tokenizer, request, show or OutputSink())
     except (MemoryError, RuntimeError) as error:
         # on a CPU torch has no class of its own for this
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -140,7 +140,7 @@ def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[lis
     ]
 
 
-def _rows(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> list[list[Text]]:
+def _rows(model: GPT, tokenizer: Tokenizer, request: Request, show: OutputSink) -> list[list[Text]]:
     texts = _completions(tokenizer, request, request.rows)
     flat = [text for row in texts for text in row]
     for step in steps(model, request):
@@ -153,7 +153,9 @@ def _rows(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> lis
     return [[Text(text) for text in row] for row in texts]
 
 
-def _beams(model: GPT, tokenizer: Tokenizer, request: Request, show: Show) -> list[list[Text]]:
+def _beams(
+    model: GPT, tokenizer: Tokenizer, request: Request, show: OutputSink
+) -> list[list[Text]]:
     shown, agreed = _completions(tokenizer, request, 1)[0][0], 0
     for beams in search(model, request):
         if show.tree is not None:

@@ -1,13 +1,13 @@
 """What learns: the model, its optimizers, and all that a resumed run needs to go on bit for bit.
 
-The loop sees a `Learner` as a model that takes steps. Here is what surrounds that model: several
+The loop sees a `Trainer` as a model that takes steps. Here is what surrounds that model: several
 devices, compilation, low-rank adapters, a moving average of the weights, float16's loss scale.
 
-    learner.forward(x, y)   the loss, through whatever wraps the model
-    learner.step()          clip, check, update
-    learner.view            the model to evaluate: the averaged one, if there is an average
-    learner.exported()      the plain model that this run would leave behind
-    learner.tensors()       what a checkpoint holds beside the exported model; `restore` takes it
+    trainer.forward(x, y)   the loss, through whatever wraps the model
+    trainer.step()          clip, check, update
+    trainer.eval_model            the model to evaluate: the averaged one, if there is an average
+    trainer.exported()      the plain model that this run would leave behind
+    trainer.tensors()       what a checkpoint holds beside the exported model; `restore` takes it
 
 This file does not know the data, the files or the schedule.
 """
@@ -29,7 +29,7 @@ from nanogpt2 import terminal
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.model import GPT
-from nanogpt2.training.distributed import World, shard, shared_like, whole
+from nanogpt2.training.distributed import World, full_tensor, shard, shared_like
 from nanogpt2.training.estimate import device_rate, memory_used, model_flops
 from nanogpt2.training.lora import add_lora, merged
 from nanogpt2.training.optim import make_optimizers
@@ -37,14 +37,14 @@ from nanogpt2.training.optim import make_optimizers
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Learner:
+class Trainer:
     """A model and everything that changes with it."""
 
     def __init__(self, config: TrainConfig, model: Model, world: World) -> None:
         """Take the model over: adapters, sharding and recomputation change it in place."""
         self.config, self.world, self.model = config, world, model.train()
         self.micro_batch = config.batch_size  # sequences at a time
-        self.rate = device_rate(world.kind, config.dtype)
+        self.rate = device_rate(world.device_type, config.dtype)
         if config.lora_rank:
             add_lora(model, config.lora_rank, config.lora_alpha)
         blocks = (model.transformer if isinstance(model, GPTClassifier) else model).h
@@ -59,13 +59,13 @@ class Learner:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay)
-        self.scaler = torch.amp.GradScaler(world.kind, enabled=config.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(world.device_type, enabled=config.dtype == "float16")
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
             self.parallel = DistributedDataParallel(model)
         plain = world.size == 1 and not (config.fsdp or config.compile)
         # on a GPU the rows would be added in any order, and no run end as another
-        if plain and world.kind == "cpu" and isinstance(model, GPT):
+        if plain and world.device_type == "cpu" and isinstance(model, GPT):
             model.wte.register_forward_hook(_part_from)
         if world.size > 1:
             # each process drops other activations
@@ -75,14 +75,16 @@ class Learner:
             self.forward = torch.compile(self.parallel)
 
     @property
-    def view(self) -> Model:
+    def eval_model(self) -> Model:
         """The model to evaluate."""
         return self.model if self.average is None else cast(Model, self.average.module)
 
     def precision(self) -> torch.autocast:
         """In bfloat16 or float16 the matrix products are; the weights and sums stay in float32."""
         dtype = AUTOCAST.get(self.config.dtype)
-        return torch.autocast(self.world.kind, dtype or torch.bfloat16, enabled=dtype is not None)
+        return torch.autocast(
+            self.world.device_type, dtype or torch.bfloat16, enabled=dtype is not None
+        )
 
     def backward(self, x: Tensor, y: Tensor, share: float, last: bool) -> Tensor:
         """Add `share` of a micro-batch's mean loss to the gradients; return that part of the loss.
@@ -112,7 +114,7 @@ class Learner:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
-        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
+        return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
 
     def step(self, lr: float, apply: bool = True) -> None:
         """Update the weights by the gradients, unless not to `apply` them, and drop them.
@@ -144,7 +146,7 @@ class Learner:
         if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
             raise error
         self.drop_gradients()
-        if self.world.kind == "cuda":
+        if self.world.device_type == "cuda":
             torch.cuda.empty_cache()
         # several processes would have to halve together, and wait for one another already
         if self.micro_batch == 1 or self.world.size > 1:
@@ -168,14 +170,14 @@ class Learner:
         """The plain model: adapters merged, shares gathered; every process must call this."""
         if isinstance(self.model, FSDPModule):
             return self._gathered()
-        return merged(self.view) if self.config.lora_rank else self.view
+        return merged(self.eval_model) if self.config.lora_rank else self.eval_model
 
     def _gathered(self) -> Model:
         """A copy on the CPU of the model that is shared out."""
         plain = _blank(self.model)
         # after an evaluation the outermost tensors are still together, in memory that is to go
         cast(FSDPModule, self.model).reshard()
-        state = {name: whole(p.detach()).cpu() for name, p in self.model.named_parameters()}
+        state = {name: full_tensor(p.detach()).cpu() for name, p in self.model.named_parameters()}
         plain.load_state_dict(state, assign=True)
         return plain.eval()
 
@@ -184,7 +186,7 @@ class Learner:
         bytes.
         """
         flops = model_flops(self.model.config, 1, self.config.block_size) * tokens_per_second
-        used = memory_used(self.world.kind)
+        used = memory_used(self.world.device_type)
         return {"mfu": flops / (self.rate.flops * self.world.size), "memory": used}
 
     # ---- what a checkpoint holds beside the exported model
@@ -195,7 +197,7 @@ class Learner:
         Names: optimizer.<parameter>.<slot>, rng.<device>.<process>, scaler.<field>, model.<name>,
         average.<name>. Every process must call this; only the first one's result is whole.
         """
-        found = {name: whole(tensor).cpu() for name, tensor in self._slots()}
+        found = {name: full_tensor(tensor).cpu() for name, tensor in self._slots()}
         found |= self._generators()
         found |= {
             f"scaler.{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()
@@ -233,7 +235,7 @@ class Learner:
         # a run that goes on with other processes than it had draws anew
         if f"cpu.{self.world.rank}" in states:
             torch.set_rng_state(states[f"cpu.{self.world.rank}"])
-        if self.world.kind == "cuda" and f"cuda.{self.world.rank}" in states:
+        if self.world.device_type == "cuda" and f"cuda.{self.world.rank}" in states:
             torch.cuda.set_rng_state(states[f"cuda.{self.world.rank}"])
 
     def _slots(self) -> Iterator[tuple[str, Tensor]]:
@@ -245,7 +247,7 @@ class Learner:
 
     def _generators(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
-        if self.world.kind == "cuda":
+        if self.world.device_type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state()
         return {
             f"rng.{kind}.{rank}": each

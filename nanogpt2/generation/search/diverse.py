@@ -10,7 +10,7 @@ text's score. The texts returned are the best of all groups together.
 
 Tokens are transformers' 4.x, the last version that had this built in; so a group whose search is
 over counts as one that chooses the pad token. The penalty comes after sequence_bias and before the
-other processors. finishing.py has the rules by which texts end.
+other processors. hypotheses.py has the rules by which texts end.
 
 Sources: Vijayakumar et al. 2016, "Diverse Beam Search"; transformers 4.49, _group_beam_search and
 HammingDiversityLogitsProcessor.
@@ -23,10 +23,17 @@ from torch import Tensor
 
 from nanogpt2.generation.beam import Beams, continuations, totals, width
 from nanogpt2.generation.engine import Engine, evaluating
-from nanogpt2.generation.finishing import close, finish, pad_what_is_over, ranked, run_on, start
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.sampling import filler_token
+from nanogpt2.generation.search.hypotheses import (
+    close,
+    finish,
+    pad_what_is_over,
+    ranked,
+    run_on,
+    start,
+)
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
 

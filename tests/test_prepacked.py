@@ -14,18 +14,18 @@ from transformers import GPT2LMHeadModel
 
 from nanogpt2 import generate, load_classifier, load_model, load_tokenizer, save_model
 from nanogpt2.config import SCHEMES
-from nanogpt2.model import GPT
-from nanogpt2.packed import MATRICES, PAYS_AFTER, pack
-from nanogpt2.products import (
-    FloatProduct,
+from nanogpt2.cpu.inference_model import MATRICES, PAYS_AFTER, pack
+from nanogpt2.cpu.prepacked import (
+    FloatLinear,
     HalfHead,
-    HalfProduct,
-    Int7Product,
-    Int8Product,
+    HalfLinear,
+    Int7Linear,
+    Int8Linear,
     onednn_sums_exactly,
-    product_for,
+    prepacked_linear_for,
     to_int8,
 )
+from nanogpt2.model import GPT
 from nanogpt2.quantize import measure
 
 M, K, N = 5, 24, 37
@@ -43,18 +43,18 @@ def parts():
 
 
 def int8_product(weight, bias):
-    return Int8Product(*to_int8(weight), bias)
+    return Int8Linear(*to_int8(weight), bias)
 
 
 def int7_product(weight, bias):
-    return Int7Product(*to_int8(weight), bias)
+    return Int7Linear(*to_int8(weight), bias)
 
 
 # fbgemm's product is right on every processor; oneDNN's is used only where it is, with VNNI
 NARROW = {"int8 without VNNI": int7_product}
 if onednn_sums_exactly():
     NARROW["int8"] = int8_product
-PRODUCTS = {"float": FloatProduct, "fp16": HalfProduct} | NARROW
+PRODUCTS = {"float": FloatLinear, "fp16": HalfLinear} | NARROW
 # RMS of the difference / RMS; int8: 1 / 127 of a range of about 3 deviations, rounded evenly
 TOLERANCE = {"float": 1e-6, "fp16": 5e-4, "int8": 1.2e-2, "int8 without VNNI": 2e-2}
 
@@ -95,7 +95,7 @@ def test_what_is_too_large_for_fp16_is_the_largest_there_is(model, tmp_path):
 
 def test_fp16_only_rounds_the_weights(parts):
     x, weight, bias = parts
-    assert ratio(HalfProduct(weight, bias)(x), F.linear(x, weight.half().float(), bias)) < 1e-6
+    assert ratio(HalfLinear(weight, bias)(x), F.linear(x, weight.half().float(), bias)) < 1e-6
 
 
 @pytest.mark.parametrize("N", [36, 37])
@@ -141,15 +141,17 @@ def assert_holds_the_largest(product):
 
 
 def test_the_product_chosen_here_holds_the_largest_numbers():
-    assert_holds_the_largest(lambda weight, _: product_for(weight, None, None, "int8", 0, None))
+    assert_holds_the_largest(
+        lambda weight, _: prepacked_linear_for(weight, None, None, "int8", 0, None)
+    )
 
 
 LARGEST = """
 import torch
-from nanogpt2.products import product_for
+from nanogpt2.cpu.prepacked import prepacked_linear_for
 x, weight = torch.ones(2, 64), torch.full((16, 64), -3.0)
 x[:, 0] = 0
-product = product_for(weight, None, None, "int8", 0, None)
+product = prepacked_linear_for(weight, None, None, "int8", 0, None)
 torch.testing.assert_close(product(x), torch.full((2, 16), -3.0 * 63), rtol=5e-3, atol=0)
 print(type(product).__name__)
 """
@@ -160,7 +162,7 @@ def test_the_product_follows_what_onednn_may_use():
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-c", LARGEST]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True)
-    assert done.stdout == "Int7Product\n", done.stderr
+    assert done.stdout == "Int7Linear\n", done.stderr
 
 
 @pytest.mark.parametrize("kind", ["fp16", *NARROW])
@@ -206,7 +208,7 @@ def test_what_is_no_number_stays_none(rows, wrong, kind):
 def test_a_matrix_is_laid_out_once_that_pays(parts):
     x, weight, bias = parts
     # 5 rows at a time
-    product = FloatProduct(weight, bias, lays_out_after=2 * M + 1)
+    product = FloatLinear(weight, bias, lays_out_after=2 * M + 1)
     expected = product(x)
     # many rows are no step of decoding
     for _ in range(5):
@@ -349,8 +351,8 @@ def test_the_shape_is_stated_beside_it(model, tmp_path):
     assert stated["n_embd"] == TINY.n_embd
 
 
-@pytest.mark.parametrize(("K", "kind"), [(256, HalfProduct), (512, HalfProduct), (768, HalfHead)])
+@pytest.mark.parametrize(("K", "kind"), [(256, HalfLinear), (512, HalfLinear), (768, HalfHead)])
 def test_only_a_head_is_in_two_parts(K, kind):
     weight = torch.randn(9, K)
-    assert type(product_for(weight, None, None, "fp16", 0, None)) is kind
-    assert type(product_for(weight, None, torch.ones(9), "fp16", 0, None)) is HalfProduct
+    assert type(prepacked_linear_for(weight, None, None, "fp16", 0, None)) is kind
+    assert type(prepacked_linear_for(weight, None, torch.ones(9), "fp16", 0, None)) is HalfLinear

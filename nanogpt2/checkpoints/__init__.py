@@ -1,0 +1,1 @@
+"""Checkpoints in and out: a model's files, their formats, and the model that they describe."""

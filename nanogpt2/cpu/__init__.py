@@ -1,0 +1,1 @@
+"""Code that only a CPU needs: prepacked linear layers, the inference model, malloc."""

@@ -1,0 +1,1 @@
+"""Searches beside sampling and beams: diverse, constrained, contrastive and stochastic."""
