@@ -63,7 +63,7 @@ def main(config: TrainConfig) -> None:
     with usage_error("--device"):
         world = distributed.join(config.device)
     folder.writes = world.is_first
-    terminal.speak(world.is_first)
+    terminal.enable_output(world.is_first)
     try:
         with usage_error("--resume"):
             checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
@@ -84,7 +84,7 @@ def main(config: TrainConfig) -> None:
         if config.task == "classify" and not isinstance(model, GPTClassifier):
             model = GPTClassifier(model, corpus.labels)
         with usage_error():
-            block_size = plan.block_size(config, model.config, world, corpus.rooms)
+            block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
             batches = make_batches(corpus.train, block_size, config.seed)
             config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
         validation = validation_batches(corpus.validation, config.batch_size, block_size)

@@ -1,7 +1,7 @@
-"""Numbers that say how good predictions or texts are: pure functions of plain sequences.
+"""Metrics of predictions and texts: pure functions of plain sequences.
 
-This file knows neither models nor files and imports nothing of ours, so that a run's report and
-the evaluation share it.
+This file does not know models or files. It imports nothing from nanogpt2, so that both training
+reports and the evaluation can use it.
 """
 
 import math
@@ -12,34 +12,34 @@ from typing import Any
 
 
 def perplexity(nats: float) -> float:
-    """exp of a mean cross-entropy: among how many equally likely tokens the model hesitates."""
+    """Return exp(nats): the number of equally likely tokens with this mean cross-entropy."""
     try:
         return math.exp(nats)
     except OverflowError:
         return math.inf
 
 
-# ---- how a text repeats itself
+# ---- repetition
 
 
 def ngrams(ids: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
-    """Every run of `n` tokens, in order. Raises ValueError for n < 1."""
+    """Return every run of `n` tokens, in order. Raises ValueError for n < 1."""
     if n < 1:
         raise ValueError(f"n must be >= 1, not {n}")
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
 def distinct_n(ids: Sequence[Hashable], n: int) -> float:
-    """Different n-grams / n-grams (Li et al. 2016): 1 where none occurs twice.
+    """Return distinct n-grams / all n-grams (Li et al. 2016): 1.0 if none is repeated.
 
-    0.0 for a text shorter than n tokens: there is nothing to tell apart.
+    0.0 for a text shorter than n tokens, which has no n-grams.
     """
     found = ngrams(ids, n)
     return len(set(found)) / len(found) if found else 0.0
 
 
 def repetition(ids: Sequence[Hashable], n: int) -> float:
-    """Share of n-grams that occurred before in the text: 1 - distinct_n; 0.0 where none can."""
+    """Return the fraction of repeated n-grams, 1 - distinct_n; 0.0 for fewer than n tokens."""
     return 1.0 - distinct_n(ids, n) if len(ids) >= n else 0.0
 
 
@@ -47,16 +47,20 @@ def repetition(ids: Sequence[Hashable], n: int) -> float:
 
 
 def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> float:
-    """Share of the predictions that are right. Raises ValueError for none at all."""
+    """Return the fraction of correct predictions. Raises ValueError for empty input."""
     if not targets:
-        raise ValueError("there is nothing to score")
+        raise ValueError("nothing to score: targets are empty")
     pairs = list(zip(targets, predictions, strict=True))
     return sum(target == predicted for target, predicted in pairs) / len(pairs)
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class: of those predicted, how many were right; of those there, how many were found."""
+    """Scores of one class.
+
+    precision: correct / predicted as this class; recall: correct / texts of this class; f1: their
+    harmonic mean.
+    """
 
     precision: float
     recall: float
@@ -67,29 +71,29 @@ class ClassScores:
 def class_scores(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> dict[str, ClassScores]:
-    """Precision, recall and F1 of each of `labels`; a quotient by nothing is 0."""
+    """Return precision, recall and F1 of each of `labels`; a division by zero gives 0."""
     cells = Counter(zip(targets, predictions, strict=True))
-    there, said = Counter(targets), Counter(predictions)
+    actual, predicted = Counter(targets), Counter(predictions)
     found = {}
     for label in labels:
         right = cells[label, label]
-        precision = right / said[label] if said[label] else 0.0
-        recall = right / there[label] if there[label] else 0.0
-        both = there[label] + said[label]
+        precision = right / predicted[label] if predicted[label] else 0.0
+        recall = right / actual[label] if actual[label] else 0.0
+        both = actual[label] + predicted[label]
         found[label] = ClassScores(
-            precision, recall, 2 * right / both if both else 0.0, there[label]
+            precision, recall, 2 * right / both if both else 0.0, actual[label]
         )
     return found
 
 
 def macro_f1(targets: Sequence[str], predictions: Sequence[str]) -> float:
-    """Mean F1 of the classes that occur among the targets or the predictions, each alike.
+    """Return the unweighted mean F1 of the classes among the targets or the predictions.
 
-    A class that is there and never predicted, or predicted and never there, counts as 0; one that
-    is neither does not count (scikit-learn's `average="macro"`). Raises ValueError for no targets.
+    A class that only the targets or only the predictions contain counts as 0; a class in neither
+    does not count (scikit-learn's `average="macro"`). Raises ValueError for empty input.
     """
     if not targets:
-        raise ValueError("there is nothing to score")
+        raise ValueError("nothing to score: targets are empty")
     labels = sorted({*targets, *predictions})
     scores = class_scores(targets, predictions, labels)
     return sum(score.f1 for score in scores.values()) / len(labels)
@@ -98,6 +102,6 @@ def macro_f1(targets: Sequence[str], predictions: Sequence[str]) -> float:
 def confusion(
     targets: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
 ) -> list[list[int]]:
-    """Row i, column j: texts of label i that were taken for label j."""
+    """Return a matrix: row i, column j counts the texts of label i predicted as label j."""
     cells = Counter(zip(targets, predictions, strict=True))
     return [[cells[target, predicted] for predicted in labels] for target in labels]

@@ -1,6 +1,6 @@
-"""What a person at the terminal meets: streams, progress, notes, signals. The only module to draw.
+"""The terminal: standard streams, notes, progress, signals, and all drawing of text.
 
-This file does not know what is being made.
+This file does not know what the scripts do.
 """
 
 import io
@@ -18,9 +18,9 @@ from typing import Any
 
 
 def prepare() -> None:
-    """Make the standard streams and signals safe: what a script does first.
+    """Make the standard streams and signals safe. Every script calls it first.
 
-    SIGINT ends the process with 130 and SIGTERM with 143, a closed pipe silently.
+    SIGINT exits with 130, SIGTERM with 143. A closed pipe ends the process silently.
     """
     _open_streams()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -28,24 +28,24 @@ def prepare() -> None:
 
 
 def _open_streams() -> None:
-    """Open what is closed, and have standard error never fail.
+    """Open closed standard streams on /dev/null, and make writes to stderr never fail.
 
-    A closed stream's number would go to the next file opened, and what is printed would end up
-    there: it becomes /dev/null. A run is worth more than its notes.
+    Without that, the next file opened would get a closed stream's number, and printed text would go
+    into it. A failed note must not end a run.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # the lowest number that is free is this stream's own
+            # os.open returns the lowest free number: that of the closed stream
             number = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
-    file = _Unfailing(sys.stderr.fileno(), "w", closefd=False)
+    file = _NeverFailingFile(sys.stderr.fileno(), "w", closefd=False)
     sys.stderr = io.TextIOWrapper(
         file, sys.stderr.encoding, "backslashreplace", line_buffering=True, write_through=True
     )
 
 
-class _Unfailing(io.FileIO):
-    """A file that drops what it cannot take."""
+class _NeverFailingFile(io.FileIO):
+    """A file that drops data it cannot write."""
 
     def write(self, data: Any) -> int:
         try:
@@ -56,9 +56,10 @@ class _Unfailing(io.FileIO):
 
 @contextmanager
 def checked_output() -> Iterator[None]:
-    """Make a standard output that is closed or full one line of error and exit code 1.
+    """If standard output is closed or full, print one error line and exit with 1.
 
-    For what is of no use without its output. `prepare` comes inside: it opens what is closed.
+    For scripts whose output is their only result. Call `prepare` inside, because it reopens closed
+    streams.
     """
     try:
         if sys.stdout is None:
@@ -68,58 +69,57 @@ def checked_output() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        # what could not be written is not tried again at exit
+        # redirect stdout, or Python would write the rest of the buffer again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
-_speaks = True
+_output_enabled = True
 
 
-def speak(aloud: bool) -> None:
-    """Say things from now on, or nothing but errors: one of several processes speaks for all."""
-    global _speaks
-    _speaks = aloud
+def enable_output(enabled: bool) -> None:
+    """Turn output other than errors on or off: only one of several processes prints."""
+    global _output_enabled
+    _output_enabled = enabled
 
 
 def note(text: str) -> None:
-    """Print a line for the person, on stderr: stdout is for results. An empty one is nothing."""
-    if not (_speaks and text):
+    """Print a line on stderr, because stdout is for results. An empty line prints nothing."""
+    if not (_output_enabled and text):
         return
-    # above the bar, if there is one; tqdm is loaded when one is first drawn
+    # print above a progress bar; tqdm is loaded only once a bar exists
     tqdm = sys.modules.get("tqdm")
     (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
 
 
 def write(text: str) -> None:
-    """Print text on stdout at once; what its encoding lacks becomes ?.
+    """Print text on stdout and flush; characters outside its encoding become ?.
 
-    Raises OSError where stdout cannot take it; what is printed after that goes nowhere.
+    Raises OSError if the write fails. Later text is then discarded.
     """
-    if not _speaks:
+    if not _output_enabled:
         return
     encoding = sys.stdout.encoding
     try:
         print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
     except OSError as error:
-        # what is left in the buffer would be tried again at exit
+        # redirect stdout, or Python would write the rest of the buffer again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 class Progress:
-    """A bar on stderr with speed and time left; only the evaluations where that is no terminal."""
+    """A progress bar on stderr; if stderr is not a terminal, only the evaluations are printed."""
 
     def __init__(self, total: int, done: int, unit: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=total, initial=done, unit=unit, disable=not (_speaks and sys.stderr.isatty())
-        )
+        is_drawn = _output_enabled and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not is_drawn)
 
     def show(self, figures: Mapping[str, Any]) -> None:
-        """Count one more as done, with its loss and speed; an evaluation keeps its line."""
+        """Advance by one step and show its loss and speed; print an evaluation on its own line."""
         shown = f"loss {figures['loss']:.4f}"
         evaluated = [f"{k} {v:.4f}" for k, v in figures.items() if k.startswith("val_")]
         if evaluated:
@@ -131,7 +131,7 @@ class Progress:
         self._bar.update()
 
     def advance(self, count: int) -> None:
-        """Count some more as done."""
+        """Advance by `count`."""
         self._bar.update(count)
 
     def __enter__(self) -> "Progress":
@@ -142,9 +142,9 @@ class Progress:
 
 
 class Signals:
-    """Keeps SIGINT and SIGTERM for later: `received` is the first one's number; a second exits.
+    """Stores the first SIGINT or SIGTERM in `received` for the run to handle; a second one exits.
 
-    A pipe whose reader has gone ends nothing any more.
+    A broken pipe no longer ends the process.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class Signals:
         if self.received is not None:
             sys.exit(128 + number)
         self.received = number
-        note("finishing what is under way; once more stops at once")
+        note("finishing the current step; a second signal stops at once")
 
 
 def _on_signals(action: Callable[[int], Any]) -> None:
@@ -167,31 +167,31 @@ def _on_signals(action: Callable[[int], Any]) -> None:
         signal.signal(number, handle)
 
 
-# ---- text that is drawn
+# ---- drawing
 
 
 class Screen:
-    """Text on stdout as it is made, and behind it, on a terminal, a tail that may still change."""
+    """Text streamed to stdout; on a terminal, followed by a dimmed tail that may still change."""
 
     def __init__(self) -> None:
-        self._line = ""  # what stands on the last line, without the tail
+        self._line = ""  # the last line on the screen, without the tail
 
     def write(self, text: str) -> None:
-        """Print what is certain; the tail goes."""
+        """Erase the tail and print final text."""
         self.tail("")
         write(text)
         self._line = (self._line + text).rpartition("\n")[2]
 
     def redraws(self) -> bool:
-        """True where stdout is a terminal."""
+        """Return True if stdout is a terminal."""
         return sys.stdout.isatty()
 
     def tail(self, text: str) -> None:
-        """Draw what is not certain yet, dimmed, as far as the line has room."""
+        """Draw text that may still change, dimmed, cut to the rest of the line."""
         if not self.redraws():
             return
         columns = shutil.get_terminal_size().columns
-        # a long line has wrapped: only its last row can be drawn again, a full one has no room
+        # of a wrapped line only the last row can be redrawn; a full row leaves no space for a tail
         taken = _width(self._line) % columns
         if self._line and taken == 0:
             return
@@ -205,28 +205,28 @@ class Screen:
 
 
 def _width(text: str) -> int:
-    """Columns that a text takes: wide characters take two, combining ones none."""
+    """Return a text's width in columns: wide characters take two, combining ones none."""
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
 
 
 def _last(line: str, width: int) -> str:
-    """The end of a line that takes this many columns."""
+    """Return the end of a line that fills `width` columns."""
     size = 0
     while size < len(line) and _width(line[len(line) - size :]) < width:
         size += 1
     return line[len(line) - size :]
 
 
-def paint(text: str, share: float) -> str:
+def paint(text: str, level: float) -> str:
     """Colour a text's background from red (0) over yellow to green (1)."""
-    share = min(1.0, max(0.0, share))
-    red, green = min(1.0, 2 - 2 * share), min(1.0, 2 * share)
+    level = min(1.0, max(0.0, level))
+    red, green = min(1.0, 2 - 2 * level), min(1.0, 2 * level)
     return f"\x1b[48;2;{int(160 * red)};{int(130 * green)};40m\x1b[97m{text}\x1b[0m"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Align the columns: the first to the left, the others to the right."""
+    """Align columns: the first one left, the others right."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -241,16 +241,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Node:
-    """A node of a tree: its line, and the nodes under it."""
+    """A node of a tree: its line and its children."""
 
     label: str
     children: "list[Node]"
 
 
 def tree(nodes: Sequence[Node]) -> str:
-    """Draw nodes under one another, their children behind lines."""
+    """Draw a tree with box-drawing lines, each node above its children."""
     lines = []
-    # what is still to be drawn, the next one last: a node, its indent, whether no sibling follows
+    # a stack of (node, indent, True for the last sibling)
     waiting = [(node, "", node is nodes[-1]) for node in reversed(nodes)]
     while waiting:
         node, indent, is_last = waiting.pop()
@@ -265,20 +265,21 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw a curve as one line of at most `width` blocks, each the mean of its share of `values`.
+    """Draw a curve as one line of at most `width` blocks, each the mean of a slice of `values`.
 
-    The lowest is the lowest block, the highest the highest; what is no number is left out.
+    The smallest mean gets the lowest block, the largest the highest. NaN and infinities are
+    skipped.
     """
     count = min(width, len(values))
-    shares = [
+    slices = [
         values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)
     ]
-    finite = [[value for value in share if math.isfinite(value)] for share in shares]
-    means = [math.fsum(share) / len(share) if share else None for share in finite]
+    finite = [[value for value in part if math.isfinite(value)] for part in slices]
+    means = [math.fsum(part) / len(part) if part else None for part in finite]
     known = [mean for mean in means if mean is not None]
     if not known:
         return ""
     low, high = min(known), max(known)
-    # a flat curve is a low one
+    # a constant curve is drawn with the lowest block
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(" " if m is None else BLOCKS[round((m - low) * scale)] for m in means)

@@ -1,11 +1,11 @@
 """Text <-> token ids: GPT-2's byte-pair encoding, and a plain byte-level one for tiny models.
 
-The merging engine is tiktoken's; the ranks are packaged with the project, so nothing is downloaded.
-`assets/vocab.bpe` is OpenAI's file to the byte: a version line, then one merge a line, the most
+tiktoken does the merging. The merges are packaged with the project, so nothing is downloaded.
+`assets/vocab.bpe` equals OpenAI's file to the byte: a version line, then one merge a line, the most
 frequent first. Its tokens are written in a printable alphabet, one character a byte. GPT-2's other
 file, encoder.json, follows from it: 256 single bytes, then one token a merge, then <|endoftext|>.
 
-This file does not know models, files of models or prompts.
+This file does not know models, checkpoints or prompts.
 Sources: Sennrich et al. 2016; openai/gpt-2 src/encoder.py; tiktoken_ext/openai_public.py.
 """
 
@@ -18,7 +18,7 @@ from importlib.resources import files
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-# the digests that tiktoken pins for GPT-2's two files
+# the digests that tiktoken checks GPT-2's two files against
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # contractions, words, numbers and other runs, each with at most one leading space; white space
@@ -28,7 +28,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 class Tokenizer:
     """`encode` and `decode` over one vocabulary.
 
-    Its ids are `0 <= id < vocab_size`; the last one, `end_of_text`, separates texts.
+    Ids are `0 <= id < vocab_size`; the last id, `end_of_text`, separates texts.
     """
 
     def __init__(self, name: str, merges: str) -> None:
@@ -36,7 +36,7 @@ class Tokenizer:
         self.name = name
         self.merges = merges
         self.vocabulary = _vocabulary(merges)
-        # Latin-1's characters are the bytes of their own number
+        # Latin-1 encodes the character with number n as the byte n
         byte_of = {ord(char): byte for byte, char in _printable_bytes().items()}
         self._encoding = tiktoken.Encoding(
             name=name,
@@ -73,20 +73,20 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Ids -> the bytes they stand for. Raises ValueError for an id outside the vocabulary."""
+        """Ids -> bytes. Raises ValueError for an id outside the vocabulary."""
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
         return self._encoding.decode_bytes(ids)
 
     def encoder_json(self) -> str:
-        """Return Hugging Face's vocab.json; GPT-2's is OpenAI's encoder.json to the byte."""
+        """Return the text of vocab.json; GPT-2's equals OpenAI's encoder.json to the byte."""
         return json.dumps(self.vocabulary)
 
 
 @cache
 def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's 50257 tokens. Raises ValueError where the packaged ranks are not GPT-2's."""
+    """Return GPT-2's tokenizer, 50257 ids. Raises ValueError if the packaged file is damaged."""
     data = files("nanogpt2").joinpath("assets/vocab.bpe").read_bytes()
     if hashlib.sha256(data).hexdigest() != VOCAB_BPE_SHA256:
         raise ValueError("nanogpt2/assets/vocab.bpe is damaged: reinstall nanogpt2")
@@ -95,12 +95,12 @@ def gpt2_tokenizer() -> Tokenizer:
 
 @cache
 def byte_tokenizer() -> Tokenizer:
-    """256 bytes, whose ids are their values, and <|endoftext|>: for models trained in minutes."""
+    """Return a byte tokenizer, for models trained in minutes: ids 0-255 and <|endoftext|>."""
     return Tokenizer("bytes", "")
 
 
 def _printable_bytes() -> dict[int, str]:
-    """GPT-2's alphabet, byte -> character, in the order of its ids; the hidden ones come last."""
+    """GPT-2's alphabet, byte -> character, in the order of the ids; unprintable bytes come last."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     shifted = {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -108,7 +108,7 @@ def _printable_bytes() -> dict[int, str]:
 
 
 def _vocabulary(merges: str) -> dict[str, int]:
-    """The text of vocab.bpe -> token: id. Without any merges an id is the byte's own value."""
+    """The text of vocab.bpe -> {token: id}. Without merges the id of a byte is its value."""
     alphabet = _printable_bytes()
     lines = merges.splitlines()[1:]
     tokens = [*alphabet.values()] if lines else [alphabet[byte] for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Conversations: what is written, what is trained on, and that sampling meets the same tokens."""
+"""Conversations: their text, their trained parts, and the same tokens in sampling."""
 
 from itertools import pairwise
 
@@ -49,12 +49,12 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
     # the first question, as sample.py writes and tokenises it
     prompt = preset.template.format(turns[0][0].strip())
     assert parts[0] == (prompt, False)
-    # a conversation so far, tokenised whole
+    # a conversation so far, tokenised as one text
     *asked, (last, trained) = parts
     assert trained and last == f" {turns[-1][1].strip()}"
     in_parts = [i for text, _ in asked for i in tokenizer.encode(text)]
     assert in_parts == tokenizer.encode("".join(text for text, _ in asked))
-    # a reply ends in what makes the preset stop
+    # a reply ends with the preset's stop string
     (stop,) = preset.options["stop_strings"]
     for (reply, trained), (question, _) in pairwise(parts):
         assert not trained or (reply[-1] + question).startswith(stop)
@@ -63,8 +63,8 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prompt": "a"}, "line 3 has no column 'completion'; there are: 'prompt'"),
-        ({"text": "a"}, "line 3 has no column 'prompt'; there are: 'text'"),
+        ({"prompt": "a"}, "line 3 has no column 'completion'; columns found: 'prompt'"),
+        ({"text": "a"}, "line 3 has no column 'prompt'; columns found: 'text'"),
         ({"prompt": "", "completion": "b"}, "line 3: 'prompt' is empty"),
         ({"prompt": "a", "completion": 5}, "line 3: 'completion' must be text, not '5'"),
         ({"messages": []}, "'messages' must be a list of messages"),
@@ -82,6 +82,6 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
         ),
     ],
 )
-def test_what_is_no_conversation(values, message):
+def test_malformed_conversations(values, message):
     with pytest.raises(ValueError, match=message):
         cut(**values)

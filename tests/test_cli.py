@@ -1,4 +1,4 @@
-"""What sample.py does beyond one plain text: beams, many prompts, the loop, two models."""
+"""sample.py beyond one plain text: beams, many prompts, the prompt loop, two models."""
 
 import io
 import json
@@ -22,6 +22,7 @@ from nanogpt2.cli.text import Completion, as_line, pieces
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
+from nanogpt2.generation.beam import Beams, Group
 from nanogpt2.generation.stopping import StopStrings
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -39,19 +40,19 @@ def model():
     return model
 
 
-def texts_of(model, prompt, show=None, **options):
+def texts_of(model, prompt, sink=None, **options):
     config = GenerationConfig(**{"max_new_tokens": 12, "seed": 1} | options)
     request = request_for(model, BYTES, [prompt], config)
-    return decode_texts(model, BYTES, request, show)[0]
+    return decode_texts(model, BYTES, request, sink)[0]
 
 
 # ---- text
 
 
 def feed(tokenizer, prompt, ids, stops):
-    """What a person sees, piece by piece, and the whole."""
+    """Return the pieces of text as they are printed, and the completion."""
     completion = Completion(tokenizer, tokenizer.encode(prompt), [tokenizer.end_of_text], stops)
-    # what comes after the end is left out
+    # tokens after the end must be ignored
     pieces = [*map(completion.add, ids), completion.finish()]
     assert "".join(pieces) == completion.text
     return pieces, completion
@@ -77,7 +78,7 @@ def test_stop_strings_are_cut_off(tokenizer, text, stops, expected):
     pieces, completion = feed(tokenizer, "", tokenizer.encode(text), stops)
     assert completion.text == expected
     assert completion.finish_reason == ("stop" if expected != text else "length")
-    # nothing was shown that had to be taken back
+    # no printed text had to be taken back
     for i in range(len(pieces)):
         assert expected.startswith("".join(pieces[:i]))
 
@@ -87,7 +88,7 @@ def test_a_stop_string_may_begin_in_the_prompt():
     assert completion.text == "" and completion.finish_reason == "stop"
     _, completion = feed(BYTES, "x ###", b" y", ["###"])
     assert completion.text == " y" and completion.finish_reason == "length"
-    # what may belong to it is not shown either
+    # text that may belong to the stop string is held back
     assert feed(BYTES, "x #", b"## y", ["###"])[0] == [""] * 5
     assert feed(BYTES, "x #", b"#y", ["###"])[1].text == "#y"
 
@@ -109,7 +110,7 @@ PIECES = [b"\xef", b"\xbf", b"\xbd", b"\xe4", b"\xbd", b"\xa0", b"a", b"b"]
 )
 @settings(deadline=None)
 def test_a_text_is_cut_where_the_search_ends_it(before, new, stops):
-    """Broken characters, whose U+FFFD is shown and not written, included."""
+    """Broken characters included: they are shown as U+FFFD, but not written that way."""
     prompt, ids = [*b"".join(before)], [*b"".join(new)]
     strings, completion = StopStrings(stops, BYTES), Completion(BYTES, prompt, [], stops)
     shown = ""
@@ -150,7 +151,7 @@ def test_any_bytes_are_shown_as_the_whole_decoded(ids):
 def test_any_text_is_cut_at_its_first_stop_string(text, stops):
     pieces, completion = feed(BYTES, "", BYTES.encode(text), stops)
     ends = [text.index(stop) + len(stop.encode()) * 0 for stop in stops if stop in text]
-    # the first to be complete ends the text; those that begin within it cut it
+    # the first complete stop string ends the text, at the earliest start of a stop string
     complete = [i for i in range(len(text) + 1) if any(text[:i].endswith(s) for s in stops)]
     if complete:
         seen = text[: complete[0]]
@@ -177,10 +178,10 @@ def test_any_text_is_cut_at_its_first_stop_string(text, stops):
     ],
     ids=str,
 )
-def test_what_is_streamed_is_the_text(model, options, seed):
+def test_the_streamed_text_is_the_finished_text(model, options, seed):
     heard = []
     options = options | {"seed": seed}
-    texts = texts_of(model, "日本 🙂", OutputSink(heard=heard.append), **options)
+    texts = texts_of(model, "日本 🙂", OutputSink(on_text=heard.append), **options)
     assert "".join(heard) == texts[0].completion.text
     ids = torch.tensor([BYTES.encode("日本 🙂")])
     found = generate(model, ids, tokenizer=BYTES, **{"max_new_tokens": 12} | options)
@@ -196,7 +197,7 @@ def test_beams_are_shown_as_soon_as_they_agree(model):
     for seed in range(4):
         heard = []
         options = {"num_beams": 3, "max_new_tokens": 40, "do_sample": True, "seed": seed}
-        texts_of(model, "ab", OutputSink(heard=heard.append), **options)
+        texts_of(model, "ab", OutputSink(on_text=heard.append), **options)
         shown.append(len([piece for piece in heard if piece]))
     assert max(shown) > 5, "all came at the end"
 
@@ -243,13 +244,13 @@ def test_a_prompt_gives_the_same_alone(model, options):
         (alone,) = run_all(model, [prompt], **options)
         assert alone["token_ids"] == both["token_ids"]
         assert alone["score"] == pytest.approx(both["score"], abs=1e-4)
-        # and what generate() says
+        # the same as generate()
         ids = torch.tensor([BYTES.encode(prompt)])
         expected = generate(model, ids, **{"max_new_tokens": 6} | options).sequences[0]
         assert both["token_ids"] == expected[ids.size(1) :].tolist()
 
 
-def test_a_prompt_without_room_is_said_before_any_text(model, capsys):
+def test_a_prompt_that_fills_the_context_is_an_error_before_any_text(model, capsys):
     prompts = ["a", "much too long", "bb", "too long", "c"]
     options = {"max_length": 6, "max_new_tokens": None, "do_sample": False}
     with pytest.raises(ValueError, match=r"^prompts 'prompts.txt' line 2: max_length .*skip_bad"):
@@ -258,7 +259,7 @@ def test_a_prompt_without_room_is_said_before_any_text(model, capsys):
     assert [f["prompt"] for f in found] == ["a", "bb", "c"]
     err = capsys.readouterr().err
     assert err.count("skipped") == 2 and "line 2: max_length" in err and "line 4: max_" in err
-    # what no line can do is the option's fault
+    # if every line fails, the option is at fault, so nothing is skipped
     with pytest.raises(ValueError, match=r"^max_length must be > 1"):
         run_all(model, ["a", "bb"], skip_bad=True, max_length=1, max_new_tokens=None)
     with pytest.raises(ValueError, match="eos_token_id must"):
@@ -266,8 +267,8 @@ def test_a_prompt_without_room_is_said_before_any_text(model, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_fails_after_the_first_texts_is_no_wrong_use(model):
-    # each token once: the second prompt's letters leave nothing that is allowed
+def test_a_failure_after_the_first_texts_is_not_wrong_use(model):
+    # each token may occur once: the second prompt has used both
     allowed = [97, 98]
     options = {"suppress_tokens": [i for i in range(257) if i not in allowed], "max_new_tokens": 1}
     options |= {"no_repeat_ngram_size": 1, "eos_token_id": None}
@@ -313,7 +314,7 @@ def test_unique_texts(model, noise):
     assert run_all(model, ["a", "b"], unique=True, **options) == found
 
 
-def test_too_few_unique_texts_are_said(model, capsys):
+def test_too_few_unique_texts_are_noted(model, capsys):
     options = {"num_return_sequences": 4, "max_new_tokens": 1, "top_k": 2}
     found = run_all(model, ["a", "b"], unique=True, **options)
     assert len(found) <= 4
@@ -359,7 +360,7 @@ def test_prompts_are_read(tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_what_is_jsonl(tmp_path, monkeypatch, name, text, expected):
+def test_jsonl_is_recognised(tmp_path, monkeypatch, name, text, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p").touch()
     if name == "-":
@@ -369,7 +370,7 @@ def test_what_is_jsonl(tmp_path, monkeypatch, name, text, expected):
     assert read_prompts(name, skip_bad=False) == expected
 
 
-# ---- the loop
+# ---- the prompt loop
 
 
 def talk(model, monkeypatch, lines, template="{}", opening="", **options):
@@ -406,13 +407,13 @@ def test_undo_retry_and_branches(model, monkeypatch, capsys):
     assert err.count("error: ") == 6 and "Traceback" not in err
 
 
-def test_what_fails_takes_nothing_away(model, monkeypatch, capsys):
+def test_a_failed_command_keeps_the_text(model, monkeypatch, capsys):
     c = talk(model, monkeypatch, ["Hello", ":set max_length 3", ":retry", "more"])
     assert len(c.history) == 2 and c.text.startswith("Hello")
     assert capsys.readouterr().err.count("error: max_length must be > ") == 2
 
 
-def test_a_limit_that_is_set_holds(model, monkeypatch):
+def test_a_limit_set_in_the_loop_holds(model, monkeypatch):
     options = {"eos_token_id": None, "max_new_tokens": 5}
     c = talk(model, monkeypatch, [":set max_length 30", "Hello"], **options)
     assert len(c.text.encode("utf-8")) >= 25 and c.options.max_new_tokens is None
@@ -430,7 +431,7 @@ def test_nothing_is_ignored(model, monkeypatch, capsys):
     lines += [":set num_return_sequences 3", ":set num_beams 2", ":set length_penalty 2"]
     c = talk(model, monkeypatch, ["Hello", *lines, ":set num_beams 1", ":set early_stopping true"])
     err = capsys.readouterr().err
-    assert err.count("error: ") == 7 and "error: :quit stands alone, without 'now'" in err
+    assert err.count("error: ") == 7 and "error: :quit takes no argument, not 'now'" in err
     assert "early_stopping must come with num_beams" in err and c.options.length_penalty == 2
     assert len(c.history) == 2
     c = talk(model, monkeypatch, [":set do_sample false", ":set top_p 0.5"])
@@ -440,21 +441,21 @@ def test_nothing_is_ignored(model, monkeypatch, capsys):
     assert c.options.top_k == 6 and "error" not in capsys.readouterr().err
 
 
-def test_a_byte_that_is_no_text_spoils_its_line_only(model, monkeypatch, capsys):
+def test_a_byte_outside_utf8_makes_only_its_line_invalid(model, monkeypatch, capsys):
     c = talk(model, monkeypatch, ["Hello", "a\udcffb", ":save \udcfe", " é", ":quit", "x"])
     assert len(c.history) == 3 and " é" in c.text
     err = capsys.readouterr().err
-    assert err.count("error: ") == 2 and "the byte 0xff is not" in err
+    assert err.count("error: ") == 2 and "cannot decode the byte 0xff" in err
 
 
-def test_saving_leaves_no_half(model, monkeypatch, tmp_path, capsys):
+def test_saving_leaves_no_partial_file(model, monkeypatch, tmp_path, capsys):
     lines = [f":save {tmp_path}/text", f":save {tmp_path}/no/such", f":save {tmp_path}"]
     talk(model, monkeypatch, lines, opening="half \ud800")
     assert not [*tmp_path.iterdir()]
     assert capsys.readouterr().err.count("error: ") == 3
 
 
-def test_saving_that_fails_leaves_nothing(model, monkeypatch, tmp_path, capsys):
+def test_failed_saving_leaves_no_file(model, monkeypatch, tmp_path, capsys):
     def fail(*arguments):
         raise OSError("no space")
 
@@ -463,7 +464,7 @@ def test_saving_that_fails_leaves_nothing(model, monkeypatch, tmp_path, capsys):
     assert not [*tmp_path.iterdir()] and "error: no space" in capsys.readouterr().err
 
 
-def test_an_opening_without_room_shows_nothing(model, monkeypatch, capsys):
+def test_an_opening_that_fills_the_context_prints_nothing(model, monkeypatch, capsys):
     with pytest.raises(ValueError, match="max_length"):
         talk(model, monkeypatch, [], opening="Hello", max_length=3, max_new_tokens=None)
     assert capsys.readouterr() == ("", "")
@@ -500,7 +501,7 @@ def test_ctrl_c_stops_the_text_only(model, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nanogpt2.cli.interactive.decode_texts", interrupted)
-    c.obey("Hello")
+    c.execute("Hello")
     assert calls and c.text == "Hello" and "stopped" in capsys.readouterr().err
 
 
@@ -536,7 +537,7 @@ def test_two_models_are_compared_by_their_formulas(model):
 
 @pytest.mark.parametrize("block_size", [1, 2, 16])
 def test_comparing_past_the_context(block_size, capsys):
-    """No token is left out: each is scored in the context it was written in."""
+    """Every token is scored, each in the context in which it was written."""
     torch.manual_seed(5)
     model = GPT(GPTConfig(257, block_size, 1, 1, 8, bos_token_id=256, eos_token_id=256)).eval()
     options = GenerationConfig(max_new_tokens=40, eos_token_id=None)
@@ -590,9 +591,9 @@ def test_whole_characters_and_nothing_beyond_the_end(tokenizer, text, stops):
         completion.finish()
         parts = [*pieces(tokenizer, completion)]
         assert "".join(piece for piece, _ in parts) == completion.text
-        # every token once, and no more than it takes for a character
-        places = [i for _, tokens in parts for i in range(*tokens.indices(10**6))]
-        assert places == [*range(len(places))]
+        # every token once, in the shortest pieces of whole characters
+        indices = [i for _, tokens in parts for i in range(*tokens.indices(10**6))]
+        assert indices == [*range(len(indices))]
         for piece, tokens in parts[:-1]:
             assert tokenizer.decode(completion.token_ids[tokens]) == piece
     values = [0.0] * len(completion.token_ids)
@@ -611,7 +612,7 @@ def test_any_bytes_in_whole_characters(data, ends):
     assert "".join(piece for piece, _ in pieces(BYTES, completion)) == completion.text
 
 
-def test_json_has_no_word_for_what_is_no_number():
+def test_nan_and_infinities_are_null_in_json():
     value = {"a": [float("nan"), float("inf"), -float("inf"), 0.1], "b": "NaN é"}
     assert json.loads(as_line(value)) == {"a": [None, None, None, 0.1], "b": "NaN é"}
     assert as_line(value).count("\n") == 1
@@ -620,19 +621,46 @@ def test_json_has_no_word_for_what_is_no_number():
 # ---- the beams' tree
 
 
+class Numbers:
+    """Writes token ids as numbers, so that a drawn line shows exactly which tokens it holds."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def parsed(drawn):
+    """A drawn tree as nested lists of (token ids, score of the text that ends there, children)."""
+    levels = [[]]
+    for line in drawn.splitlines():
+        found = re.match(r"(\W*)'([\d ]+)'(?:  ended, score (\S+))?", line)
+        indent, numbers, score = found.groups()
+        # "├─ " and each level of indentation above it take three columns
+        del levels[len(indent) // 3 :]
+        node = ([*map(int, numbers.split())], score and float(score), [])
+        levels[-1].append(node)
+        levels.append(node[2])
+    return levels[0]
+
+
+def ended(nodes, path=()):
+    """Yield (token ids from the root, score) of each ended text."""
+    for tokens, score, children in nodes:
+        if score is not None:
+            yield (*path, *tokens), score
+        yield from ended(children, (*path, *tokens))
+
+
 def test_the_tree_holds_every_text(model):
     options = GenerationConfig(num_beams=4, num_return_sequences=4, max_new_tokens=6, seed=0)
     request = request_for(model, BYTES, ["ab"], replace(options, eos_token_id=(101, 32)))
     tree = BeamTree(request.prompt_length)
     texts = decode_texts(model, BYTES, request, OutputSink(tree=tree))[0]
-    drawn = tree.draw(BYTES)
+    drawn = tree.draw(Numbers())
     assert drawn.count("ended, score") >= 4 and "pruned at" in drawn
+    scores = dict(ended(parsed(drawn)))
     for text in texts:
-        place = tree._root
-        for token in text.completion.token_ids:
-            place = place.children[token]
-        assert place.final == pytest.approx(text.score)
-        assert f"{text.score:.3f}" in drawn
+        assert scores[tuple(text.completion.token_ids)] == pytest.approx(text.score, abs=6e-4)
+        assert f"{text.score:.3f}" in tree.draw(BYTES)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -643,33 +671,36 @@ def test_the_tree_is_best_first(model, seed):
     request = request_for(model, BYTES, ["ab"], options)
     tree = BeamTree(request.prompt_length)
     decode_texts(model, BYTES, request, OutputSink(tree=tree))
-    best_of = {}
+    counts = []
 
-    def walk(place):
-        """All final scores at and under a place, children in the order of the drawing."""
-        scores = [] if place.final is None else [place.final]
-        below = [walk(child) for child in tree._best_first(place)]
+    def walk(nodes):
+        """All final scores in a subtree; siblings must be in the order of their best."""
+        below = []
+        for _, score, children in nodes:
+            below.append(([] if score is None else [score]) + walk(children))
         tops = [max(scores, default=-math.inf) for scores in below]
         assert tops == sorted(tops, reverse=True)
-        best_of[len(best_of)] = len(below)
-        return scores + [score for scores in below for score in scores]
+        counts.append(len(nodes))
+        return [score for scores in below for score in scores]
 
-    scores = walk(tree._root)
-    assert len(scores) >= 5 and max(best_of.values()) > 1
-    drawn = tree.draw(BYTES)
+    drawn = tree.draw(Numbers())
+    scores = walk(parsed(drawn))
+    assert len(scores) >= 5 and max(counts) > 1
     first = re.search(r"score (-?[0-9.]+)", drawn).group(1)
     assert first == f"{max(scores):.3f}"
 
 
-def test_a_tree_deeper_than_the_stack_is_drawn(model):
+def test_a_tree_deeper_than_the_stack_is_drawn():
     """Each step drops a beam at another token: as many splits as steps."""
     tree, steps = BeamTree(1), sys.getrecursionlimit() + 9
-    path = []
-    for _ in range(steps):
-        tree._step += 1
-        tree._put([*path, 98], score=-2.0).score = -2.0
-        path.append(97)
-        tree._put(path, score=-1.0).score = -1.0
+    none = torch.zeros(1, 0, dtype=torch.bool)
+    for step in range(steps):
+        path = [0] + [97] * step
+        ids = torch.tensor([[[*path, 98], [*path, 97]]])  # (1, K, T)
+        rows = torch.zeros(1, 2, step + 1, dtype=torch.int32)
+        running = Group(ids, torch.tensor([[-2.0, -1.0]]), rows)
+        finished = Group(ids[:, :0], torch.zeros(1, 0), rows[:, :0])
+        tree.record(Beams(running, finished, none, torch.tensor([[True]])))
     lines = tree.draw(BYTES).splitlines()
     assert (
         len(lines) == 2 * steps

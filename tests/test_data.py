@@ -1,4 +1,4 @@
-"""From a source to what is trained on: splits, labels, the cache, and what is refused."""
+"""From a source to training and validation data: splits, labels, the cache and errors."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanogpt2.data import files
-from nanogpt2.data.corpus import SHORTEST, VALIDATION_MOST, Columns, load_corpus
+from nanogpt2.data.corpus import MAX_VALIDATION_TOKENS, MIN_TOKENS, Columns, load_corpus
 from nanogpt2.data.shards import write_shard
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 
@@ -28,7 +28,7 @@ def write(path, *records):
 
 
 def texts_of(ids):
-    """The texts that ids hold, the last one perhaps cut."""
+    """Return the texts in ids; the last one may be cut."""
     return BYTES.decode(ids.tolist()).split("<|endoftext|>")
 
 
@@ -45,12 +45,12 @@ def test_an_empty_corpus(here, text):
 
 def test_a_corpus_too_short(here):
     path = here / "book.txt"
-    path.write_text("x" * (SHORTEST - 2))
-    with pytest.raises(ValueError, match=f"{SHORTEST - 1} tokens, at least {SHORTEST}"):
+    path.write_text("x" * (MIN_TOKENS - 2))
+    with pytest.raises(ValueError, match=f"{MIN_TOKENS - 1} tokens, at least {MIN_TOKENS}"):
         load_corpus("book.txt", BYTES)
-    path.write_text("x" * (SHORTEST - 1))
+    path.write_text("x" * (MIN_TOKENS - 1))
     corpus = load_corpus("book.txt", BYTES)
-    assert len(corpus.train) + len(corpus.validation) == SHORTEST
+    assert len(corpus.train) + len(corpus.validation) == MIN_TOKENS
 
 
 def test_one_text_is_validated_on_its_end(here):
@@ -61,7 +61,7 @@ def test_one_text_is_validated_on_its_end(here):
     assert corpus.train.tolist() == ids[:900] and corpus.validation.tolist() == ids[900:]
 
 
-def test_many_texts_are_validated_on_whole_ones_at_random(here):
+def test_many_texts_are_validated_on_whole_texts_at_random(here):
     for i in range(40):
         (here / f"{i:02}.txt").write_text(chr(65 + i) * 99)
     (here / "blank.txt").write_text(" \n")
@@ -82,7 +82,9 @@ def test_records_are_texts_too(here):
     texts = texts_of(np.concatenate([corpus.train, corpus.validation]))
     expected = [f"{i} sheep" for i in range(30)] + ["one sheep", "two sheep", "no sheep", ""]
     assert sorted(texts) == sorted(expected)
-    with pytest.raises(ValueError, match=r"a.jsonl' line 1 has no column 'text'; there are: 'body"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl' line 1 has no column 'text'; columns found: 'body"
+    ):
         load_corpus("data", BYTES)
     (here / "data/b.csv").write_text("id,body\n1,one sheep\n2,\n")
     with pytest.raises(ValueError, match=r"b.csv' line 3: 'body' is empty"):
@@ -91,10 +93,10 @@ def test_records_are_texts_too(here):
 
 def test_validation_is_capped(here):
     (here / "book.txt").write_text("word " * 200_000)
-    assert len(load_corpus("book.txt", BYTES).validation) == VALIDATION_MOST
+    assert len(load_corpus("book.txt", BYTES).validation) == MAX_VALIDATION_TOKENS
 
 
-def test_a_validation_of_its_own(here):
+def test_a_separate_validation_source(here):
     (here / "book.txt").write_text("to train on " * 20)
     (here / "other.txt").write_text("to validate on ")
     corpus = load_corpus("book.txt", BYTES, validation="other.txt", block_size=15)
@@ -107,7 +109,7 @@ def test_a_validation_of_its_own(here):
         load_corpus("book.txt", BYTES, validation="missing.txt")
 
 
-def test_what_was_read_is_what_was_written_however_it_is_packed(here):
+def test_packing_changes_no_token(here):
     text = "naïve 文字, to be or not to be\n" * 30
     (here / "a.txt").write_text(text)
     (here / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
@@ -119,7 +121,7 @@ def test_what_was_read_is_what_was_written_however_it_is_packed(here):
 def test_a_long_text_is_tokenised_in_pieces(here, monkeypatch, size):
     text = "To be, or not to be: that's the question.\n\n  Whether 'tis nobler\t" * 50
     (here / "book.txt").write_text(text)
-    monkeypatch.setattr(files, "PIECE", size)
+    monkeypatch.setattr(files, "PIECE_SIZE", size)
     tokenizer, longest = gpt2_tokenizer(), []
     real = Tokenizer.encode
     monkeypatch.setattr(Tokenizer, "encode", lambda s, t: longest.append(len(t)) or real(s, t))
@@ -145,12 +147,12 @@ def test_texts_are_tokenised_once(here, monkeypatch):
     assert not calls and again.sha256 == first.sha256
     assert np.array_equal(again.train, first.train) and again.train.dtype == np.uint16
     assert isinstance(again.train, np.memmap)
-    # another tokenizer, another text: another entry
+    # another tokenizer or text gets another cache entry
     load_corpus("book.txt", BYTES, cache=cache)
     path.write_text("other words\n" * 40)
     assert load_corpus("book.txt", gpt2_tokenizer(), cache=cache).sha256 != first.sha256
     assert calls and len(list(cache.iterdir())) == 3
-    # merges of its own under the same name
+    # so does a tokenizer of the same name with other merges
     merges = "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in ("to", "be", "or", "no"))
     load_corpus("book.txt", Tokenizer("gpt2", merges), cache=cache)
     assert len(list(cache.iterdir())) == 4
@@ -193,7 +195,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(here, capsys):
 # ---- token files
 
 
-def test_a_token_file_is_taken_as_it_is(here):
+def test_a_token_file_is_used_directly(here):
     write_shard("ids.tokens", [range(200)], np.uint32)
     corpus = load_corpus("ids.tokens", BYTES, vocab_size=200)
     assert corpus.train.tolist() == [*range(180)] and corpus.train.dtype == np.uint32
@@ -206,7 +208,7 @@ def test_a_token_file_is_taken_as_it_is(here):
     with pytest.raises(ValueError, match="token id -1, outside the vocabulary of 257"):
         load_corpus("ids.tokens", BYTES)
     (here / "ids.tokens").write_bytes(b"not ours")
-    with pytest.raises(ValueError, match=r"'ids.tokens' is no token file"):
+    with pytest.raises(ValueError, match=r"'ids.tokens' is not a token file"):
         load_corpus("ids.tokens", BYTES)
 
 
@@ -247,7 +249,7 @@ def test_one_record_cannot_be_split(here):
 
 
 def test_examples_held_out_are_capped(here, monkeypatch):
-    monkeypatch.setattr("nanogpt2.data.corpus.VALIDATION_MOST", 100)
+    monkeypatch.setattr("nanogpt2.data.corpus.MAX_VALIDATION_TOKENS", 100)
     write(here / "a.jsonl", *({"prompt": "a" * 9, "completion": "b"} for _ in range(500)))
     corpus = load_corpus("a.jsonl", BYTES, "chat")
     assert corpus.validation.tokens <= 100 < corpus.validation.tokens + 20
@@ -272,7 +274,7 @@ def test_classify(here):
 
 
 def test_every_class_stays_known(here):
-    # as many records as labels but one
+    # one record more than labels
     write(here / "a.jsonl", *mails(5, "a b c d"))
     corpus = load_corpus("a.jsonl", BYTES, "classify")
     assert len(corpus.validation) == 1 and set(corpus.train.classes) == {0, 1, 2, 3}
@@ -289,7 +291,7 @@ def test_labels_unseen_in_training(here):
     write(here / "b.jsonl", *mails(3, "spam"))
     corpus = load_corpus("a.jsonl", BYTES, "classify", validation="b.jsonl")
     assert corpus.validation.classes.tolist() == [1, 1, 1]
-    # a classifier that goes on learning keeps its numbers
+    # a classifier that is trained further keeps its numbers
     given = ("eggs", "spam", "ham")
     corpus = load_corpus("a.jsonl", BYTES, "classify", labels=given)
     assert corpus.labels == given and set(corpus.train.classes) == {1, 2}
@@ -315,7 +317,7 @@ def test_the_label_of_a_text_file_is_its_folders_name(here):
         inputs, targets = corpus.train.example(i, 99)
         text = BYTES.decode(inputs.tolist())
         assert text.startswith(corpus.labels[targets[-1]])
-    # the same texts under other labels are other data
+    # the same texts with other labels are different data
     (here / "mails/spam").rename(here / "mails/zebra")
     renamed = load_corpus("mails", BYTES, "classify")
     assert renamed.labels == ("ham", "zebra") and renamed.sha256 != corpus.sha256
@@ -324,15 +326,15 @@ def test_the_label_of_a_text_file_is_its_folders_name(here):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([], "is empty: there is no record in it"),
+        ([], "is empty: no record in it"),
         (mails(5, "ham"), "has one label alone, 'ham'; two are needed"),
         ([*mails(5), {"text": "a", "label": " "}], "line 6: 'label' is empty"),
         ([*mails(5), {"text": "", "label": "ham"}], "line 6: 'text' is empty"),
-        ([*mails(5), {"text": "a"}], "line 6 has no column 'label'; there are: 'text'"),
+        ([*mails(5), {"text": "a"}], "line 6 has no column 'label'; columns found: 'text'"),
         ([*mails(5), {"text": "a", "label": None}], "must be text or a whole number, not 'None'"),
     ],
 )
-def test_what_cannot_be_classified(here, records, message):
+def test_records_that_cannot_be_classified(here, records, message):
     write(here / "a.jsonl", *records)
     with pytest.raises(ValueError, match=f"'a.jsonl' {message}|{message}"):
         load_corpus("a.jsonl", BYTES, "classify")

@@ -1,4 +1,4 @@
-"""Texts in pieces: the ids of the whole, whatever the pieces."""
+"""Texts in pieces: the ids of the whole text, however it is cut."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 
 GPT2, BYTES = gpt2_tokenizer(), byte_tokenizer()
 
-# what GPT-2's words turn on: white space of all kinds, contractions, letters, numbers, marks
+# text that tests GPT-2's pattern: white space, contractions, letters, numbers, marks
 PARTS = [" ", "\n", "\t", "\r", "\xa0", "\u2028", "\x1c", "'s", "'", "ll", "the", "é", "٣"]
 PARTS += ["5", "!", "😀", "\u0301", "<|endoftext|>", " the", "\n\n", "  ", "\0"]
 texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3)).map("".join)
@@ -30,7 +30,7 @@ def test_pieces_give_the_ids_of_the_whole(parts):
 
 @given(texts)
 def test_every_cut_that_is_made_is_safe(text):
-    # of parts this short, nearly all places
+    # parts this short put a possible cut nearly everywhere
     pieces = [*safe_pieces(text[i : i + 3] for i in range(0, len(text), 3))]
     assert [i for piece in pieces for i in GPT2.encode(piece)] == GPT2.encode(text)
 

@@ -1,4 +1,4 @@
-"""The evaluation against transformers' model and straightforward computations, and its refusals."""
+"""The evaluation against transformers' model and simple computations; its errors."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def their_log_probability(theirs, context, token):
 
 
 def their_nats(theirs, ids, block_size, stride):
-    """Token by token, from the docstring's definition of the context."""
+    """Sum the nats token by token, from the docstring's definition of the context."""
     total = 0.0
     for i in range(1, len(ids)):
         k = max(0, math.ceil((i - block_size) / stride))
@@ -53,7 +53,7 @@ def their_nats(theirs, ids, block_size, stride):
 
 
 def their_score(theirs, context, target):
-    """A continuation's log-probability and whether each token is the likeliest, one by one."""
+    """Return a continuation's log-probability, and whether each token is the likeliest."""
     ids = (context + target)[:-1][-BLOCK:]
     total, greedy = 0.0, True
     for j, token in enumerate(target):
@@ -101,7 +101,7 @@ def test_perplexity_is_transformers(models, length, stride):
     assert found.tokens == length - 1
     assert found.nats_per_token == pytest.approx(expected / (length - 1), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(expected / (length - 1)), rel=1e-4)
-    # a byte a token, and the first one is not scored
+    # every token is one byte, and the first one is not scored
     assert found.bits_per_byte == pytest.approx(found.nats_per_token / math.log(2))
 
 
@@ -139,7 +139,7 @@ def test_perplexity_counts_bytes_and_words(capsys, models, tmp_path):
     assert found["word_perplexity"] == pytest.approx(math.exp(nats / len(TEXT.split())), rel=1e-4)
     assert (found["task"], found["model"], found["block_size"]) == ("perplexity", folder, BLOCK)
     assert found["stride"] == 5 and "published" not in found
-    # half a block is the default, and the first tokens alone are a text too
+    # the default stride is half a block; --limit evaluates the first tokens only
     short = run_json(capsys, str(path), "--model", folder, "--limit", "20", "--batch_size", "1")
     assert (short["stride"], short["tokens"]) == (BLOCK // 2, 19)
     expected = their_nats(theirs, ids[:20], BLOCK, BLOCK // 2) / 19
@@ -198,14 +198,14 @@ def test_greedy_means_every_token(models):
     wrong = (best[1] + 1) % 256
     pairs = [Continuation(context, target) for target in (best, [best[0], wrong], best[:1])]
     assert [s.greedy for s in score(ours, pairs, 2, BLOCK)] == [True, False, True]
-    # without the likeliest first token the second likeliest is the model's word
+    # with the likeliest first token banned, the second likeliest is the greedy choice
     with torch.no_grad():
         second = theirs(torch.tensor([context])).logits[0, -1].topk(2).indices[1].item()
     [found] = score(ours, [Continuation(context, [second])], 1, BLOCK, banned_first=best[:1])
     assert not found.greedy and found.greedy_allowed
 
 
-def test_continuations_that_cannot_be():
+def test_invalid_continuations():
     for pair, message in [
         (Continuation([1], []), "continuation 0 has no token to predict"),
         (Continuation([], [1]), "or none before it"),
@@ -291,7 +291,7 @@ def test_readings_of_a_question(tmp_path):
         "Roof shingle removal: How to go. Up on.",
     ]
     assert [q.label for q in readings["plain"]] == [3, 1]
-    # the parts make the context where it is not there; without the activity there is one reading
+    # without `ctx`, its parts make the context; without the activity only plain is read
     parts = {name: QUESTION[name] for name in ("ctx_a", "ctx_b", "endings", "label")}
     with pytest.raises(ValueError, match="line 1 has no column 'ctx'"):
         write_lines(path, {"endings": ["a", "b"], "label": 0})
@@ -350,7 +350,7 @@ def test_hellaswag(capsys, models, tmp_path):
 
 
 def test_hellaswag_by_each_length(monkeypatch):
-    # (log-probability, tokens with the space, characters, bytes) of the endings; one wins by each
+    # the best ending depends on the length that divides its log-probability
     endings = ("a", "\u00e9" * 4, "abcdef", "abcd")
     found = [Score(total, False, False) for total in (-2.0, -4.5, -7.0, -4.2)]
     monkeypatch.setattr(hellaswag, "score", lambda *_, advance: found)
@@ -359,7 +359,7 @@ def test_hellaswag_by_each_length(monkeypatch):
             name: [hellaswag.Question("x", endings, label)] for name in ("plain", "harness")
         }
         shown = hellaswag.measure_hellaswag(None, TOKENIZER, readings, 8, BLOCK)
-        # a 2, 1, 1; four letters of two bytes 9, 4, 8; 7, 6, 6; 5, 4, 4
+        # tokens with the space, characters and bytes: 2, 1, 1; 9, 4, 8; 7, 6, 6; 5, 4, 4
         winners = {"acc": 0, "tokens": 1, "characters": 3, "bytes": 1}
         assert shown["plain"] == {
             "acc": float(label == winners["acc"]),
@@ -422,7 +422,7 @@ def test_classification(capsys, classifier, tmp_path):
             assert found["confusion"][target][predicted] == count
     shown = run(capsys, *argv)
     assert "macro_f1" in shown and "precision" in shown
-    # the table: a row for each label, with the counts of those it was taken for
+    # the table has a row for each label, with the counts of its predicted labels
     row = [str(n) for n in found["confusion"]["ham"].values()]
     assert ["ham", *row] in [line.split() for line in shown.splitlines()]
 
@@ -455,7 +455,7 @@ def test_published_figures_are_named_as_ours(capsys, models, monkeypatch, tmp_pa
     assert {f.figure for f in FIGURES if f.task != "hellaswag"} <= known
 
 
-# ---- wrong use
+# ---- errors
 
 
 def test_wrong_files_are_one_line(capsys, models, tmp_path, monkeypatch):
@@ -464,10 +464,10 @@ def test_wrong_files_are_one_line(capsys, models, tmp_path, monkeypatch):
     for task, content, message in [
         ("perplexity", b"", "must be plain text, not .jsonl"),
         ("lambada", b"", "is empty"),
-        ("lambada", b'{"text": "a b"}\n{"text": ', 'line 2 is no JSON object: \'{"text":'),
+        ("lambada", b'{"text": "a b"}\n{"text": ', 'line 2 is not a JSON object: \'{"text":'),
         ("lambada", b"a\xff", "is not UTF-8: byte 0xff at offset 1"),
-        ("lambada", b"\n[1]\n", "line 2 is no JSON object: '[1]'"),
-        ("lambada", b'{"txt": "a b", "id": 1}', "has no column 'text'; there are: 'txt', 'id'"),
+        ("lambada", b"\n[1]\n", "line 2 is not a JSON object: '[1]'"),
+        ("lambada", b'{"txt": "a b", "id": 1}', "has no column 'text'; columns found: 'txt', 'id'"),
         ("lambada", b'{"text": 7}', "line 1: 'text' must be text, not '7'"),
         ("lambada", b'{"text": "word "}', "line 1 must hold two words or more, not 'word'"),
         ("lambada", b'{"text": "an abcdefghijklmnopq"}', "has 18 tokens to predict; the block"),

@@ -1,4 +1,4 @@
-"""Entries to inputs and targets: what counts, what is cut off, what a label's number is."""
+"""Entries -> inputs and targets: masking, truncation, numbers of labels."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_labels_are_sorted_numbers_as_numbers():
     assert [examples.labels[c] for c in examples.classes] == [label for _, label in pairs]
 
 
-def test_labels_may_be_given_and_others_are_refused():
+def test_unknown_labels_are_refused():
     given = ("up", "down", "never seen")
     examples = labelled(("x", "down"), ("y", "up"), labels=given)
     assert examples.labels == given and examples.classes.tolist() == [1, 0]
@@ -66,8 +66,8 @@ def test_labels_may_be_given_and_others_are_refused():
         labelled(("x", "left"), ("y", "10"), ("x", "9"), ("y", "up"), labels=given)
 
 
-def test_examples_may_be_chosen():
-    examples = labelled(("one", "a"), ("two", "b"), ("three", "a")).choose(np.array([2, 1]))
+def test_examples_are_selected_by_index():
+    examples = labelled(("one", "a"), ("two", "b"), ("three", "a")).select(np.array([2, 1]))
     assert len(examples) == 2 and examples.tokens == 8 and examples.labels == ("a", "b")
     assert lists(examples.example(0, 9)) == [[*b"three"], [-100] * 4 + [0]]
     assert lists(examples.example(1, 9)) == [[*b"two"], [-100, -100, 1]]

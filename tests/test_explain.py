@@ -1,4 +1,4 @@
-"""Why this token: the same numbers as while the text was decoded."""
+"""Explanations of tokens: the same probabilities as while decoding."""
 
 import json
 import math
@@ -9,8 +9,9 @@ from reference import TINY, twins
 
 from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation import diverse, generate
+from nanogpt2.generation import generate
 from nanogpt2.generation.request import prepare
+from nanogpt2.generation.search import diverse
 from nanogpt2.tokenizer import byte_tokenizer
 
 
@@ -24,7 +25,7 @@ def explained(model, ids, **options):
     request = prepare(model.config, torch.device("cpu"), config, ids)
     found = generate(model, ids, **{**vars(config), "output_scores": True})
     new = found.sequences[0, ids.size(1) :].tolist()
-    return list(explain(model, request, new, byte_tokenizer(), rivals=3)), found, new
+    return list(explain(model, request, new, byte_tokenizer(), alternatives=3)), found, new
 
 
 IDS = torch.tensor([[5, 9, 5, 9, 30, 7]])
@@ -38,7 +39,7 @@ FULL = {
 }
 
 
-def test_the_last_stage_is_what_was_drawn_from(model):
+def test_the_last_stage_is_the_distribution_sampled_from(model):
     why, found, new = explained(model, IDS, **FULL)
     assert [w.chosen.token for w in why] == new
     for w, scores in zip(why, found.scores, strict=True):
@@ -50,7 +51,7 @@ def test_the_last_stage_is_what_was_drawn_from(model):
             assert candidate.probabilities[-1] == pytest.approx(p[candidate.token].item(), abs=1e-5)
 
 
-def test_the_first_stage_is_the_model(model):
+def test_the_first_stage_is_the_models_distribution(model):
     why, _, new = explained(model, IDS, **FULL)
     ids = IDS
     for w in why:
@@ -93,7 +94,7 @@ def test_stochastic_beams_are_penalised_on_logits(model):
 
 @pytest.mark.parametrize("extra", [{}, {"sequence_bias": [[[30], 3.0]], "repetition_penalty": 1.5}])
 def test_groups_that_avoid_each_other(model, extra):
-    """Against the penalties that the search itself took off, text by text and step by step."""
+    """Compare with the penalties that the search subtracted, text by text and step by step."""
     taken = []
 
     class Recorded(diverse.Diversity):
@@ -120,7 +121,7 @@ def test_groups_that_avoid_each_other(model, extra):
             assert stage == (2 if extra else 1)
             penalty = taken[3 * step + row // 2][row % 2]
             scores = beams.scores[step][row]
-            # probabilities to log-probabilities but for a constant, which the first candidate gives
+            # log-probabilities up to a constant, which cancels against the first candidate
             shown = [[c.token, *c.probabilities] for c in (w.chosen, *w.runners_up)]
             first = shown[0]
             for token, *p in shown:
@@ -133,11 +134,11 @@ def test_groups_that_avoid_each_other(model, extra):
     assert penalised > 10 and len(lengths) > 1
 
 
-def test_colours_follow_what_they_stand_for(model):
+def test_colours_follow_their_figure(model):
     why, _, _ = explained(model, IDS, do_sample=True, top_k=0)
     for by in ("prob", "entropy", "rank"):
         shades = {shade(w, by, TINY.vocab_size) for w in why}
-        assert all(0 <= share <= 1 for share in shades) and len(shades) > 1
+        assert all(0 <= level <= 1 for level in shades) and len(shades) > 1
 
 
 def test_past_the_context(model):

@@ -1,4 +1,4 @@
-"""Sources to files to text: names, folders, globs, packing, encodings."""
+"""Sources -> files -> text: names, folders, globs, packing, encodings."""
 
 import gzip
 import io
@@ -18,7 +18,7 @@ def text_of(data, name="book.txt"):
     return "".join(DataFile(name, ".txt", data).text())
 
 
-def test_a_folder_holds_the_files_of_known_kinds_in_order_of_name(tmp_path):
+def test_a_folder_holds_the_files_of_known_formats_by_name(tmp_path):
     for name in ("b.txt", "sub/c.csv.gz", "a.JSONL", "d.parquet", "e.tsv.zst", "sub/deep/a.txt.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
@@ -28,11 +28,11 @@ def test_a_folder_holds_the_files_of_known_kinds_in_order_of_name(tmp_path):
     assert [file.name.removeprefix(f"{tmp_path}/") for file in found] == [
         "a.JSONL", "b.txt", "d.parquet", "e.tsv.zst", "sub/c.csv.gz", "sub/deep/a.txt.gz",
     ]  # fmt: skip
-    assert [file.kind for file in found] == [".jsonl", ".txt", ".parquet", ".tsv", ".csv", ".txt"]
+    assert [file.format for file in found] == [".jsonl", ".txt", ".parquet", ".tsv", ".csv", ".txt"]
     assert data_kind("a.md") is None and data_kind("a.csv") == ".csv"
 
 
-def test_a_file_that_is_named_may_have_any_suffix_and_so_may_a_globs(tmp_path, monkeypatch):
+def test_a_named_file_or_a_globs_may_have_any_suffix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b.md").write_text("b")
     (tmp_path / "a.md").write_text("a")
@@ -40,7 +40,7 @@ def test_a_file_that_is_named_may_have_any_suffix_and_so_may_a_globs(tmp_path, m
     assert find_files("b.md") == [DataFile("b.md", ".txt")]
     assert [file.name for file in find_files("*.md")] == ["a.md", "b.md"]
     assert [file.name for file in find_files(f"{tmp_path}/**/a.*")] == [f"{tmp_path}/a.md"]
-    # a file's own name is no pattern
+    # the name of an existing file is not a pattern
     assert [file.name for file in find_files("c[1].txt")] == ["c[1].txt"]
 
 
@@ -63,16 +63,16 @@ def test_names_need_no_file(monkeypatch):
 
 def test_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9")))
-    (file,) = find_files("-", plain=".jsonl")
-    assert file.kind == ".jsonl"
-    # it can be read twice
+    (file,) = find_files("-", stdin_format=".jsonl")
+    assert file.format == ".jsonl"
+    # standard input can be read twice
     assert [*file.text()] == [*file.text()] == ["café", ""]
 
 
 def test_a_token_file_stands_alone(tmp_path):
     for name in ("a.tokens", "b.txt"):
         (tmp_path / name).write_text("")
-    assert find_files(str(tmp_path / "a.tokens"))[0].kind == ".tokens"
+    assert find_files(str(tmp_path / "a.tokens"))[0].format == ".tokens"
     assert data_files(str(tmp_path)) == [tmp_path / "b.txt"]
     with pytest.raises(ValueError, match="give one such file alone"):
         find_files(str(tmp_path / "*"))
@@ -83,7 +83,7 @@ def test_a_token_file_stands_alone(tmp_path):
     "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"]
 )
 def test_encodings_in_pieces_of_any_size(monkeypatch, size, encoding):
-    monkeypatch.setattr(files, "PIECE", size)
+    monkeypatch.setattr(files, "PIECE_SIZE", size)
     text = "naïve 文字 😀\r\n\u2028end"
     mark = {"utf-16-be": "\ufeff", "utf-32-be": "\ufeff"}.get(encoding, "")
     assert text_of((mark + text).encode(encoding)) == text
@@ -92,10 +92,10 @@ def test_encodings_in_pieces_of_any_size(monkeypatch, size, encoding):
 
 @given(st.text(), st.integers(1, 9), st.sampled_from(["utf-8-sig", "utf-16", "utf-32"]))
 def test_any_text(text, size, encoding):
-    # UTF-16's mark and a NUL are UTF-32's mark
+    # UTF-16's mark followed by a NUL is UTF-32's mark
     assume(encoding != "utf-16" or not text.startswith("\0"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", size)
+        patch.setattr(files, "PIECE_SIZE", size)
         data = text.encode(encoding, "replace")
         assert text_of(data) == data.decode(encoding)
 
@@ -113,8 +113,8 @@ def test_any_text(text, size, encoding):
         (b"\xff\xfea\0\0\xdcb\0", "UTF-16-LE: byte 0x00 at offset 4"),
     ],
 )
-def test_a_text_that_is_none_names_the_byte(monkeypatch, size, data, message):
-    monkeypatch.setattr(files, "PIECE", size)
+def test_an_undecodable_byte_is_named(monkeypatch, size, data, message):
+    monkeypatch.setattr(files, "PIECE_SIZE", size)
     with pytest.raises(ValueError, match=message) as raised:
         text_of(data)
     assert "'book.txt'" in str(raised.value)
@@ -129,12 +129,12 @@ def frames(data):
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", frames)])
 @pytest.mark.parametrize("size", [16, 1 << 20])
 def test_packed_files(tmp_path, monkeypatch, suffix, pack, size):
-    monkeypatch.setattr(files, "PIECE", size)
+    monkeypatch.setattr(files, "PIECE_SIZE", size)
     text = "to be or not to be 文字\n" * 99
     path = tmp_path / f"book.txt{suffix}"
     path.write_bytes(pack(text.encode("utf-16")))
     (file,) = find_files(str(path))
-    assert file.kind == ".txt" and "".join(file.text()) == text
+    assert file.format == ".txt" and "".join(file.text()) == text
     whole = path.read_bytes()
     middle = len(whole) // 2
     scrambled = whole[:middle] + bytes(reversed(whole[middle:]))

@@ -1,4 +1,4 @@
-"""Batches: a function of the seed and the sequence's number, however the ranges are cut."""
+"""Batches depend only on the seed and the sequence's number, however the ranges are cut."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ DATA = {"lm": IDS, "chat": CHAT, "classify": LABELLED}
 
 
 def whole_rows(batches, first, count):
-    """Rows as lists of (input, target), without what fills them up."""
+    """Return rows as lists of (input, target), without padding."""
     x, y = batches.rows(first, count)
     assert x.shape == y.shape and len(x) == count and x.dtype == y.dtype == torch.int64
     assert x.size(1) <= batches.block_size
@@ -41,14 +41,14 @@ def whole_rows(batches, first, count):
     return rows
 
 
-@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("task", DATA)
 @given(cuts=st.lists(st.integers(0, 60)), seed=st.integers(0, 2**63 - 1), data=st.data())
-def test_any_way_of_cutting_the_run_gives_the_same_rows(kind, cuts, seed, data):
-    batches = make_batches(DATA[kind], 7, seed)
+def test_any_way_of_cutting_the_run_gives_the_same_rows(task, cuts, seed, data):
+    batches = make_batches(DATA[task], 7, seed)
     expected = whole_rows(batches, 0, 60)
     edges = sorted({0, 60, *cuts})
     ranges = [(a, b - a) for a, b in pairwise(edges)]
-    # in another order, by several threads that share the loader, or by a loader of its own each
+    # read in another order: by threads that share a loader, then with a new loader each
     shuffled = data.draw(st.permutations(ranges))
     with ThreadPoolExecutor(3) as pool:
         found = dict(
@@ -56,7 +56,7 @@ def test_any_way_of_cutting_the_run_gives_the_same_rows(kind, cuts, seed, data):
         )
     assert [row for r in ranges for row in found[r]] == expected
     for r in shuffled[:2]:
-        assert whole_rows(make_batches(DATA[kind], 7, seed), *r) == found[r]
+        assert whole_rows(make_batches(DATA[task], 7, seed), *r) == found[r]
 
 
 def test_threads_in_different_epochs_do_not_disturb_one_another():
@@ -75,31 +75,31 @@ def test_threads_in_different_epochs_do_not_disturb_one_another():
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("kind", DATA)
-def test_a_far_place_costs_no_more_operations_than_the_first(kind, monkeypatch):
+@pytest.mark.parametrize("task", DATA)
+def test_a_far_position_costs_no_more_operations_than_the_first(task, monkeypatch):
     calls = []
     real = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda key: calls.append(key) or real(key))
-    near = make_batches(DATA[kind], 7, 5)
+    near = make_batches(DATA[task], 7, 5)
     near.rows(0, 2)
     cost = len(calls)
-    far = make_batches(DATA[kind], 7, 5)
+    far = make_batches(DATA[task], 7, 5)
     far.rows(10**9 - 10**9 % far.sequences, 2)
     assert cost == len(calls) - cost == 1
 
 
-@pytest.mark.parametrize("kind", DATA)
-def test_seeds_and_epochs_differ_and_an_epoch_has_all(kind):
-    batches = make_batches(DATA[kind], 7, 0)
+@pytest.mark.parametrize("task", DATA)
+def test_seeds_and_epochs_differ_and_an_epoch_has_all(task):
+    batches = make_batches(DATA[task], 7, 0)
     count = batches.sequences
     first, second = (whole_rows(batches, e * count, count) for e in (0, 1))
-    assert first != second and first != whole_rows(make_batches(DATA[kind], 7, 1), 0, count)
-    if kind != "lm":
+    assert first != second and first != whole_rows(make_batches(DATA[task], 7, 1), 0, count)
+    if task != "lm":
         everything = sorted(
-            [*zip(*(ids.tolist() for ids in DATA[kind].example(i, 7)), strict=True)]
+            [*zip(*(ids.tolist() for ids in DATA[task].example(i, 7)), strict=True)]
             for i in range(count)
         )
-        assert sorted(first) == sorted(second) == everything and count == len(DATA[kind])
+        assert sorted(first) == sorted(second) == everything and count == len(DATA[task])
 
 
 def test_targets_of_a_text_are_the_next_tokens():
@@ -138,22 +138,22 @@ def test_validation_counts_every_token_once(count):
     assert found == list(range(101, 100 + count))
 
 
-@pytest.mark.parametrize("kind", ["chat", "classify"])
+@pytest.mark.parametrize("task", ["chat", "classify"])
 @pytest.mark.parametrize("batch_size", [1, 4, 13, 99])
-def test_validation_of_examples_counts_every_target_once(kind, batch_size):
-    data = DATA[kind]
+def test_validation_of_examples_counts_every_target_once(task, batch_size):
+    data = DATA[task]
     found = [t for _, y in validation_batches(data, batch_size, 99) for t in y[y != -100].tolist()]
     expected = [t for i in range(len(data)) for t in data.example(i, 99)[1].tolist() if t != -100]
     assert found == expected
 
 
-@pytest.mark.parametrize("kind", DATA)
-def test_processes_share_the_validation(kind):
-    batches = validation_batches(DATA[kind], 3, 7)
-    shares = [[batches[i] for i in range(rank, len(batches), 3)] for rank in range(3)]
-    assert sum(map(len, shares)) == len(batches)
+@pytest.mark.parametrize("task", DATA)
+def test_processes_divide_the_validation_batches(task):
+    batches = validation_batches(DATA[task], 3, 7)
+    parts = [[batches[i] for i in range(rank, len(batches), 3)] for rank in range(3)]
+    assert sum(map(len, parts)) == len(batches)
     for i, (x, y) in enumerate(batches):
-        assert torch.equal(shares[i % 3][i // 3][0], x) and torch.equal(shares[i % 3][i // 3][1], y)
+        assert torch.equal(parts[i % 3][i // 3][0], x) and torch.equal(parts[i % 3][i // 3][1], y)
     for i in (-1, len(batches)):
         with pytest.raises(IndexError):
             batches[i]

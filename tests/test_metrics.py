@@ -17,7 +17,7 @@ from nanogpt2.metrics import (
     repetition,
 )
 
-# three of a (two right), two of b (one right), one of c (never predicted); d is never there
+# three of a (two correct), two of b (one correct), one of c (not predicted); d is no target
 TARGETS = ["a", "a", "a", "b", "b", "c"]
 PREDICTIONS = ["a", "a", "b", "b", "d", "a"]
 
@@ -33,7 +33,7 @@ def test_accuracy():
 
 def test_scores_of_a_class():
     scores = class_scores(TARGETS, PREDICTIONS, ["a", "b", "c", "d", "e"])
-    # predicted a 3 times, right twice; b twice, right once
+    # a is predicted 3 times, 2 correct; b twice, 1 correct
     assert (scores["a"].precision, scores["a"].recall) == (2 / 3, 2 / 3)
     assert scores["a"].f1 == pytest.approx(2 / 3)
     assert (scores["b"].precision, scores["b"].recall, scores["b"].f1) == (0.5, 0.5, 0.5)
@@ -64,14 +64,14 @@ def test_repetition_of_a_text():
     assert distinct_n(ids, 1) == 2 / 5
     assert distinct_n(ids, 2) == 2 / 4 and repetition(ids, 2) == 2 / 4
     assert distinct_n(ids, 5) == 1.0 and repetition(ids, 5) == 0.0
-    # too short to have one
+    # too short for an n-gram
     assert distinct_n(ids, 6) == repetition(ids, 6) == repetition([], 1) == 0.0
     with pytest.raises(ValueError, match="n must be >= 1, not 0"):
         distinct_n(ids, 0)
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 4))
-def test_repetition_is_the_share_seen_before(ids, n):
+def test_repetition_is_the_fraction_of_repeated_ngrams(ids, n):
     seen, again = set(), 0
     for gram in ngrams(ids, n):
         again += gram in seen

@@ -1,4 +1,4 @@
-"""The preview of a batch: the mask that the step itself is given."""
+"""The preview of a batch: the mask of the training step."""
 
 import numpy as np
 
@@ -52,11 +52,11 @@ def test_a_preview_shows_the_mask_in_the_order_of_the_batch():
     assert len(orders) == 2
 
 
-def test_of_a_long_chat_what_is_trained_on():
+def test_a_long_chat_shows_its_trained_end():
     conversation = chat_examples(encode_chat(CONVERSATIONS[0], BYTES))
     assert preview(*batches(conversation, block_size=3).rows(0, 1), BYTES) == (
         "example 1, 3 tokens:\n"
-        # the first token kept is a completion's, but nothing before it foretells it
+        # the first token kept belongs to a completion, but no input predicts it
         "  [not trained] 'l'\n"
         "  [trained    ] 'lo<|endoftext|>'"
     )

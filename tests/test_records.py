@@ -1,4 +1,4 @@
-"""Files of records: what is read, and the line that names what is wrong."""
+"""Files of records: their values, and errors that name the line."""
 
 import csv
 import io
@@ -16,13 +16,13 @@ from nanogpt2.data.files import DataFile
 from nanogpt2.data.records import Record, read_records
 
 
-def read(data, kind):
+def read(data, suffix):
     data = data.encode() if isinstance(data, str) else data
-    return [*read_records(DataFile(f"data{kind}", kind, data))]
+    return [*read_records(DataFile(f"data{suffix}", suffix, data))]
 
 
-def values(data, kind):
-    return [record.values for record in read(data, kind)]
+def values(data, suffix):
+    return [record.values for record in read(data, suffix)]
 
 
 def test_jsonl():
@@ -45,8 +45,8 @@ def test_jsonl():
         ('{"n": ' + "9" * 5000 + "}", "999"),
     ],
 )
-def test_a_broken_line_has_its_number_and_an_excerpt(line, shown):
-    with pytest.raises(ValueError, match=f"^'data.jsonl' line 3 is no JSON object: .*{shown}"):
+def test_a_malformed_line_is_named_with_an_excerpt(line, shown):
+    with pytest.raises(ValueError, match=f"^'data.jsonl' line 3 is not a JSON object: .*{shown}"):
         read('{"text": "fine"}\n\n' + line + "\n", ".jsonl")
 
 
@@ -57,7 +57,7 @@ def test_tables():
         {"text": 'two\nlines, "quoted"', "label": "ham"},
         {"text": "plain", "label": "spam"},
     ]
-    # a record's line is where it begins
+    # a record's line is its first one
     assert [r.where for r in records] == ["'data.csv' line 2", "'data.csv' line 5"]
     assert values("text\tlabel\na, b\tham\n", ".tsv") == [{"text": "a, b", "label": "ham"}]
     assert values("", ".csv") == values("text\n", ".csv") == []
@@ -88,7 +88,7 @@ cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 @given(st.lists(st.tuples(cells, cells)), st.integers(1, 20))
 def test_any_table_and_any_json_come_back(rows, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", size)
+        patch.setattr(files, "PIECE_SIZE", size)
         table = io.StringIO()
         csv.writer(table, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *rows])
         expected = [{"text": text, "label": label} for text, label in rows]
@@ -105,7 +105,7 @@ def test_parquet(tmp_path):
     assert [r.values for r in records] == rows
     assert records[4].where == "'data.parquet' row 5"
     for damaged in (b"", b"no parquet", path.read_bytes()[:-9]):
-        with pytest.raises(ValueError, match=r"'data.parquet' is no Parquet file"):
+        with pytest.raises(ValueError, match=r"'data.parquet' is not a Parquet file"):
             read(damaged, ".parquet")
 
 
@@ -121,7 +121,7 @@ def test_columns():
     )
     assert record.text("text") == "a" and record.label("n") == "5" and record.label("l") == "b"
     for method, column, message in (
-        (record.text, "body", "line 7 has no column 'body'; there are: 'text', 'n', 'blank'"),
+        (record.text, "body", "line 7 has no column 'body'; columns found: 'text', 'n', 'blank'"),
         (record.text, "n", "line 7: 'n' must be text, not '5'"),
         (record.text, "blank", "line 7: 'blank' is empty"),
         (record.label, "blank", "line 7: 'blank' is empty"),

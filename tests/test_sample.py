@@ -1,4 +1,4 @@
-"""sample.py as its users meet it."""
+"""sample.py from its users' side."""
 
 import io
 import json
@@ -106,7 +106,7 @@ def test_text_is_streamed(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_is_shown_is_what_json_says(capsys, folder, seed):
+def test_the_shown_text_is_the_text_in_json(capsys, folder, seed):
     argv = ["日本 🙂", "--seed", str(seed), "--max_new_tokens", "30", "--num_return_sequences", "3"]
     texts = [found["text"] for found in run_json(capsys, folder, *argv)]
     run(folder, *argv)
@@ -222,8 +222,8 @@ def test_wrong_use(capsys, folder, tmp_path, monkeypatch, argv, named):
     assert named in err
 
 
-def test_what_fails_after_the_first_token_is_no_wrong_use(capsys, folder):
-    """Nothing that is allowed twice: the fourth token cannot be."""
+def test_a_failure_after_the_first_token_is_not_wrong_use(capsys, folder):
+    """Three tokens are allowed, each once, so the fourth step fails."""
     banned = str([i for i in range(257) if not 97 <= i <= 99])
     argv = ["Hello", "--do_sample", "--suppress_tokens", banned, "--no_repeat_ngram_size", "1"]
     with pytest.raises(SystemExit) as stopped:
@@ -342,7 +342,7 @@ def test_groups_are_explained(capsys, folder):
             assert why["stages"] == ["raw", "diversity_penalty"]
             raw, penalised = why["chosen"]["probabilities"]
             changed.append(raw != pytest.approx(penalised, abs=1e-6))
-    # those of the first group are as the model has them
+    # the first group has no penalty, the others do
     assert set(changed) == {True, False}
 
 
@@ -377,7 +377,7 @@ def test_coloured_text_is_the_plain_text(capsys, folder, look, seed):
 
 
 def test_json_is_json(capsys, folder):
-    """A beam that cannot be has a score that is no number."""
+    """An impossible beam has a score that is not finite."""
     argv = ["Hello", "--num_beams", "3", "--num_return_sequences", "3", "--max_new_tokens", "1"]
     argv += ["--suppress_tokens", str([i for i in range(257) if i != 97]), "--renormalize_logits"]
     run(folder, *argv, "--json")
@@ -401,7 +401,7 @@ def test_a_text_that_outgrows_the_context_says_so(capsys, folder):
     assert "outgrew the context of 64" in err and err.count("\n") == 1
 
 
-def test_bytes_on_standard_input_that_are_no_text(folder, tmp_path):
+def test_standard_input_that_is_not_utf8(folder, tmp_path):
     ran = run_script("sample.py", "-", "--model", folder, cwd=tmp_path, stdin=b"ab\xff")
     assert ran.returncode == 2 and b"standard input" in ran.stderr and b"offset 2" in ran.stderr
 
@@ -455,7 +455,7 @@ def test_closed_and_full_streams(folder, tmp_path, arguments, code, error):
 
 
 def started(folder, tmp_path):
-    """The script, once it has begun to print an endless text."""
+    """Start the script on an endless text; return its process after the first output."""
     process = subprocess.Popen(
         [
             *(sys.executable, str(ROOT / "sample.py"), "Hello", "--model", folder),

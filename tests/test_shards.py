@@ -1,4 +1,4 @@
-"""Token files: what is written comes back, and no damage passes."""
+"""Token files: the ids come back, and damage is detected."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_ids_come_back_mapped(tmp_path, dtype):
 
 
 @given(st.lists(st.lists(st.integers(0, 2**16 - 1)), min_size=1))
-def test_pieces_or_the_whole(tmp_path_factory, pieces):
+def test_one_array_or_several_give_one_file(tmp_path_factory, pieces):
     path = tmp_path_factory.mktemp("shard") / "ids.tokens"
     whole = np.array([i for piece in pieces for i in piece], np.uint16)
     if not len(whole):
@@ -44,7 +44,7 @@ def test_pieces_or_the_whole(tmp_path_factory, pieces):
         ([], np.uint16, "no id"),
     ],
 )
-def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path, ids, dtype, message):
+def test_a_refused_input_leaves_the_file_unchanged(tmp_path, ids, dtype, message):
     path = tmp_path / "ids.tokens"
     write_shard(path, [[1, 2, 3]])
     with pytest.raises(ValueError, match=message):
@@ -53,7 +53,7 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path, ids, dtype, 
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_a_writer_that_dies_leaves_the_file_as_it_was(tmp_path):
+def test_a_writer_that_fails_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "ids.tokens"
     write_shard(path, [[1, 2, 3]])
 
@@ -93,12 +93,12 @@ def test_every_flipped_bit_is_found(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b: b"", "is no token file"),
-        (lambda b: b"x" * 99, "is no token file"),
+        (lambda b: b"", "is not a token file"),
+        (lambda b: b"x" * 99, "is not a token file"),
         (lambda b: b[:8] + b"\2" + b[9:], "of version 2, not 1"),
         (lambda b: b[:12] + b"<f4\0" + b[16:], "unknown type"),
-        (lambda b: b[:-1], "has 61 bytes, 62 for 3 ids"),
-        (lambda b: b + b"\0", "has 63 bytes, 62 for 3 ids"),
+        (lambda b: b[:-1], "has 61 bytes, not 62 for 3 ids"),
+        (lambda b: b + b"\0", "has 63 bytes, not 62 for 3 ids"),
         (lambda b: b[:16] + bytes(8) + b[24:56], "for 0 ids"),
         (lambda b: b[:-1] + b"x", "SHA-256"),
     ],

@@ -1,4 +1,4 @@
-"""What is drawn: a screen whose tail changes, tables, trees, colours."""
+"""Drawing in the terminal: a screen with a changing tail, tables, trees, colours; streams."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from nanogpt2 import terminal
 
 
 class FakeTerminal:
-    """Enough of a terminal to know what a person sees: \\r, \\n, erase to the end of the line."""
+    """A small terminal that knows \\r, \\n and erasing to the end of the line."""
 
     def __init__(self, columns):
         self.columns = columns
@@ -41,7 +41,7 @@ class FakeTerminal:
 
     @property
     def shown(self):
-        """The rows, those that wrapped put together again."""
+        """The rows on the screen, wrapped ones joined again."""
         text = ""
         for row in self.rows[:-1]:
             text += row if len(row) == self.columns else row + "\n"
@@ -51,16 +51,16 @@ class FakeTerminal:
 @pytest.fixture
 def fake(monkeypatch):
     out = FakeTerminal(20)
-    # pytest's own standard output is no terminal
+    # pytest's standard output is not a terminal
     monkeypatch.setattr(terminal, "write", out.write)
     monkeypatch.setattr(terminal.Screen, "redraws", lambda self: True)
-    # not shutil's own function, which pytest calls too
+    # replace the module, not shutil's function, because pytest calls that too
     size = SimpleNamespace(get_terminal_size=lambda: os.terminal_size((20, 24)))
     monkeypatch.setattr(terminal, "shutil", size)
     return out
 
 
-def test_a_tail_is_drawn_and_goes(fake):
+def test_a_tail_is_drawn_and_erased(fake):
     screen = terminal.Screen()
     screen.write("The cat")
     screen.tail(" sat on")
@@ -93,7 +93,7 @@ def test_a_tail_never_takes_a_second_row(fake):
     assert fake.shown == "a\n123456\n"
 
 
-def test_no_terminal_no_tail(capsys):
+def test_without_a_terminal_no_tail_is_drawn(capsys):
     screen = terminal.Screen()
     screen.write("The cat")
     screen.tail(" sat")
@@ -143,7 +143,7 @@ with opened:
 
 
 def redirected(tmp_path, redirections, *argv):
-    """Run the script by a shell: its status, what it wrote to out and err, the file it opened."""
+    """Run the script in a shell; return its status, stdout and stderr."""
     command = [sys.executable, "-W", "error", "-c", SCRIPT, *argv]
     quoted = " ".join(f"'{word}'" for word in command)
     ran = subprocess.run(
@@ -153,7 +153,7 @@ def redirected(tmp_path, redirections, *argv):
         capture_output=True,
         text=True,
     )
-    # a stream's text would go into the file
+    # a closed stream's text must not go into the file that the script opened
     assert (tmp_path / "opened").read_text() in ("''\n", "")
     return ran.returncode, ran.stdout, ran.stderr
 
@@ -181,7 +181,7 @@ def test_closed_and_full_streams(tmp_path, redirections, expected):
     assert redirected(tmp_path, redirections) == expected
 
 
-def test_a_reader_that_goes_ends_a_script_silently_but_no_loop(tmp_path):
+def test_a_broken_pipe_ends_a_script_silently_but_not_training(tmp_path):
     assert redirected(tmp_path, "<&- | head -n 1") == (141, "text\n", "a note\n")
     line = "error: [Errno 32] Broken pipe: 'standard output'\n"
     assert redirected(tmp_path, "<&- | head -n 1", "loop") == (1, "text\n", "a note\n" + line)
@@ -209,8 +209,8 @@ def test_training_outlives_its_streams(tmp_path, redirections, status):
         (">&-", (1, b"", b"error: standard output is closed\n")),
     ],
 )
-def test_output_that_cannot_be_is_said(redirection, expected):
-    """What was printed into a buffer alone, too."""
+def test_output_that_cannot_be_written_is_an_error(redirection, expected):
+    """Also if the text was only buffered."""
     code = "from nanogpt2 import terminal\nwith terminal.checked_output(): print('x'); exit(3)"
     command = f'{sys.executable} -W error -c "{code}" {redirection}'
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
@@ -220,7 +220,7 @@ def test_output_that_cannot_be_is_said(redirection, expected):
 
 def test_sparkline():
     assert terminal.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    # each block is the mean of its share: 0 and 2, 7
+    # each block is the mean of a slice: of 0 and 2, of 7
     assert terminal.sparkline([0, 2, 7], 2) == "▁█"
     assert terminal.sparkline([5.0, 5.0], 9) == "▁▁"
     assert terminal.sparkline([1, float("nan"), float("inf"), 2], 4) == "▁  █"

@@ -1,4 +1,4 @@
-"""GPT-2's ids: tiktoken's and transformers' on a nasty corpus; bytes; streams."""
+"""GPT-2's ids equal tiktoken's and transformers' on a difficult corpus; bytes."""
 
 import hashlib
 import random
@@ -19,7 +19,7 @@ from nanogpt2.tokenizer import (
 )
 
 
-def nasty_corpus():
+def difficult_corpus():
     rng = random.Random(0)
     planes = [chr(c) for c in range(0, 0x110000, 89) if not 0xD800 <= c < 0xE000]
     alphabet = ["\n", " ", "  ", "\t", "\r\n", "\x00", "\x1b[0m", "\u00a0", "\u3000", "\u200d"]
@@ -46,7 +46,7 @@ def nasty_corpus():
 
 @pytest.fixture(scope="module")
 def tiktokens(tmp_path_factory):
-    """tiktoken's own gpt2, its two downloads served from our files by its own loader."""
+    """tiktoken's gpt2, loaded by its own loader from our two files instead of the network."""
     folder = tmp_path_factory.mktemp("tiktoken")
     (folder / "vocab.bpe").write_text(gpt2_tokenizer().merges, encoding="utf-8")
     (folder / "encoder.json").write_text(gpt2_tokenizer().encoder_json(), encoding="utf-8")
@@ -55,7 +55,7 @@ def tiktokens(tmp_path_factory):
     real = tiktoken.load.data_gym_to_mergeable_bpe_ranks
 
     def local(vocab_bpe_file, encoder_json_file, **hashes):
-        # with_hashes: tiktoken's pins are checked against our files here
+        # the hashes are tiktoken's, so its loader checks our files
         files = (str(folder / "vocab.bpe"), str(folder / "encoder.json"))
         return real(*files, **hashes)
 
@@ -88,7 +88,7 @@ def test_damaged_ranks_are_refused(monkeypatch):
 
 def test_ids_are_tiktokens(tiktokens):
     ours = gpt2_tokenizer()
-    for text in nasty_corpus():
+    for text in difficult_corpus():
         assert ours.encode(text) == tiktokens.encode_ordinary(text)
         special = ours.encode(text, allow_special=True)
         assert special == tiktokens.encode(text, allowed_special="all")
@@ -98,7 +98,7 @@ def test_ids_are_tiktokens(tiktokens):
 
 def test_ids_are_transformers(transformers_tokenizer):
     ours, theirs = gpt2_tokenizer(), transformers_tokenizer
-    for text in nasty_corpus():
+    for text in difficult_corpus():
         assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"]
         if "<|endoftext|>" not in text:
             assert ours.encode(text) == theirs(text)["input_ids"]
@@ -125,7 +125,7 @@ def test_an_id_outside_the_vocabulary_is_an_error(tokenizer):
 def test_bytes():
     ours = byte_tokenizer()
     assert (ours.vocab_size, ours.end_of_text) == (257, 256)
-    for text in nasty_corpus():
+    for text in difficult_corpus():
         assert ours.encode(text) == list(text.encode())
         assert ours.decode(ours.encode(text)) == text
     assert ours.encode("a<|endoftext|>", allow_special=True) == [97, 256]

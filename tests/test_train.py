@@ -157,7 +157,7 @@ def test_a_signal_after_the_last_step_stops_nothing(book, monkeypatch, capsys):
     monkeypatch.setattr(train, "finish", finish)
     assert run(book, *SMALL, "--steps", "2") == 0
     err = capsys.readouterr().err
-    assert "finishing what is under way; once more stops at once" in err
+    assert "finishing the current step; a second signal stops at once" in err
     assert RunFolder(Path("out")).record()["after"]
 
 

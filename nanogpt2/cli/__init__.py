@@ -1,1 +1,1 @@
-"""What sample.py does with a model and a prompt: the parts that are not the lesson."""
+"""Supporting code of sample.py: prompts, streaming, the prompt loop, comparisons, explanations."""

@@ -1,4 +1,4 @@
-"""sample.py --classify: texts in, their labels out, as a table or as one JSON object a text.
+"""sample.py --classify: label texts; print a table or one JSON object for each text.
 
 This file does not know where the texts come from.
 """
@@ -17,9 +17,9 @@ from nanogpt2.tokenizer import Tokenizer
 
 
 def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
-    """Load the classifier and print what it makes of each text."""
+    """Load the classifier; print the labels of each text and their probabilities."""
     if not all(texts):
-        fail("PROMPT is empty: there is nothing to classify")
+        fail("PROMPT is empty: nothing to classify")
     with usage_error("--model"):
         tokenizer = load_tokenizer(config.model)
         model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
@@ -31,7 +31,7 @@ def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
     except FloatingPointError as error:
         fail(str(error), code=1)
     except RuntimeError as error:
-        # on a CPU torch has no class of its own for this
+        # on a CPU torch raises a plain RuntimeError when memory runs out
         if "allocate" not in str(error):
             raise
         fail("out of memory: lower --batch_size or the texts' length", code=1)
@@ -40,9 +40,9 @@ def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
 def classify(
     model: GPTClassifier, tokenizer: Tokenizer, texts: list[str], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield {"text", "label", "probabilities"} of each text in order, the likeliest label first.
+    """Yield {"text", "label", "probabilities"} for each text in order, the likeliest label first.
 
-    No text may be empty. Raises FloatingPointError for a model whose scores are no numbers.
+    No text may be empty. Raises FloatingPointError if the model's scores are not finite.
     """
     rows = [tokenizer.encode(text) for text in texts]
     size = model.config.block_size
@@ -60,13 +60,13 @@ def classify(
                 "too narrow?"
             )
         for text, row in zip(texts[batch], probabilities.tolist(), strict=True):
-            # digits beyond these depend on the texts beside it
+            # further digits depend on the other texts in the batch
             pairs = zip(model.labels, (round(p, 5) for p in row), strict=True)
             ranked = dict(sorted(pairs, key=lambda pair: -pair[1]))
             yield {"text": text, "label": next(iter(ranked)), "probabilities": ranked}
 
 
 def draw(record: dict[str, Any]) -> str:
-    """The labels and their probabilities, one under another."""
+    """Draw a table of the labels and their probabilities."""
     figures = [[label, f"{p:.4f}"] for label, p in record["probabilities"].items()]
     return terminal.table([["label", "probability"], *figures]) + "\n"

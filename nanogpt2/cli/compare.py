@@ -1,8 +1,8 @@
-"""One prompt and the same chance through two models, side by side: before and after fine-tuning.
+"""Compare two models, such as before and after fine-tuning, on one prompt and one seed.
 
-Each model writes its own texts from the same seed. Then both models read every text again, token by
-token as it was written: how much likelier B finds each token than A, and how far apart their
-distributions are there, as KL(B || A) in nats. This file does not know how tokens are chosen.
+Each model writes its own texts from the same seed. Then both models score every text, token by
+token: log p_B - log p_A of each token, and the distance of the two distributions at its position,
+KL(B || A), in nats. This file does not know how tokens are chosen.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from nanogpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Scored:
-    """A text and, for each of its tokens, both models' log-probability and their KL, in nats."""
+    """A text with three numbers for each token: log p_A, log p_B and KL(B || A), in nats."""
 
     writer: int  # 0 is A, 1 is B
-    index: int  # among the writer's texts
+    index: int  # position among the writer's texts
     completion: Completion
     logp_a: list[float]
     logp_b: list[float]
@@ -46,7 +46,7 @@ class Scored:
 def compare(
     a: GPT, b: GPT, tokenizer: Tokenizer, prompt: str, options: GenerationConfig
 ) -> list[Scored]:
-    """Let both models go on with the prompt, from the same seed; score all texts by both."""
+    """Let both models continue the prompt from the same seed; score every text with both."""
     models = (a, b)
     requests = [request_for(model, tokenizer, [prompt], options) for model in models]
     sizes = {
@@ -73,7 +73,7 @@ def compare(
 def _score(
     a: GPT, b: GPT, request: Request, new: Sequence[int]
 ) -> tuple[list[float], list[float], list[float]]:
-    """Both models' log-probability of each new token, and KL(B || A) there."""
+    """Return log p_A, log p_B and KL(B || A) of each new token."""
     engines = [Engine(model, request, rows=1) for model in (a, b)]
     ids = request.ids  # (1, T)
     logps_a, logps_b, kls = [], [], []
@@ -89,7 +89,7 @@ def _score(
 
 
 def as_json(prompt: str, names: Sequence[str], texts: Sequence[Scored], seed: int | None) -> Any:
-    """The object that --compare --json prints."""
+    """Return the object that --compare --json prints."""
     return {
         "prompt": prompt,
         "seed": seed,
@@ -110,7 +110,10 @@ def as_json(prompt: str, names: Sequence[str], texts: Sequence[Scored], seed: in
 
 
 def draw(tokenizer: Tokenizer, names: Sequence[str], texts: Sequence[Scored]) -> str:
-    """Every text, tokens from red (A finds them likelier) to green (B does), and the figures."""
+    """Draw each text and its figures.
+
+    A token is red if A finds it likelier, green if B does.
+    """
     count = len(texts) // len(names)
     blocks = []
     for text in texts:
@@ -124,18 +127,18 @@ def draw(tokenizer: Tokenizer, names: Sequence[str], texts: Sequence[Scored]) ->
 
 
 def _figures(tokenizer: Tokenizer, text: Scored) -> str:
-    """A row for each token, what ended the text included."""
+    """Draw a table with one row for each token, the end token included."""
     rows = [["token", "log p A", "log p B", "B - A", "KL(B||A)"]]
     for token, *figures in zip(
         text.completion.token_ids, text.logp_a, text.logp_b, text.gains, text.kl, strict=True
     ):
-        rows.append([_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
+        rows.append([_token_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
     mean_kl = sum(text.kl) / len(text.kl)
     return f"{terminal.table(rows)}\nmean B - A {text.gain:.3f} nats, mean KL {mean_kl:.3f}"
 
 
-def _name(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; its bytes where it is no whole characters."""
+def _token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text, or its bytes if they are not valid UTF-8."""
     data = tokenizer.decode_bytes([token])
     try:
         return repr(data.decode("utf-8"))

@@ -1,7 +1,8 @@
-"""One prompt and its texts: streamed as they are made, rows and beams alike.
+"""Decode the texts of a prompt and stream the first one.
 
-Of several rows the first is streamed and the others follow. Of beams, what all of them agree on is
-final and is printed; the best one's tail is drawn behind it on a terminal, redrawn as it changes.
+Of several rows, the first is streamed and the others follow when finished. Of beams, the tokens
+that all beams share are final, so they are printed at once. On a terminal the rest of the best beam
+is drawn behind them, and redrawn whenever it changes.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from nanogpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Text:
-    """A continuation, finished; `score` is the beam's.
+    """A finished continuation; `score` is the score of its beam.
 
-    avoided: of diverse beams, the tokens that the groups before it chose, at each step.
+    avoided: diverse beam search only: the tokens that earlier groups chose, at each step.
     """
 
     completion: Completion
@@ -39,16 +40,17 @@ class Text:
 def request_for(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig
 ) -> Request:
-    """Make a request for prompts of one length in tokens: padding would count as prompt.
+    """Make a request for prompts of equal length in tokens.
 
-    Raises ValueError for what cannot be.
+    The prompts need equal lengths because padding would count as prompt. Raises ValueError for
+    invalid options or a prompt that leaves no room for new tokens.
     """
     bos = model.config.bos_token_id
     rows = [tokenizer.encode(prompt) or ([] if bos is None else [bos]) for prompt in prompts]
     ids = torch.tensor(rows, dtype=torch.int64)
     mask = torch.ones_like(ids)
     request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
-    # what is wrong with an option is said before anything is shown
+    # check all options now, before any output
     check_memory(model, request)
     check_least(request)
     processors_for(request)
@@ -58,7 +60,7 @@ def request_for(
 
 
 def note_dropped(request: Request, block_size: int) -> None:
-    """Say how much of a long prompt the model does not see."""
+    """Note how many tokens of a long prompt are dropped."""
     length = request.prompt_length
     dropped = context_start(length, request.max_length, block_size)
     if dropped:
@@ -69,7 +71,7 @@ def note_dropped(request: Request, block_size: int) -> None:
 
 
 def note_outgrown(request: Request, block_size: int, texts: list["Text"]) -> None:
-    """Say where the oldest tokens left the model's sight, if a text was that long."""
+    """Note from which new token on the oldest tokens were dropped, if a text was that long."""
     length, longest = request.prompt_length, max(len(t.completion.token_ids) for t in texts)
     if length <= block_size < length + longest:
         terminal.note(
@@ -79,50 +81,55 @@ def note_outgrown(request: Request, block_size: int, texts: list["Text"]) -> Non
 
 
 class OutputSink:
-    """Who follows a text while it is made: a screen, a listener, the beams' tree; or nobody."""
+    """Where a text goes while it is decoded: a screen, a callback, the beams' tree, or nowhere."""
 
     def __init__(
         self,
         screen: terminal.Screen | None = None,
         opening: str = "",
-        heard: Callable[[str], object] | None = None,
+        on_text: Callable[[str], object] | None = None,
         tree: BeamTree | None = None,
     ) -> None:
-        """opening: stands before the text; shown with its first token, errors come first."""
-        self.screen, self.opening, self.heard, self.tree = screen, opening, heard, tree
+        """Make a sink.
+
+        opening: printed before the text, but only with its first token, so that errors come first.
+        on_text: called with each piece of text that is final.
+        """
+        self.screen, self.opening, self.on_text, self.tree = screen, opening, on_text, tree
 
     def write(self, piece: str) -> None:
-        """Pass on text that is certain."""
+        """Pass on a piece of text that is final."""
         if self.screen is not None:
             self.screen.write(self.opening + piece)
             self.opening = ""
-        if self.heard is not None:
-            self.heard(piece)
+        if self.on_text is not None:
+            self.on_text(piece)
 
     def tail(self, text: str) -> None:
-        """Pass on text that may still change."""
+        """Draw text that may still change behind the final text."""
         if self.screen is not None:
             self.write("")
             self.screen.tail(text)
 
     @property
-    def follows(self) -> bool:
-        """True where somebody wants the text before it is finished."""
-        return self.screen is not None or self.heard is not None
+    def wants_text(self) -> bool:
+        """True if the text is wanted before it is finished."""
+        return self.screen is not None or self.on_text is not None
 
 
 def decode_texts(
-    model: GPT, tokenizer: Tokenizer, request: Request, show: OutputSink | None = None
+    model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink | None = None
 ) -> list[list[Text]]:
-    """Return the texts of a request's prompts; show the first text of the first while it is made.
+    """Return the texts of each prompt; stream the first text of the first prompt to `sink`.
 
-    Raises MemoryError with a line for the person, FloatingPointError for a broken model.
+    Raises MemoryError with a message for the user, FloatingPointError if the model's scores are not
+    finite.
     """
     decode = _beams if request.config.num_beams > 1 else _rows
     try:
-        return decode(model, tokenizer, request, show or OutputSink())
+        return decode(model, tokenizer, request, sink or OutputSink())
     except (MemoryError, RuntimeError) as error:
-        # on a CPU torch has no class of its own for this
+        # on a CPU torch raises a plain RuntimeError when memory runs out
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         raise MemoryError(
@@ -132,7 +139,7 @@ def decode_texts(
 
 
 def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[list[Completion]]:
-    """`count` empty texts for each prompt."""
+    """Return `count` empty texts for each prompt."""
     ends, stops = request.eos.tolist(), request.config.stop_strings or ()
     return [
         [Completion(tokenizer, ids, ends, stops) for _ in range(count)]
@@ -140,33 +147,33 @@ def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[lis
     ]
 
 
-def _rows(model: GPT, tokenizer: Tokenizer, request: Request, show: OutputSink) -> list[list[Text]]:
+def _rows(model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink) -> list[list[Text]]:
     texts = _completions(tokenizer, request, request.rows)
     flat = [text for row in texts for text in row]
     for step in steps(model, request):
         tokens = zip(flat, step.tokens.tolist(), step.running.tolist(), strict=True)
         pieces = [text.add(token) if running else "" for text, token, running in tokens]
-        show.write(pieces[0])
-    show.write(flat[0].finish())
+        sink.write(pieces[0])
+    sink.write(flat[0].finish())
     for text in flat[1:]:
         text.finish()
     return [[Text(text) for text in row] for row in texts]
 
 
 def _beams(
-    model: GPT, tokenizer: Tokenizer, request: Request, show: OutputSink
+    model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink
 ) -> list[list[Text]]:
     shown, agreed = _completions(tokenizer, request, 1)[0][0], 0
     for beams in search(model, request):
-        if show.tree is not None:
-            show.tree.record(beams)
-        if show.follows:
+        if sink.tree is not None:
+            sink.tree.record(beams)
+        if sink.wants_text:
             ids = beams.running.ids[0, 0, request.prompt_length :].tolist()
             certain = _agreed(beams, request)
             for token in ids[agreed:certain]:
-                show.write(shown.add(token))
+                sink.write(shown.add(token))
             agreed = max(agreed, certain)
-            show.tail(tokenizer.decode(ids[agreed:]))
+            sink.tail(tokenizer.decode(ids[agreed:]))
     group = best(request, beams)
     texts = _completions(tokenizer, request, group.ids.size(1))
     for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):
@@ -175,8 +182,8 @@ def _beams(
             for token in new.tolist():
                 text.add(token)
             text.finish()
-    # what was shown is the beginning of the best text
-    show.write(texts[0][0].text[len(shown.text) :])
+    # the text shown so far is the beginning of the best text
+    sink.write(texts[0][0].text[len(shown.text) :])
     return [
         [
             Text(text, score, avoided(request, beams, beam))
@@ -187,7 +194,7 @@ def _beams(
 
 
 def _agreed(beams: Beams, request: Request) -> int:
-    """How many new tokens all texts of the first prompt begin with, running and finished ones."""
+    """Return how many new tokens all texts of the first prompt share, running and finished."""
     ended = beams.is_finished[0]
     ids = torch.cat([beams.running.ids[0], beams.finished.ids[0][ended]])  # (texts, T)
     new = ids[:, request.prompt_length :]

@@ -1,9 +1,9 @@
-"""Why this token: its raw probability, what each processor made of it, and who came close.
+"""sample.py --explain and --color: each token's probability, raw and after each processor.
 
-Runs a finished text through the model again, token by token, with the processors of its request:
-the same numbers as while it was decoded, by whatever algorithm. What the groups of a diverse search
-chose before the text's own cannot be read off the text, and is given. This file does not know how a
-token was chosen.
+`explain` runs a finished text through the model again, token by token, with the processors of its
+request. The probabilities equal those of the decoding, whatever the algorithm. In diverse beam
+search the text does not show the choices of earlier groups, so the caller passes them. This file
+does not know how tokens are chosen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,26 +24,26 @@ from nanogpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that might have been next. `probabilities`: raw, then after each processor."""
+    """A possible next token. `probabilities`: raw, then after each processor."""
 
     token: int
     text: str
-    rank: int  # 1 is the model's own first choice
+    rank: int  # by raw probability; 1 is the likeliest
     probabilities: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One chosen token among its rivals."""
+    """A chosen token and its alternatives."""
 
     position: int  # 0 is the first new token
-    entropy: float  # of the model's own distribution, in nats
+    entropy: float  # of the raw distribution, in nats
     stages: tuple[str, ...]  # "raw", then the processors' options, in order
     chosen: Candidate
     runners_up: tuple[Candidate, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain objects, for --json."""
+        """Return plain dicts and lists, for --json."""
         return asdict(self)
 
 
@@ -54,11 +54,12 @@ def explain(
     token_ids: Sequence[int],
     tokenizer: Tokenizer,
     avoided: Sequence[Sequence[int]] = (),
-    rivals: int = 4,
+    alternatives: int = 4,
 ) -> Iterator[Explanation]:
     """Explain the new tokens of a request's first prompt, one by one.
 
-    avoided: for each of them, of diverse beams, the tokens that the groups before had just chosen.
+    avoided: diverse beam search only: for each new token, the tokens that earlier groups chose.
+    alternatives: how many other tokens to show beside each chosen one.
     """
     request = replace(request, ids=request.ids[:1], mask=request.mask[:1], rows=1)
     engine, chain = Engine(model, request), processors_for(request)
@@ -74,7 +75,7 @@ def explain(
             logp = scores.log_softmax(dim=1)
             entropy = float(-(logp.exp() * logp).nansum())
             order = logp[0].argsort(descending=True)
-            # a penalty weighs on log-probabilities in a beam search and on logits elsewhere
+            # processors get log-probabilities in a beam search and logits elsewhere
             rows = [logp if searches else scores]
             diversity.begin_step()
             if avoided:
@@ -82,11 +83,13 @@ def explain(
             for _, process in chain:
                 rows.append(process(ids, rows[-1]))
             p = torch.cat(rows).softmax(dim=1)  # (stages, V)
-            # in turn the likeliest at the end and the model's own favourites, banned or not
-            best = torch.stack([p[-1].topk(rivals + 1).indices, order[: rivals + 1]], dim=1)
+            # alternate the likeliest after processing with the likeliest raw tokens, banned or not
+            likeliest = p[-1].topk(alternatives + 1).indices
+            best = torch.stack([likeliest, order[: alternatives + 1]], dim=1)
             best[:, 0] = best[:, 0].where(p[-1, best[:, 0]] > 0, best[:, 1])
-            others = [i for i in dict.fromkeys(best.flatten().tolist()) if i != token][:rivals]
-            chosen, *runners_up = (_candidate(i, order, p, tokenizer) for i in (token, *others))
+            others = [i for i in dict.fromkeys(best.flatten().tolist()) if i != token]
+            shown = (token, *others[:alternatives])
+            chosen, *runners_up = (_candidate(i, order, p, tokenizer) for i in shown)
             yield Explanation(position, entropy, stages, chosen, tuple(runners_up))
             ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
 
@@ -97,7 +100,7 @@ def _candidate(token: int, order: Tensor, p: Tensor, tokenizer: Tokenizer) -> Ca
 
 
 def draw(explanation: Explanation) -> str:
-    """A table: the chosen token (>) and its runners-up, their probability after each processor."""
+    """Draw a table of probabilities: the chosen token (>) and its runners-up, stage by stage."""
     heads = [name.replace("_", " ") for name in explanation.stages]
     rows = [["", "rank", *heads]]
     for candidate in (explanation.chosen, *explanation.runners_up):
@@ -109,7 +112,10 @@ def draw(explanation: Explanation) -> str:
 
 
 def shade(explanation: Explanation, by: str, vocab_size: int) -> float:
-    """How green the chosen token is, 0 to 1: by its raw probability, the entropy, or its rank."""
+    """Return the chosen token's colour, from 0 (red) to 1 (green).
+
+    by: "prob" (raw probability), "entropy" (of the raw distribution) or "rank".
+    """
     chosen = explanation.chosen
     if by == "prob":
         return chosen.probabilities[0] ** 0.5

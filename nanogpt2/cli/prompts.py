@@ -1,9 +1,9 @@
-"""Prompts are read; many of them are run, one JSON object a text, in the order of the file.
+"""Read one prompt, or run a file of prompts: one JSON object for each text, in the file's order.
 
-The file is text, a prompt a line, or JSONL: a string or an object with "prompt" ("text" for a
-classifier). Only prompts of the same length in tokens are decoded together, so that none depends on
-what else is in the file.
-This file does not know how tokens are chosen.
+The file is plain text with one prompt a line, or JSONL with one string or object a line. The object
+holds the prompt as "prompt" ("text" for a classifier). Only prompts of the same length in tokens
+share a batch, so that no text depends on the other prompts in the file. This file does not know how
+tokens are chosen.
 """
 
 import json
@@ -21,15 +21,15 @@ from nanogpt2.config import GenerationConfig
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
-JSON_NAMES = (".jsonl", ".json")
-# rounds in which --unique tries to replace texts that were there already
-MOST_ROUNDS = 10
+JSON_SUFFIXES = (".jsonl", ".json")
+# rounds in which --unique tries to replace duplicates
+MAX_ROUNDS = 10
 
 
 def read_prompt(prompt: str, file: str | None) -> str:
-    """Read one prompt: a file's text, or standard input's where the prompt is -, or as it is.
+    """Return one prompt: the text of `file`, or of standard input for -, or `prompt` itself.
 
-    Raises ValueError for what is not UTF-8, OSError for a file that cannot be read.
+    Raises ValueError for text that is not UTF-8, OSError for a file that cannot be read.
     """
     if file is None and prompt != "-":
         return prompt
@@ -44,16 +44,16 @@ def read_prompt(prompt: str, file: str | None) -> str:
 
 
 def read_prompts(source: str, skip_bad: bool, key: str = "prompt") -> dict[int, str]:
-    """Read a file's prompts, or standard input's where it is -, by the numbers of their lines.
+    """Return the prompts of a file, or of standard input if `source` is -, by line number.
 
-    `key` is the prompt's in a JSON object. Raises ValueError that names the first broken line,
-    unless broken lines are to be skipped: then each is noted. Raises OSError for a file that cannot
+    key: the prompt's key in a JSON object; skip_bad: skip malformed lines, with a note for each.
+    Raises ValueError that names the first malformed line otherwise, OSError for a file that cannot
     be read.
     """
     data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     is_jsonl = (
-        _looks_like_json(lines, key) if source == "-" else source.lower().endswith(JSON_NAMES)
+        _looks_like_json(lines, key) if source == "-" else source.lower().endswith(JSON_SUFFIXES)
     )
     prompts = {}
     for number, line in enumerate(lines, start=1):
@@ -61,7 +61,7 @@ def read_prompts(source: str, skip_bad: bool, key: str = "prompt") -> dict[int, 
             text = line.decode("utf-8")
             prompt = _prompt(text, key) if is_jsonl and text.strip() else text
         except (ValueError, RecursionError) as error:
-            _leave_out(f"{source!r} line {number}: {error}", skip_bad)
+            _skip_or_raise(f"{source!r} line {number}: {error}", skip_bad)
             continue
         if prompt.strip():
             prompts[number] = prompt
@@ -71,7 +71,7 @@ def read_prompts(source: str, skip_bad: bool, key: str = "prompt") -> dict[int, 
 
 
 def _looks_like_json(lines: list[bytes], key: str) -> bool:
-    """Tell whether the first line that is not empty is a prompt in JSON."""
+    """Return True if the first line that is not blank is a JSON prompt."""
     try:
         _prompt(next(line for line in lines if line.strip()).decode("utf-8"), key)
     except (StopIteration, ValueError, RecursionError):
@@ -87,18 +87,18 @@ def _prompt(line: str, key: str) -> str:
     return prompt
 
 
-def _leave_out(message: str, skip_bad: bool) -> None:
+def _skip_or_raise(message: str, skip_bad: bool) -> None:
     if not skip_bad:
-        raise ValueError(f"{message} (--skip_bad goes on without it)") from None
+        raise ValueError(f"{message} (--skip_bad skips it)") from None
     terminal.note(f"skipped {message}")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A file of prompts and how they are run.
+    """A file of prompts and how to run it.
 
-    batch_size: prompts side by side; unique: equal texts are dropped; skip_bad: prompts that cannot
-    be run are left out.
+    batch_size: prompts in a batch; unique: drop duplicate texts; skip_bad: skip prompts that cannot
+    be run.
     """
 
     source: str
@@ -112,9 +112,11 @@ def run_prompts(
 ) -> Iterator[dict[str, Any]]:
     """Yield the texts of all prompts in order, showing progress on stderr.
 
-    Raises ValueError for what cannot be, before the first text; FloatingPointError after that.
+    Before the first text, raises ValueError for options or prompts that cannot be run. After the
+    first text, the same failure is a FloatingPointError.
     """
     batches = _batches(model, tokenizer, prompts, options, job)
+    # batches are grouped by length, so texts wait in `done` for their turn
     numbers = deque(sorted(number for batch in batches for number in batch))
     done: dict[int, list[Text]] = {}
     asked, found = len(numbers) * options.num_return_sequences, 0
@@ -135,15 +137,16 @@ def run_prompts(
                     yield as_json(prompts[number], index, completion, text.score, options.seed)
                     found += 1
     if found < asked:
-        terminal.note(f"note: --unique left {found} of {asked} texts: no other new ones came")
+        terminal.note(f"note: --unique left {found} of {asked} texts: no more new texts came")
 
 
 def _batches(
     model: GPT, tokenizer: Tokenizer, prompts: dict[int, str], options: GenerationConfig, job: Job
 ) -> list[list[int]]:
-    """The numbers of the lines that are run together: those of one length in tokens.
+    """Group line numbers into batches of prompts with equal length in tokens.
 
-    Raises ValueError, or leaves lines out, where a length is not possible with these options.
+    Raises ValueError for a length that these options cannot run; with job.skip_bad, skips its lines
+    instead.
     """
     by_length: dict[int, list[int]] = {}
     for number, prompt in prompts.items():
@@ -156,10 +159,10 @@ def _batches(
         except ValueError as error:
             wrong |= dict.fromkeys(numbers, error)
     if len(wrong) == len(prompts):
-        # it is not the prompts' fault
+        # every prompt fails, so the options are at fault
         raise wrong[min(wrong)]
     for number in sorted(wrong):
-        _leave_out(f"prompts {job.source!r} line {number}: {wrong[number]}", job.skip_bad)
+        _skip_or_raise(f"prompts {job.source!r} line {number}: {wrong[number]}", job.skip_bad)
     long = sum(len(by_length[n]) for n in by_length if n > model.config.block_size)
     if long:
         terminal.note(
@@ -177,10 +180,10 @@ def _batches(
 def _texts(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig, job: Job
 ) -> list[list[Text]]:
-    """The texts of a few prompts; with `unique`, equal ones are replaced while new ones come."""
+    """Return the texts of a batch; with job.unique, sample more rounds to replace duplicates."""
     kept: list[dict[str, Text]] = [{} for _ in prompts]
     wanted = options.num_return_sequences
-    for round_ in range(MOST_ROUNDS if job.unique and options.samples else 1):
+    for round_ in range(MAX_ROUNDS if job.unique and options.samples else 1):
         request = request_for(model, tokenizer, prompts, _round(options, round_))
         found = decode_texts(model, tokenizer, request)
         if not job.unique:
@@ -195,7 +198,7 @@ def _texts(
 
 
 def _round(options: GenerationConfig, round_: int) -> GenerationConfig:
-    """The same options with other chance, the same at every run."""
+    """Return the options with the seed or sample numbers of a round, the same in every run."""
     if options.noise == "counter":
         first = options.first_sample + round_ * options.num_return_sequences
         return replace(options, first_sample=first)

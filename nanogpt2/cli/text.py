@@ -1,4 +1,4 @@
-"""Token ids -> the text a person sees, while it is made: whole characters, stop strings cut off.
+"""Token ids -> the text on the screen, while decoding: whole characters, stop strings cut off.
 
 This file does not know how tokens are chosen.
 """
@@ -13,10 +13,10 @@ from nanogpt2.tokenizer import Tokenizer
 
 
 class Completion:
-    """One continuation while it grows: `text` is what is certain so far.
+    """One continuation while it grows; `text` holds the characters that are final.
 
-    Characters whose bytes are incomplete are held back, and so is what may turn out to be the
-    beginning of a stop string. What comes after the end is left out.
+    Bytes of an incomplete character are held back. So are bytes that may begin a stop string.
+    Tokens after the end are ignored.
     """
 
     def __init__(
@@ -26,20 +26,20 @@ class Completion:
         ends: Sequence[int],
         stops: str | Sequence[str] = (),
     ) -> None:
-        """ends: the token ids that end a text; stops: the strings that do."""
+        """ends: token ids that end the text; stops: strings that end it."""
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason = "length"
         self._tokenizer, self._ends = tokenizer, frozenset(ends)
         self._stops = stop_bytes(stops) if stops else []
         self._longest = max(map(len, self._stops), default=1)
-        # a stop string may begin in the prompt, or in what is certain; bytes, as all that follows
+        # a stop string may begin in the prompt or in final text, so keep the last bytes of both
         self._before = tokenizer.decode_bytes(prompt_ids[-self._longest :]) if stops else b""
         self._held = b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """Take the next token and return the text that is now certain."""
+        """Take the next token and return the text that became final."""
         if self.finish_reason == "stop":
             return ""
         self.token_ids.append(token)
@@ -53,14 +53,14 @@ class Completion:
             self.finish_reason = "stop"
             self._held = self._held[: max(0, start - len(self._before))]
             return ""
-        return self._release(len(self._held) - self._doubtful())
+        return self._release(len(self._held) - self._uncertain_bytes())
 
     def finish(self) -> str:
-        """Return what was held back: no more tokens will come."""
+        """End the text and return the characters that were held back."""
         return self._release(len(self._held), final=True)
 
-    def _doubtful(self) -> int:
-        """How many of the held bytes may belong to a stop string that is not complete yet."""
+    def _uncertain_bytes(self) -> int:
+        """Return how many of the held bytes may belong to an incomplete stop string."""
         seen = self._before + self._held
         for n in range(min(self._longest - 1, len(seen)), 0, -1):
             if any(stop.startswith(seen[-n:]) for stop in self._stops):
@@ -76,7 +76,10 @@ class Completion:
 
 
 def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, slice]]:
-    """Split a text into whole characters and the tokens that share them, as places in token_ids."""
+    """Split a text into the shortest pieces of whole characters and whole tokens.
+
+    Yields (piece, slice of completion.token_ids).
+    """
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     left, piece, first = completion.text, "", 0
     for i, token in enumerate(completion.token_ids, start=1):
@@ -84,14 +87,14 @@ def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, 
         piece += utf8.decode(tokenizer.decode_bytes([token]), final=is_last)
         unfinished, _ = utf8.getstate()
         if not unfinished:
-            # what ends a text is cut off
+            # an end token or stop string has no text left
             if left:
                 yield left[: len(piece)], slice(first, i)
             left, piece, first = left[len(piece) :], "", i
 
 
 def as_line(value: Any) -> str:
-    """JSON on a line; what is no finite number becomes null, since JSON has no word for it."""
+    """Return a value as a line of JSON. NaN and infinities become null: JSON cannot write them."""
     plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(plain) + "\n"
 
@@ -99,7 +102,7 @@ def as_line(value: Any) -> str:
 def as_json(
     prompt: str, index: int, completion: Completion, score: float | None, seed: int | None
 ) -> dict[str, Any]:
-    """The object that --json prints for a text."""
+    """Return the object that --json prints for a text."""
     return {
         "prompt": prompt,
         "index": index,

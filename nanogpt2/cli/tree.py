@@ -1,6 +1,7 @@
-"""The beams as a tree: where they split, which were pruned, which ended, with their scores.
+"""sample.py --tree: the beams as a tree, with every split, pruned beam, finished text and score.
 
-This file does not know how beams are chosen: it watches a search go by.
+The tree is built from the search's state after each step. This file does not know how beams are
+chosen.
 """
 
 import math
@@ -12,32 +13,32 @@ from nanogpt2.tokenizer import Tokenizer
 
 
 @dataclass
-class _Place:
+class _TreeNode:
     token: int
-    score: float  # the sum so far, of processed log-probabilities
+    score: float  # sum of processed log-probabilities up to this token
     last_step: int
-    # the best that came of it: (the text's score, or -inf; how far it came; its sum there)
+    # the best text below: (its final score, or -inf; its last step; its sum at that step)
     rank: tuple[float, int, float] = (-math.inf, 0, -math.inf)
-    final: float | None = None  # the text that ends here: its length-normalised score
-    children: "dict[int, _Place]" = field(default_factory=dict)
+    final: float | None = None  # length-normalised score of the text that ends here
+    children: "dict[int, _TreeNode]" = field(default_factory=dict)
 
 
 class BeamTree:
-    """Grows with a search over one prompt."""
+    """The tree of all beams in a search over one prompt."""
 
     def __init__(self, prompt_length: int) -> None:
         self._start = prompt_length
-        self._root = _Place(-1, 0.0, 0)
+        self._root = _TreeNode(-1, 0.0, 0)
         self._step = 0
 
     def record(self, beams: Beams) -> None:
-        """Take the state after a step."""
+        """Add the beams of the state after a step."""
         self._step += 1
         running = beams.running
         for ids, score in zip(running.ids[0].tolist(), running.scores[0].tolist(), strict=True):
-            # a text that ended without a place among the finished runs no further
+            # skip running entries with a score near OUT: their texts have already ended
             if score > OUT / 2:
-                self._put(ids[self._start :], score).score = score
+                self._add(ids[self._start :], score).score = score
         ended = zip(
             beams.finished.ids[0].tolist(),
             beams.finished.beams[0].tolist(),
@@ -48,43 +49,45 @@ class BeamTree:
         for ids, rows, score, is_finished in ended:
             if is_finished:
                 new = sum(row >= 0 for row in rows)
-                place = self._put(ids[self._start : self._start + new], final=score)
-                place.final = score
+                node = self._add(ids[self._start : self._start + new], final=score)
+                node.final = score
 
-    def _put(self, tokens: list[int], score: float = -math.inf, final: float = -math.inf) -> _Place:
-        place = self._root
+    def _add(
+        self, tokens: list[int], score: float = -math.inf, final: float = -math.inf
+    ) -> _TreeNode:
+        node = self._root
         for token in tokens:
-            place = place.children.setdefault(token, _Place(token, float("nan"), self._step))
-            place.last_step = self._step
-            place.rank = max(place.rank, (final, self._step, score))
-        return place
+            node = node.children.setdefault(token, _TreeNode(token, float("nan"), self._step))
+            node.last_step = self._step
+            node.rank = max(node.rank, (final, self._step, score))
+        return node
 
     def draw(self, tokenizer: Tokenizer) -> str:
-        """The tree, best first, runs of tokens without a split on one line."""
-        nodes: list[terminal.Node] = []
-        # no recursion: a text may be longer than Python's stack is deep
-        waiting = [(self._root, nodes)]
+        """Draw the tree, best beams first. Tokens without a split between them share a line."""
+        drawn: list[terminal.Node] = []
+        # no recursion: a text may be longer than Python's recursion limit
+        waiting = [(self._root, drawn)]
         while waiting:
-            place, siblings = waiting.pop()
-            for child in self._best_first(place):
+            node, siblings = waiting.pop()
+            for child in self._best_first(node):
                 label, end = self._line(child, tokenizer)
                 siblings.append(terminal.Node(label, []))
                 waiting.append((end, siblings[-1].children))
-        return terminal.tree(nodes)
+        return terminal.tree(drawn)
 
-    def _best_first(self, place: _Place) -> list[_Place]:
-        return sorted(place.children.values(), key=lambda child: child.rank, reverse=True)
+    def _best_first(self, node: _TreeNode) -> list[_TreeNode]:
+        return sorted(node.children.values(), key=lambda child: child.rank, reverse=True)
 
-    def _line(self, place: _Place, tokenizer: Tokenizer) -> tuple[str, _Place]:
-        """What is written without a split from here on, and where that leads to."""
-        tokens = [place.token]
-        while place.final is None and len(place.children) == 1:
-            (place,) = place.children.values()
-            tokens.append(place.token)
+    def _line(self, node: _TreeNode, tokenizer: Tokenizer) -> tuple[str, _TreeNode]:
+        """Return the line of the tokens from `node` to the next split or end, and the last node."""
+        tokens = [node.token]
+        while node.final is None and len(node.children) == 1:
+            (node,) = node.children.values()
+            tokens.append(node.token)
         label = repr(tokenizer.decode(tokens))
-        if place.final is not None:
-            label += f"  ended, score {place.final:.3f}"
-        elif not place.children:
-            fate = "running" if place.last_step == self._step else f"pruned at {place.last_step}"
-            label += f"  {fate}, sum {place.score:.3f}"
-        return label, place
+        if node.final is not None:
+            label += f"  ended, score {node.final:.3f}"
+        elif not node.children:
+            fate = "running" if node.last_step == self._step else f"pruned at {node.last_step}"
+            label += f"  {fate}, sum {node.score:.3f}"
+        return label, node

@@ -1,17 +1,18 @@
 """A record of a conversation -> its text in segments, each trained on or only read.
 
 A record has either `prompt` and `completion`, taken as they stand, or `messages`: a list of
-{"role": "system" | "user" | "assistant", "content": text}, the last one the assistant's. Messages
-are written as the preset `dialogue` of sample.py asks, so that it talks to the model trained here:
+{"role": "system" | "user" | "assistant", "content": text} that ends with an assistant's message.
+Messages are written in the format of sample.py's preset `dialogue`, so that the preset works with
+the trained model:
 
     a system's text
     You: a user's text
     Friend: the assistant's text
 
-Trained on are the completions, that is " the assistant's text" and what ends it: <|endoftext|> at
-the end of the record, the line's end before it. Each segment is tokenised by itself: the prompt
-that sampling tokenises is then token for token the one that was trained on. White space around a
-message is dropped, for the same reason. Nothing here knows tokens.
+The completions are trained on: " the assistant's text" and its end, which is <|endoftext|> at the
+end of the record and a line feed elsewhere. Each segment is tokenised by itself, so that the tokens
+of a prompt are the same in sampling as in training. White space around a message is dropped for the
+same reason. This file does not know tokens.
 """
 
 from nanogpt2.data.records import Record, excerpt
@@ -20,9 +21,9 @@ ROLES = ("system", "user", "assistant")
 
 
 def segments(record: Record) -> list[tuple[str, bool]]:
-    """Return the text in order, each part with True where it is trained on.
+    """Return the text in order, in segments, each with True if it is trained on.
 
-    Raises ValueError, with the record's place, for a conversation that is none.
+    Raises ValueError that names the record's file and line for a malformed conversation.
     """
     if "messages" in record.values:
         return _dialogue(record)
@@ -36,7 +37,7 @@ def _dialogue(record: Record) -> list[tuple[str, bool]]:
             f"{record.where}: 'messages' must be a list of messages, not {excerpt(messages)}"
         )
     parts: list[tuple[str, bool]] = []
-    asked = ""  # what was said since the last completion
+    asked = ""  # the text since the last completion
     role = None
     for i, message in enumerate(messages):
         where = f"{record.where}, message {i + 1}"

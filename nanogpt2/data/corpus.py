@@ -1,10 +1,10 @@
-"""A source and a task -> what is trained on and what is held out.
+"""A source and a task -> a training split and a validation split.
 
     lm        texts, each followed by <|endoftext|>; of records, the column `text`
-    chat      records of a conversation: see chat.py
+    chat      one conversation a record: see chat.py
     classify  records of a text and a label; of text files, the label is their folder's name
 
-This file does not know the model, but for its vocabulary's size.
+Of the model, this file knows only the size of the vocabulary.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt2.data.examples import NOT_COUNTED, Examples, chat_examples, labelled_examples
+from nanogpt2.data.examples import IGNORE_INDEX, Examples, chat_examples, labelled_examples
 from nanogpt2.data.shards import Ids
 from nanogpt2.data.streams import SPLIT_SEED, Columns, Streams
 from nanogpt2.tokenizer import Tokenizer
@@ -21,14 +21,14 @@ from nanogpt2.tokenizer import Tokenizer
 CACHE = Path("~/.cache/nanogpt2/tokens")
 COLUMNS = Columns()
 TASKS = ("lm", "chat", "classify")
-SHORTEST = 90  # tokens: a tenth validates, in blocks of 8 at least
-VALIDATION_SHARE = 0.1
-VALIDATION_MOST = 65_536  # tokens; more would only slow the evaluations down
+MIN_TOKENS = 90  # a tenth validates, and that must fill a sequence of 8 tokens
+VALIDATION_FRACTION = 0.1
+MAX_VALIDATION_TOKENS = 65_536  # more would only slow the evaluations down
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is trained on, what is held out, and where they came from."""
+    """The training split, the validation split and their origin."""
 
     train: Ids | Examples
     validation: Ids | Examples
@@ -36,17 +36,17 @@ class Corpus:
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
 
     @property
-    def rooms(self) -> tuple[int, int]:
-        """Tokens of the longest sequences that can be trained and validated on."""
+    def max_block_sizes(self) -> tuple[int, int]:
+        """The longest sequences, in tokens, that the splits can fill: (training, validation)."""
         if isinstance(self.train, Examples):
             return self.train.longest, self.train.longest
         return len(self.train) - 1, len(self.validation) - 1
 
     def prompt(self, tokenizer: Tokenizer) -> list[int]:
-        """What a sample may go on from: the first words that are held out; a chat's first turn."""
+        """Return a prompt for samples: the first words held out, or the first turn of a chat."""
         if isinstance(self.validation, Examples):
             inputs, targets = self.validation.example(0, self.validation.longest)
-            return inputs[: int((targets != NOT_COUNTED).argmax()) + 1].tolist()
+            return inputs[: int((targets != IGNORE_INDEX).argmax()) + 1].tolist()
         words = tokenizer.decode(self.validation[:64].tolist()).split()[1:7]
         return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
 
@@ -65,9 +65,10 @@ def load_corpus(
 ) -> Corpus:
     """Tokenise a source, once for each content and tokenizer, and hold some of it out.
 
-    `validation` is a second source, to be held out instead; of texts it must fill `block_size`.
-    `vocab_size` is the model's, `labels` are those of a classifier that goes on learning. Raises
-    ValueError or OSError for a source that cannot be used.
+    validation: a second source, to hold out instead; for task lm it must fill `block_size`.
+    vocab_size: the model's; the tokenizer's by default.
+    labels: the labels of a classifier that is trained further.
+    Raises ValueError or OSError for a source that cannot be used.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
@@ -93,11 +94,11 @@ def load_corpus(
 
 
 def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
-    if len(ids) < SHORTEST:
+    if len(ids) < MIN_TOKENS:
         raise ValueError(
-            f"{source!r} is too short: {len(ids)} tokens, at least {SHORTEST} are needed"
+            f"{source!r} is too short: {len(ids)} tokens, at least {MIN_TOKENS} are needed"
         )
-    held_out = min(int(len(ids) * VALIDATION_SHARE), VALIDATION_MOST)
+    held_out = min(int(len(ids) * VALIDATION_FRACTION), MAX_VALIDATION_TOKENS)
     return ids[: len(ids) - held_out], ids[len(ids) - held_out :]
 
 
@@ -116,14 +117,14 @@ def _examples(
 
 
 def _split_examples(examples: Examples, source: str) -> tuple[Examples, Examples]:
-    """Draw examples to hold out, one at least, but never the last that is left of a label."""
+    """Draw at least one example to hold out, but never the only one left of a label."""
     drawn = np.random.default_rng(SPLIT_SEED).permutation(len(examples))
     classes = np.zeros(len(drawn), np.int64) if examples.classes is None else examples.classes
     kept = np.unique(classes[drawn], return_index=True)[1]
     free = np.delete(drawn, kept)
     if not len(free):
         raise ValueError(f"{source!r} has too few records to hold one out: give --validation")
-    enough = np.searchsorted(np.cumsum(examples.lengths[free]), VALIDATION_MOST)
-    held_out = free[: max(1, min(int(len(drawn) * VALIDATION_SHARE), enough))]
+    enough = np.searchsorted(np.cumsum(examples.lengths[free]), MAX_VALIDATION_TOKENS)
+    held_out = free[: max(1, min(int(len(drawn) * VALIDATION_FRACTION), enough))]
     rest = np.setdiff1d(drawn, held_out)
-    return examples.choose(rest), examples.choose(np.sort(held_out))
+    return examples.select(rest), examples.select(np.sort(held_out))

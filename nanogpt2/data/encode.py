@@ -1,9 +1,10 @@
-"""Texts and records -> arrays of token ids, in pieces: a long text is never one list of ids.
+"""Texts and records -> arrays of token ids. A long text is encoded in pieces, to save memory.
 
-A text for language modelling is its ids and <|endoftext|>. An example of a chat or a classification
-is a run of int32 entries, closed by END: an id that is only read stands as itself, what is trained
-on as its complement, ~id < 0. A classification trains on its label's name, spelled in UTF-8: one
-entry a byte; which class that is, only all the labels tell. This file does not know files.
+A text for language modelling becomes its ids and <|endoftext|>. An example of a chat or a
+classification becomes a run of int32 entries that ends with END. A token that is only read is
+stored as its id, a token that is trained on as the complement, ~id < 0. A classification trains on
+the label's name, stored in UTF-8 with one complemented byte an entry. The class numbers are
+assigned later, when all labels are known. This file does not know files.
 """
 
 import re
@@ -15,18 +16,18 @@ from numpy.typing import NDArray
 from nanogpt2.tokenizer import Tokenizer
 
 END = np.int32(-(2**31))
-SAFE = re.compile(r"(?<=\S)[ \n]")
+SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 def safe_pieces(parts: Iterable[str]) -> Iterator[str]:
-    """Cut a text anew, where encoding the pieces gives the ids of the whole.
+    """Cut a text into other pieces whose ids, joined, equal the ids of the whole text.
 
-    Tokens are merged within GPT-2's words alone, and a word has white space only at its beginning:
-    a new one begins wherever white space follows something else.
+    Byte pairs are merged only within a word of GPT-2's pattern. A word has white space only at its
+    start, so a cut is safe wherever white space follows another character.
     """
     held: list[str] = []
     for part in parts:
-        cut = SAFE.search(part)
+        cut = SAFE_CUT.search(part)
         if held and cut:
             yield "".join([*held, part[: cut.start()]])
             held, part = [], part[cut.start() :]
@@ -35,7 +36,7 @@ def safe_pieces(parts: Iterable[str]) -> Iterator[str]:
 
 
 def encode_text(parts: Iterable[str], tokenizer: Tokenizer) -> list[NDArray[np.integer]]:
-    """Return a text's ids and <|endoftext|>, in pieces; none where the text is blank."""
+    """Return a text's ids and <|endoftext|>, in pieces; an empty list for a blank text."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     pieces: list[NDArray[np.integer]] = []
     blank = True

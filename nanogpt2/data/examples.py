@@ -1,7 +1,8 @@
 """Examples of a chat or a classification: entries (see encode.py) -> inputs and targets.
 
-Both are of length T. In a chat the targets are the tokens that follow and are trained on; in a
-classification the one target is the label's number, at the text's last token. All others are -100.
+Both have length T. In a chat the target of each token is the next one, if that is trained on. In a
+classification the only target is the label's number, at the text's last token. All other targets
+are -100.
 This file does not know files.
 """
 
@@ -15,17 +16,17 @@ from numpy.typing import NDArray
 
 from nanogpt2.data.encode import END
 
-NOT_COUNTED = -100
+IGNORE_INDEX = -100
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Some of the examples that a stream of entries holds."""
+    """A selection of the examples in a stream of entries."""
 
     stream: NDArray[np.integer]
-    starts: Ints  # of each example, in the stream
+    starts: Ints  # offset of each example in the stream
     stops: Ints
     classes: Ints | None = None  # classification: the number of each example's label
     labels: tuple[str, ...] = ()  # classification: the name of each number
@@ -36,8 +37,8 @@ class Examples:
 
     @cached_property
     def lengths(self) -> Ints:
-        """Tokens in the inputs of each example, before they are shortened."""
-        # a chat's last entry is only a target
+        """Input tokens of each example, before it is cut to block_size."""
+        # the last entry of a chat is only a target
         return self.stops - self.starts - (self.classes is None)
 
     @property
@@ -53,23 +54,25 @@ class Examples:
     def example(self, i: int, block_size: int) -> tuple[Ints, Ints]:
         """Return (inputs, targets), each int64 (T,), with T <= block_size.
 
-        Of what is too long, a chat keeps the end, where the completion is; a classification keeps
+        If an example is too long, a chat keeps the end, with the completion. A classification keeps
         the start, and its target moves to the last token kept.
         """
         entries = self.stream[self.starts[i] : self.stops[i]].astype(np.int64)
         if self.classes is not None:
             inputs = entries[:block_size]
-            targets = np.full(len(inputs), NOT_COUNTED)
+            targets = np.full(len(inputs), IGNORE_INDEX)
             targets[-1] = self.classes[i]
             return inputs, targets
         entries = entries[-block_size - 1 :]
         ids = np.where(entries < 0, ~entries, entries)
-        return ids[:-1], np.where(entries < 0, ids, NOT_COUNTED)[1:]
+        return ids[:-1], np.where(entries < 0, ids, IGNORE_INDEX)[1:]
 
-    def choose(self, which: NDArray[np.integer]) -> Examples:
-        """Return the examples of these numbers, in this order."""
-        classes = None if self.classes is None else self.classes[which]
-        return replace(self, starts=self.starts[which], stops=self.stops[which], classes=classes)
+    def select(self, indices: NDArray[np.integer]) -> Examples:
+        """Return the examples with these indices, in this order."""
+        classes = None if self.classes is None else self.classes[indices]
+        return replace(
+            self, starts=self.starts[indices], stops=self.stops[indices], classes=classes
+        )
 
 
 def chat_examples(stream: NDArray[np.integer]) -> Examples:
@@ -79,25 +82,25 @@ def chat_examples(stream: NDArray[np.integer]) -> Examples:
 
 
 def labelled_examples(stream: NDArray[np.integer], labels: tuple[str, ...] = ()) -> Examples:
-    """Return all examples of a stream of texts with labels.
+    """Return all examples of a stream of labelled texts.
 
-    The classes are `labels`, or those found, sorted, numbers as numbers. Raises ValueError for a
-    label that is not among `labels`.
+    The classes are `labels`, or by default the labels found: integers first, in numeric order, then
+    the others. Raises ValueError for a label that is not among `labels`.
     """
-    whole = chat_examples(stream)
+    entries = chat_examples(stream)
     # a text ends where its label begins
     spelled = np.flatnonzero((stream < 0) & (stream != END))
-    stops = spelled[np.searchsorted(spelled, whole.starts)]
+    stops = spelled[np.searchsorted(spelled, entries.starts)]
     names = [
         bytes((~stream[begin:end]).astype(np.uint8)).decode("utf-8", "surrogatepass")
-        for begin, end in zip(stops, whole.stops, strict=True)
+        for begin, end in zip(stops, entries.stops, strict=True)
     ]
     labels = labels or tuple(sorted(set(names), key=_rank))
     number = {name: i for i, name in enumerate(labels)}
     if unknown := sorted(set(names) - set(labels), key=_rank):
         raise ValueError(f"has labels unseen in training: {', '.join(map(repr, unknown))}")
     classes = np.array([number[name] for name in names], np.int64)
-    return Examples(stream, whole.starts, stops, classes, labels)
+    return Examples(stream, entries.starts, stops, classes, labels)
 
 
 def _rank(label: str) -> tuple[bool, int, str]:

@@ -1,7 +1,7 @@
 """A source -> its files -> their bytes, unpacked -> their text, decoded. All in pieces.
 
 A source is a path, a folder, a glob, - for standard input, or a name (pydocs, shakespeare). Text is
-UTF-8, or what a byte-order mark says. This file does not know what the text means.
+UTF-8 unless a byte-order mark says otherwise. This file does not know the meaning of the text.
 """
 
 import codecs
@@ -17,9 +17,9 @@ from typing import BinaryIO
 from nanogpt2 import hub
 from nanogpt2.config import data_files, data_kind
 
-PIECE = 1 << 20  # bytes
-# UTF-32's mark begins with UTF-16's
-MARKS = (
+PIECE_SIZE = 1 << 20  # bytes
+# UTF-32 before UTF-16, whose mark is the beginning of UTF-32's
+BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -30,14 +30,14 @@ MARKS = (
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file on disk, or its bytes where it is on none. It can be read again and again."""
+    """A file on disk, or bytes with a name. It can be read repeatedly."""
 
     name: str
-    kind: str  # .txt, .jsonl, ...: how its content is read
+    format: str  # .txt, .jsonl, ...: the suffix that its content is read by
     data: bytes | None = None
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes, unpacked. Raises ValueError for a packed file that is damaged."""
+        """Yield the bytes, unpacked. Raises ValueError for a damaged archive."""
         try:
             with self._open() as file:
                 yield from self._unpacked(file)
@@ -45,17 +45,18 @@ class DataFile:
             raise ValueError(f"{self.name!r} is damaged: {error}") from None
 
     def text(self) -> Iterator[str]:
-        """Yield its text. Raises ValueError that names the offset of a byte that is none."""
+        """Yield the text. Raises ValueError that names the offset of an undecodable byte."""
         pieces = self.pieces()
         start = next(pieces, b"")
-        # as long as the longest mark, and more
+        # collect more bytes than the longest mark has
         while len(start) <= 4 and (more := next(pieces, b"")):
             start += more
-        mark, encoding = next((m for m in MARKS if start.startswith(m[0])), (b"", "utf-8"))
+        found = (pair for pair in BYTE_ORDER_MARKS if start.startswith(pair[0]))
+        mark, encoding = next(found, (b"", "utf-8"))
         decoder = codecs.getincrementaldecoder(encoding)()
         piece, offset = start[len(mark) :], len(mark)
         while True:
-            # bytes of a character that the last piece left unfinished come before this one's
+            # the decoder still holds the bytes of a character that the last piece left incomplete
             begun = offset - len(decoder.getstate()[0])
             try:
                 yield decoder.decode(piece, final=not piece)
@@ -79,18 +80,18 @@ class DataFile:
             yield from self._unpacked_zst(file)
         else:
             stream = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
-            while piece := stream.read(PIECE):
+            while piece := stream.read(PIECE_SIZE):
                 yield piece
 
     def _unpacked_zst(self, file: BinaryIO) -> Iterator[bytes]:
-        """A .zst file is one frame after another; its end must be a frame's."""
+        """Unpack a .zst file: frames in a row, the last of them complete."""
         try:
             import zstandard
         except ImportError:
             raise ValueError(f"{self.name!r} needs zstandard: pip install zstandard") from None
         frame = None
         # a small piece can unpack to a large one
-        while piece := file.read(PIECE // 16):
+        while piece := file.read(PIECE_SIZE // 16):
             while piece:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 try:
@@ -104,13 +105,13 @@ class DataFile:
             raise ValueError(f"{self.name!r} is damaged: its end is missing")
 
 
-def find_files(source: str, plain: str = ".txt") -> list[DataFile]:
-    """The files of a source, in order of name; standard input is of the kind `plain`.
+def find_files(source: str, stdin_format: str = ".txt") -> list[DataFile]:
+    """Return the files of a source, sorted by name; standard input has the format `stdin_format`.
 
-    Raises ValueError or OSError where there is none.
+    Raises ValueError or OSError for a source without a file to read.
     """
     if source == "-":
-        return [DataFile("standard input", plain, sys.stdin.buffer.read())]
+        return [DataFile("standard input", stdin_format, sys.stdin.buffer.read())]
     if source == "pydocs":
         from pydoc_data.topics import topics
 
@@ -120,9 +121,9 @@ def find_files(source: str, plain: str = ".txt") -> list[DataFile]:
     paths = data_files(source)
     if any(path.suffix == ".tokens" for path in paths) and len(paths) > 1:
         raise ValueError(f"{source!r} has a .tokens file among others: give one such file alone")
-    return [DataFile(str(path), _kind(path)) for path in paths]
+    return [DataFile(str(path), _format(path)) for path in paths]
 
 
-def _kind(path: Path) -> str:
-    # a file named on the command line is text where its suffix says nothing else
+def _format(path: Path) -> str:
+    # a file named on the command line is text if its suffix is unknown
     return ".tokens" if path.suffix == ".tokens" else data_kind(path) or ".txt"

@@ -1,9 +1,9 @@
-"""Token ids or examples -> batches: sequence number n of a run is a function of (seed, n) alone.
+"""Token ids or examples -> batches: sequence n of a run depends only on (seed, n).
 
-Nothing is remembered from one to the next, so a resumed run seeks to its place at once, and any
-range of sequences can be read anywhere: by a step, a micro-batch, a process. All batches are
-(inputs, targets), both int64 (B, T): targets are the tokens that follow, or a label's number;
-those that do not count are -100. This file does not know the model.
+The loader keeps no position, so a resumed run seeks to its place at once. Any step, micro-batch or
+process can read any range of sequences. All batches are (inputs, targets), both int64 (B, T). A
+target is the next token or a label's number; targets that do not count are -100. This file does not
+know the model.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt2.data.examples import NOT_COUNTED, Examples, Ints
+from nanogpt2.data.examples import IGNORE_INDEX, Examples, Ints
 from nanogpt2.data.shards import Ids
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Batches(Protocol):
-    """The sequences of a run, each epoch's shuffled anew."""
+    """The sequences of a run, shuffled anew in each epoch."""
 
     sequences: int  # in an epoch
-    block_size: int  # T at most
+    block_size: int  # the largest T
 
     def rows(self, first: int, count: int) -> Batch:
         """Return sequences first .. first + count - 1 of the run, numbered from 0."""
 
 
 def make_batches(data: Ids | Examples, block_size: int, seed: int) -> Batches:
-    """Return the batches of a run. Raises ValueError for ids that fill no sequence."""
+    """Return the batches of a run. Raises ValueError for too few ids to fill a sequence."""
     if isinstance(data, Examples):
         return ExampleBatches(data, block_size, seed)
     return WindowBatches(data, block_size, seed)
@@ -48,12 +48,12 @@ class WindowBatches:
             )
         self.ids = ids
         self.block_size = block_size
-        # windows in an epoch, whatever its offset
+        # windows in an epoch, the same at every offset
         self.sequences = max(1, (len(ids) - block_size) // block_size)
         self._order = _Order(self.sequences, seed, len(ids) - self.sequences * block_size)
 
     def rows(self, first: int, count: int) -> Batch:
-        """Return sequences first .. first + count - 1: targets are inputs one token later."""
+        """Return sequences first .. first + count - 1; targets are the inputs one token later."""
         places = [self._order(n) for n in range(first, first + count)]
         starts = [offset + window * self.block_size for window, offset in places]
         windows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
@@ -62,7 +62,7 @@ class WindowBatches:
 
 
 class ExampleBatches:
-    """Every epoch has each example once."""
+    """Every epoch shuffles the examples and has each one once."""
 
     def __init__(self, examples: Examples, block_size: int, seed: int) -> None:
         self.examples = examples
@@ -73,31 +73,31 @@ class ExampleBatches:
     def rows(self, first: int, count: int) -> Batch:
         """Return sequences first .. first + count - 1, padded to the longest of them."""
         numbers = [self._order(n)[0] for n in range(first, first + count)]
-        return _padded([self.examples.example(i, self.block_size) for i in numbers])
+        return _pad([self.examples.example(i, self.block_size) for i in numbers])
 
 
 class _Order:
-    """Which of `count` items is the n-th of the run, and the offset drawn for its epoch."""
+    """n -> (index of the n-th item of the run, below `count`; offset drawn for its epoch)."""
 
     def __init__(self, count: int, seed: int, offsets: int = 1) -> None:
         self.count, self.seed, self.offsets = count, seed, offsets
-        self._held: tuple[int, int, NDArray[np.int64]] | None = None
+        self._epoch: tuple[int, int, NDArray[np.int64]] | None = None
 
     def __call__(self, n: int) -> tuple[int, int]:
         epoch, place = divmod(n, self.count)
-        # read once and replaced whole: another thread may be in another epoch
-        held = self._held
-        if held is None or held[0] != epoch:
+        # read and replace the tuple in one step: another thread may be in another epoch
+        drawn = self._epoch
+        if drawn is None or drawn[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             offset = int(rng.integers(0, self.offsets))
-            held = self._held = (epoch, offset, rng.permutation(self.count))
-        return int(held[2][place]), held[1]
+            drawn = self._epoch = (epoch, offset, rng.permutation(self.count))
+        return int(drawn[2][place]), drawn[1]
 
 
-def _padded(rows: list[tuple[Ints, Ints]]) -> Batch:
-    """Stack rows, on the right filled up with id 0 and targets that do not count."""
+def _pad(rows: list[tuple[Ints, Ints]]) -> Batch:
+    """Stack rows, padded on the right with id 0 and targets that do not count."""
     shape = (len(rows), max(len(ids) for ids, _ in rows))
-    inputs, targets = np.zeros(shape, np.int64), np.full(shape, NOT_COUNTED)
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX)
     for i, (ids, wanted) in enumerate(rows):
         inputs[i, : len(ids)], targets[i, : len(wanted)] = ids, wanted
     return torch.from_numpy(inputs), torch.from_numpy(targets)
@@ -106,13 +106,13 @@ def _padded(rows: list[tuple[Ints, Ints]]) -> Batch:
 def validation_batches(
     data: Ids | Examples, batch_size: int, block_size: int
 ) -> "ValidationBatches":
-    """Return batches of at most (B, T), in order, in which every target stands exactly once."""
+    """Return batches of at most (B, T), in order; every target occurs exactly once."""
     return ValidationBatches(data, batch_size, block_size)
 
 
 @dataclass(frozen=True)
 class ValidationBatches:
-    """A sequence of batches. Of a text, every token but the first is a target."""
+    """A sequence of batches. In a text, every token but the first is a target."""
 
     data: Ids | Examples
     batch_size: int
@@ -128,7 +128,7 @@ class ValidationBatches:
             raise IndexError(f"batch {i} of {len(self)}")
         first = i * self.batch_size
         rows = range(first, min(first + self.batch_size, self._rows()))
-        return _padded([self._row(n) for n in rows])
+        return _pad([self._row(n) for n in rows])
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""

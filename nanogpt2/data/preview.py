@@ -1,7 +1,7 @@
-"""The examples of a batch as text: what is trained on, apart from what is only read.
+"""The examples of a batch as text, with the trained parts marked.
 
-It is made from the tensors that a step gets, so it shows what was cut off and what counts. This
-file does not know where they came from.
+The preview is made from the tensors of a training step, so it shows truncation and masking as they
+are. This file does not know where the batch came from.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from nanogpt2.data.examples import NOT_COUNTED
+from nanogpt2.data.examples import IGNORE_INDEX
 from nanogpt2.tokenizer import Tokenizer
 
 SHOWN = 300  # characters of a part
@@ -18,17 +18,17 @@ SHOWN = 300  # characters of a part
 def preview(x: Tensor, y: Tensor, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
     """Show each row of a batch: inputs and targets, both int64 (B, T).
 
-    labels: of a classification, by number; none in a chat.
+    labels: a classification's label names, by number; empty for a chat.
     """
     lines = []
     for number, (inputs, targets) in enumerate(zip(x.numpy(), y.numpy(), strict=True), start=1):
-        # what comes after the last target only fills the batch up
-        T = int(np.flatnonzero(targets != NOT_COUNTED)[-1]) + 1
+        # everything after the last target is padding
+        T = int(np.flatnonzero(targets != IGNORE_INDEX)[-1]) + 1
         ids, trained = inputs[:T], np.zeros(T, bool)
         if not labels:
-            # the target stands one token before itself
+            # targets stand one position early, so shift the mask and append the last target
             ids = np.append(ids, targets[T - 1])
-            trained = np.append(False, targets[:T] != NOT_COUNTED)
+            trained = np.append(False, targets[:T] != IGNORE_INDEX)
         lines.append(f"example {number}, {T} tokens:")
         starts = np.flatnonzero(np.diff(trained)) + 1
         for part, learned in zip(np.split(ids, starts), np.split(trained, starts), strict=True):
@@ -38,8 +38,8 @@ def preview(x: Tensor, y: Tensor, tokenizer: Tokenizer, labels: Sequence[str] = 
     return "\n".join(lines)
 
 
-def _line(trained: bool, what: str) -> str:
-    return f"  [{'trained    ' if trained else 'not trained'}] {what}"
+def _line(trained: bool, text: str) -> str:
+    return f"  [{'trained    ' if trained else 'not trained'}] {text}"
 
 
 def _shortened(text: str) -> str:

@@ -1,11 +1,11 @@
-"""Files of records -> one mapping a record, and where it stands.
+"""Files of records -> one mapping for each record, with its file and line.
 
-    .jsonl     a JSON object a line; blank lines are passed over
-    .csv .tsv  a line of names, then a line a record; a quoted field may hold lines of its own
-    .parquet   a row a record; needs pyarrow
+    .jsonl     one JSON object a line; blank lines are skipped
+    .csv .tsv  a line of names, then one record a line; a quoted field may contain line breaks
+    .parquet   one record a row; needs pyarrow
 
-What is wrong is a ValueError that names the file and the line. Nothing here knows what the columns
-are for.
+A malformed file is a ValueError that names the file and the line. This file does not know the
+meaning of the columns.
 """
 
 import csv
@@ -17,26 +17,26 @@ from typing import Any
 
 from nanogpt2.data.files import DataFile
 
-KINDS = (".jsonl", ".csv", ".tsv", ".parquet")
-LONGEST_FIELD = 2**31 - 1  # characters in a CSV field
+RECORD_FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
+MAX_FIELD_SIZE = 2**31 - 1  # characters in a CSV field
 
 
 @dataclass(frozen=True)
 class Record:
-    """Named values, and where they stand: "'mails.csv' line 3"."""
+    """Named values and their origin, such as "'mails.csv' line 3"."""
 
     where: str
     values: Mapping[str, Any]
 
     def value(self, column: str) -> Any:
-        """Return a column's value. Raises ValueError that lists those there are."""
+        """Return a column's value. Raises ValueError that lists the columns if it is missing."""
         if column not in self.values:
-            there = ", ".join(map(repr, self.values)) or "none"
-            raise ValueError(f"{self.where} has no column {column!r}; there are: {there}")
+            found = ", ".join(map(repr, self.values)) or "none"
+            raise ValueError(f"{self.where} has no column {column!r}; columns found: {found}")
         return self.values[column]
 
     def text(self, column: str) -> str:
-        """Return a column's text. Raises ValueError where it is none, or blank."""
+        """Return a column's text. Raises ValueError for a blank text or another type."""
         value = self.value(column)
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: {column!r} must be text, not {excerpt(value)}")
@@ -45,7 +45,7 @@ class Record:
         return value
 
     def label(self, column: str) -> str:
-        """Return a label's name: a text, or a whole number as text."""
+        """Return a label's name: a text, or an integer as text."""
         value = self.value(column)
         if type(value) is int:
             return str(value)
@@ -57,23 +57,23 @@ class Record:
 
 
 def read_records(file: DataFile) -> Iterator[Record]:
-    """Yield the records of a file, in order."""
-    if file.kind == ".jsonl":
+    """Yield the records of a file, in order. Raises ValueError for a malformed file."""
+    if file.format == ".jsonl":
         yield from _jsonl(file)
-    elif file.kind == ".parquet":
+    elif file.format == ".parquet":
         yield from _parquet(file)
     else:
-        yield from _table(file, "\t" if file.kind == ".tsv" else ",")
+        yield from _table(file, "\t" if file.format == ".tsv" else ",")
 
 
 def excerpt(value: object) -> str:
-    """The beginning of a value, for an error's line."""
+    """Return the beginning of a value, for an error message."""
     text = value if isinstance(value, str) else repr(value)
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
-    """Cut at line feeds alone: JSON may hold the other ends of lines that Unicode knows."""
+    """Cut at line feeds only: JSON may contain Unicode's other line ends."""
     held: list[str] = []
     for part in parts:
         first, *others = part.split("\n")
@@ -95,15 +95,15 @@ def _jsonl(file: DataFile) -> Iterator[Record]:
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
-            raise ValueError(f"{where} is no JSON object: {excerpt(line.strip())}")
+            raise ValueError(f"{where} is not a JSON object: {excerpt(line.strip())}")
         yield Record(where, values)
 
 
 def _table(file: DataFile, delimiter: str) -> Iterator[Record]:
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(MAX_FIELD_SIZE)
     rows = csv.reader(_lines(file.text()), delimiter=delimiter, strict=True)
     names: list[str] = []
-    line = 1  # where the row begins
+    line = 1  # of the row's first line
     try:
         for row in rows:
             where, line = f"{file.name!r} line {line}", rows.line_num + 1
@@ -128,11 +128,11 @@ def _parquet(file: DataFile) -> Iterator[Record]:
         raise ValueError(f"{file.name!r} needs pyarrow: pip install pyarrow") from None
     number = 0
     try:
-        # its table of contents stands at its end
+        # Parquet's index is at the end of the file, so read all of it
         content = io.BytesIO(b"".join(file.pieces()))
         for batch in parquet.ParquetFile(content).iter_batches():
             for values in batch.to_pylist():
                 number += 1
                 yield Record(f"{file.name!r} row {number}", values)
     except ArrowException as error:
-        raise ValueError(f"{file.name!r} is no Parquet file: {error}") from None
+        raise ValueError(f"{file.name!r} is not a Parquet file: {error}") from None

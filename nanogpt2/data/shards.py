@@ -1,6 +1,6 @@
-"""Token ids <-> a file that is mapped into memory, and whose damage is found.
+"""Token ids <-> a memory-mapped file with a checksum, so that damage is detected.
 
-    offset  bytes  what
+    offset  bytes  content
          0      8  magic: "ngpt2tok"
          8      4  version: 1
         12      4  type of an id: "<u2", "<u4" or "<i4", as numpy writes it
@@ -8,9 +8,9 @@
         24     32  SHA-256 of the ids' bytes
         56         the ids
 
-Numbers are little-endian. A file is written aside, synced and renamed: it is whole or absent. With
-`write_shard` a pipeline of one's own makes the FILE.tokens of `python train.py FILE.tokens`. This
-file does not know texts or tokenizers.
+Numbers are little-endian. A file is written under another name, synced and renamed, so it is
+complete or absent. To train on tokens of your own pipeline, write them with `write_shard` and run
+`python train.py FILE.tokens`. This file does not know texts or tokenizers.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 HEADER = struct.Struct("<8sI4sQ32s")
 MAGIC, VERSION = b"ngpt2tok", 1
-# as they stand in the header
+# keys as written in the header
 DTYPES = {name.encode().ljust(4, b"\0"): np.dtype(name) for name in ("<u2", "<u4", "<i4")}
 
 Ids = NDArray[np.integer]
@@ -33,9 +33,9 @@ Ids = NDArray[np.integer]
 def write_shard(
     path: str | Path, ids: Ids | Iterable[ArrayLike], dtype: DTypeLike = np.uint16
 ) -> None:
-    """Write ids, given as one array or as many, in order; `dtype` is uint16, uint32 or int32.
+    """Write ids, given as one array or several in order; `dtype` is uint16, uint32 or int32.
 
-    Raises ValueError for a type or an id that the file cannot hold, and where there is no id.
+    Raises ValueError for another dtype, for an id that does not fit it, and for an empty input.
     """
     path, dtype = Path(path), np.dtype(dtype).newbyteorder("<")
     if dtype not in DTYPES.values():
@@ -47,7 +47,7 @@ def write_shard(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    # the rename lasts once the folder is on disk
+    # sync the folder too, or a crash may undo the rename
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -72,7 +72,7 @@ def _write(path: Path, pieces: Iterable[ArrayLike], dtype: np.dtype) -> None:
             digest.update(data)
             count += piece.size
         if not count:
-            raise ValueError("there is no id to write")
+            raise ValueError("no ids to write")
         file.seek(0)
         name = dtype.str.encode()
         file.write(HEADER.pack(MAGIC, VERSION, name, count, digest.digest()))
@@ -81,14 +81,14 @@ def _write(path: Path, pieces: Iterable[ArrayLike], dtype: np.dtype) -> None:
 
 
 def open_shard(path: str | Path) -> Ids:
-    """Return the ids of a file, mapped into memory, after all of it was checked.
+    """Check a whole file against its checksum and return its ids, mapped into memory.
 
-    Raises ValueError that says what is wrong with the file, OSError where it cannot be read.
+    Raises ValueError for a malformed or damaged file, OSError for a file that cannot be read.
     """
     with Path(path).open("rb") as file:
         header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise ValueError(f"{str(path)!r} is no token file: it does not begin as one")
+            raise ValueError(f"{str(path)!r} is not a token file: it has no ngpt2tok header")
         _, version, name, count, sha256 = HEADER.unpack(header)
         if version != VERSION:
             raise ValueError(f"{str(path)!r} is a token file of version {version}, not {VERSION}")
@@ -97,7 +97,7 @@ def open_shard(path: str | Path) -> Ids:
         dtype = DTYPES[name]
         size, expected = os.fstat(file.fileno()).st_size, HEADER.size + count * dtype.itemsize
         if size != expected or not count:
-            raise ValueError(f"{str(path)!r} has {size} bytes, {expected} for {count} ids")
+            raise ValueError(f"{str(path)!r} has {size} bytes, not {expected} for {count} ids")
         if hashlib.file_digest(file, "sha256").digest() != sha256:
-            raise ValueError(f"{str(path)!r} is damaged: its SHA-256 does not hold")
+            raise ValueError(f"{str(path)!r} is damaged: its SHA-256 does not match")
         return np.memmap(file, dtype, mode="r", offset=HEADER.size, shape=(count,))

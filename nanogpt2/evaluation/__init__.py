@@ -1,1 +1,1 @@
-"""What GPT-2 is measured by: perplexity, LAMBADA, HellaSwag, classification; one task a file."""
+"""Evaluation: perplexity, LAMBADA, HellaSwag and classification, one task a file."""

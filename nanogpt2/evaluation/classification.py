@@ -1,9 +1,9 @@
-"""A classifier's predictions compared with the labels of texts it has not seen.
+"""Compare a classifier's predictions with the labels of held-out texts.
 
-    accuracy   share of texts whose most likely label is theirs
-    macro_f1   mean F1 over the labels that occur, each alike (see metrics.py)
+    accuracy   fraction of texts whose most likely label is correct
+    macro_f1   unweighted mean F1 over the labels that occur (see metrics.py)
     classes    precision, recall, F1 and number of texts of each label
-    confusion  row: the text's label, column: the label it was taken for
+    confusion  row: the text's label, column: the predicted label
 
 This file does not know how the classifier works.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.data.records import Record
-from nanogpt2.evaluation.perplexity import unheard
+from nanogpt2.evaluation.perplexity import ignore_progress
 from nanogpt2.metrics import accuracy, class_scores, confusion, macro_f1
 from nanogpt2.tokenizer import Tokenizer
 
@@ -24,11 +24,11 @@ def predict(
     texts: Sequence[Sequence[int]],
     batch_size: int,
     block_size: int,
-    advance: Callable[[int], object] = unheard,
+    advance: Callable[[int], object] = ignore_progress,
 ) -> list[str]:
-    """Return the most likely label of each text, judged by its first `block_size` tokens."""
+    """Return the most likely label of each text, from its first `block_size` tokens."""
     found: dict[int, str] = {}
-    # texts of like lengths side by side: little is spent on the fill
+    # batch texts of similar length, to save padding
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -45,11 +45,12 @@ def measure_classification(
     columns: tuple[str, str],
     batch_size: int,
     block_size: int,
-    advance: Callable[[int], object] = unheard,
+    advance: Callable[[int], object] = ignore_progress,
 ) -> dict[str, Any]:
-    """Classify the texts of the first of `columns`, and compare with the labels of the second.
+    """Classify the texts of a column and compare the predictions with the labels.
 
-    Raises ValueError for a label that is none of the classifier's.
+    columns: the text's name and the label's name. Raises ValueError for a label that the classifier
+    does not know.
     """
     targets = [record.label(columns[1]) for record in records]
     for record, target in zip(records, targets, strict=True):

@@ -1,6 +1,6 @@
-"""How likely a model finds given continuations of given contexts, many at once.
+"""The log-probability of given continuations of given contexts, in batches.
 
-Both LAMBADA and HellaSwag ask only this. This file does not know them.
+LAMBADA and HellaSwag both build on it. This file does not know either of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nanogpt2.evaluation.perplexity import pad, unheard
+from nanogpt2.evaluation.perplexity import ignore_progress, pad
 from nanogpt2.model import GPT
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids to be predicted, and those before them."""
+    """`target`: the token ids to predict; `context`: the token ids before them."""
 
     context: list[int]
     target: list[int]
@@ -22,9 +22,10 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Score:
-    """`log_probability` of the target's tokens, summed, in nats; `greedy`: each was the likeliest.
+    """`log_probability`: the sum over the target's tokens, in nats.
 
-    `greedy_allowed` is the same where the first token may not be one of the banned ones.
+    greedy: each token was the likeliest; greedy_allowed: the same, with the banned tokens excluded
+    at the first position.
     """
 
     log_probability: float
@@ -38,12 +39,12 @@ def score(
     batch_size: int,
     block_size: int,
     banned_first: Sequence[int] = (),
-    advance: Callable[[int], object] = unheard,
+    advance: Callable[[int], object] = ignore_progress,
 ) -> list[Score]:
-    """Score each continuation; of a context that is too long the last tokens are seen.
+    """Score each continuation; a context that is too long keeps its last tokens.
 
-    `advance` hears how many more are done. Raises ValueError for a target that is empty, has
-    nothing before it or is longer than `block_size`.
+    advance: called with the number of continuations in each finished batch. Raises ValueError for
+    an empty target, an empty context or a target longer than `block_size`.
     """
     for i, c in enumerate(continuations):
         if not c.target or not c.context:
@@ -53,7 +54,7 @@ def score(
                 f"continuation {i} has {len(c.target)} tokens to predict; the block size is "
                 f"{block_size}"
             )
-    # rows of like lengths side by side: little is spent on the fill
+    # batch rows of similar length, to save padding
     order = sorted(range(len(continuations)), key=lambda i: -_length(continuations[i]))
     scores: dict[int, Score] = {}
     for start in range(0, len(order), batch_size):
@@ -72,7 +73,7 @@ def _length(c: Continuation) -> int:
 def _score_batch(
     model: GPT, batch: Sequence[Continuation], block_size: int, banned_first: Sequence[int]
 ) -> list[Score]:
-    # the last token is predicted and never read
+    # the last token is only a target
     rows = [(c.context + c.target)[:-1][-block_size:] for c in batch]
     x = model.hidden_states(pad(rows, 0).to(model.wte.weight.device))  # (B, T, C)
     found = []

@@ -1,20 +1,20 @@
-"""HellaSwag: which of four endings goes on from a context? Chosen by likelihood, nothing trained.
+"""HellaSwag: choose the right one of four endings by its likelihood, without training.
 
-A line of the file holds `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label` (the right one's number)
-and `activity_label`. The model reads the context and a space before each ending ("completion
-style", no letters to choose from). Two readings of the same line are in use, whose published
+A line of the file holds `ctx` (or `ctx_a` and `ctx_b`), `endings`, `label` (the right ending's
+number) and `activity_label`. The model reads the context and a space before each ending
+("completion style", without lettered choices). Two readings of a line are in use. Their published
 figures differ, so both are measured:
 
-    plain      the context as it stands (llm.c, build-nanogpt)
+    plain      the context unchanged (llm.c, build-nanogpt)
         acc        the ending with the largest sum of log p(token)
-        acc_norm   the largest mean of log p(token): by length in tokens
-    harness    "activity_label: ctx_a Ctx_b", WikiHow's marks removed (EleutherAI's harness)
+        acc_norm   the largest mean of log p(token), over the tokens
+    harness    "activity_label: ctx_a Ctx_b", WikiHow's markup removed (EleutherAI's harness)
         acc        the largest sum
-        acc_norm   the largest sum / length in characters of the ending, its space not counted
-        acc_bytes  the largest sum / length in UTF-8 bytes; equal to acc_norm for ASCII
+        acc_norm   the largest sum / characters of the ending, without its leading space
+        acc_bytes  the largest sum / UTF-8 bytes; equal to acc_norm for ASCII
 
-Without `activity_label`, `ctx_a` and `ctx_b` in every line only the plain reading is measured. Of
-equal endings the first is chosen. Source: Zellers et al. 2019.
+The harness reading is measured only if every line has `activity_label`, `ctx_a` and `ctx_b`. Among
+equal scores the first ending is chosen. Source: Zellers et al. 2019.
 """
 
 import re
@@ -24,14 +24,14 @@ from typing import Any
 
 from nanogpt2.data.records import Record, excerpt
 from nanogpt2.evaluation.continuations import Continuation, score
-from nanogpt2.evaluation.perplexity import unheard
+from nanogpt2.evaluation.perplexity import ignore_progress
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Question:
-    """A context, its possible endings and the right one's number."""
+    """A context, its possible endings and the number of the right ending."""
 
     context: str
     endings: tuple[str, ...]
@@ -39,29 +39,29 @@ class Question:
 
 
 def read_hellaswag(records: Sequence[Record]) -> dict[str, list[Question]]:
-    """Make the questions of each reading: plain, and harness where every record allows it.
+    """Make the questions of each reading: plain, and harness if every record has its fields.
 
-    Raises ValueError for a record that is no question.
+    Raises ValueError for a malformed record.
     """
     plain, harness = [], []
     for record in records:
-        endings, there = _endings(record), record.values.keys()
+        endings, columns = _endings(record), record.values.keys()
         label = record.label("label")
         if label not in map(str, range(len(endings))):
             raise ValueError(
                 f"{record.where}: 'label' must be 0 to {len(endings) - 1}, not {excerpt(label)}"
             )
         parts = []
-        if {"ctx_a", "ctx_b"} <= there:
-            # the second part is empty where the first is a whole sentence
+        if {"ctx_a", "ctx_b"} <= columns:
+            # ctx_b is empty if ctx_a is a complete sentence
             parts = [record.text("ctx_a"), record.values["ctx_b"] and record.text("ctx_b")]
-        if "ctx" in there or not parts:
+        if "ctx" in columns or not parts:
             context = record.text("ctx")
         else:
             context = " ".join(part for part in parts if part)
         plain.append(Question(context, endings, int(label)))
-        if parts and "activity_label" in there:
-            # str.capitalize lowers the other letters, as the harness does
+        if parts and "activity_label" in columns:
+            # like the harness, use str.capitalize, which lowers the other letters
             rest = f"{parts[0]} {(parts[1] or '').capitalize()}"
             context = clean(f"{record.text('activity_label')}: {rest}")
             harness.append(Question(context, tuple(map(clean, endings)), int(label)))
@@ -79,7 +79,7 @@ def _endings(record: Record) -> tuple[str, ...]:
 
 
 def clean(text: str) -> str:
-    """WikiHow's marks out: " [title]" ends a sentence, what else stands in brackets goes."""
+    """Remove WikiHow's markup: " [title]" becomes ". ", other bracketed text is deleted."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -90,7 +90,7 @@ def measure_hellaswag(
     readings: dict[str, list[Question]],
     batch_size: int,
     block_size: int,
-    advance: Callable[[int], object] = unheard,
+    advance: Callable[[int], object] = ignore_progress,
 ) -> dict[str, Any]:
     """Answer the questions in each reading: {"examples": ..., "plain": {"acc": ...}, ...}."""
     found: dict[str, Any] = {"examples": len(readings["plain"])}
@@ -107,20 +107,20 @@ def measure_hellaswag(
         if reading == "plain":
             lengths["acc_norm"] = [len(pair.target) for pair in pairs]
         else:
-            # an ending of nothing but marks has no length of its own
+            # an ending that was only markup has length 0
             lengths["acc_norm"] = [max(1, len(ending)) for ending in endings]
             lengths["acc_bytes"] = [max(1, len(ending.encode())) for ending in endings]
         found[reading] = {
-            name: _share_right(questions, [s / n for s, n in zip(scores, by, strict=True)])
+            name: _fraction_correct(questions, [s / n for s, n in zip(scores, by, strict=True)])
             for name, by in lengths.items()
         }
     return found
 
 
-def _share_right(questions: Sequence[Question], scores: Sequence[float]) -> float:
-    right, start = 0, 0
+def _fraction_correct(questions: Sequence[Question], scores: Sequence[float]) -> float:
+    correct, start = 0, 0
     for q in questions:
-        mine = scores[start : start + len(q.endings)]
-        right += mine.index(max(mine)) == q.label
+        own = scores[start : start + len(q.endings)]
+        correct += own.index(max(own)) == q.label
         start += len(q.endings)
-    return right / len(questions)
+    return correct / len(questions)

@@ -2,17 +2,17 @@
 
 The file is OpenAI's variant ("lambada_openai"): one {"text": ...} a line, with GPT-2's natural
 spelling and line breaks kept rather than LAMBADA's tokenised lower case. The context is everything
-before the last space, the target the space and the last word.
+before the last space; the target is the space and the last word.
 
-    accuracy             every token of the word is the model's likeliest, one after another;
-                         what the evaluation harness calls acc
-    accuracy_filtered    the same, where the first token may be no stop word (one of STOP_WORDS,
-                         a whole token): nearer to the GPT-2 paper, which names such a filter and
-                         never published its list, so the figures are not strictly comparable
-    perplexity           exp of the mean over passages of -log p(word): the harness's, and what the
-                         paper's column is taken for
-    token_perplexity     exp of the same nats over the number of the words' tokens: lower, since
-                         many words are several tokens
+    accuracy             fraction of passages in which every token of the word is the model's
+                         likeliest; the evaluation harness's acc
+    accuracy_filtered    the same, with stop words (those of STOP_WORDS that are one token) excluded
+                         at the first token. Nearer to the GPT-2 paper, which names such a filter
+                         but never published its list, so the figures are not strictly comparable
+    perplexity           exp of the mean over passages of -log p(word); the same as in the harness,
+                         and taken to be the paper's definition
+    token_perplexity     exp of the same nats divided by the number of the words' tokens; lower,
+                         because many words have several tokens
 
 Sources: Paperno et al. 2016; Radford et al. 2019, section 3.3.
 """
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 
 from nanogpt2.data.records import Record, excerpt
 from nanogpt2.evaluation.continuations import Continuation, score
-from nanogpt2.evaluation.perplexity import unheard
+from nanogpt2.evaluation.perplexity import ignore_progress
 from nanogpt2.metrics import perplexity
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
-# words that may well come next and hardly ever end a passage
+# frequent words that hardly ever end a passage
 STOP_WORDS = (
     "a an the this that these those my your his her its our their and or but nor so yet as if than "
     "then of in on at by for from to with without into onto over under about up down out off not "
@@ -39,7 +39,7 @@ STOP_WORDS = (
 
 @dataclass(frozen=True)
 class Lambada:
-    """How the last words were predicted; see the file's docstring for the definitions."""
+    """Results on the last words, defined in the file's docstring."""
 
     examples: int
     accuracy: float
@@ -49,7 +49,7 @@ class Lambada:
 
 
 def read_lambada(records: Sequence[Record], tokenizer: Tokenizer) -> list[Continuation]:
-    """Split the passages. Raises ValueError for a record that has no last word."""
+    """Split each passage before its last word. Raises ValueError for fewer than two words."""
     found = []
     for record in records:
         text = record.text("text").rstrip()
@@ -66,9 +66,9 @@ def measure_lambada(
     passages: list[Continuation],
     batch_size: int,
     block_size: int,
-    advance: Callable[[int], object] = unheard,
+    advance: Callable[[int], object] = ignore_progress,
 ) -> Lambada:
-    """Predict the last words."""
+    """Score the last words."""
     stops = [tokenizer.encode(" " + word) for word in STOP_WORDS.split()]
     banned = [ids[0] for ids in stops if len(ids) == 1]
     scores = score(model, passages, batch_size, block_size, banned, advance)

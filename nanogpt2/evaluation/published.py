@@ -1,8 +1,7 @@
-"""What others published of the official weights, to stand beside our own figures.
+"""Published results of the official weights, to print beside our own.
 
-Only what its source was seen to state is here, so there are gaps. A figure of ours means the same
-as the one of this list with the same name; where the data or the definition differ the remark says
-so.
+The list has only figures that were checked at their source, so it has gaps. Our figure of the same
+name has the same meaning; the source says where the data or the definition differ.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of one model; `figure` is the name under which ours is printed."""
+    """One published figure of a model; `figure` is the name of our own."""
 
     task: str
     model: str
@@ -57,5 +56,5 @@ FIGURES = (
 
 
 def published(task: str, model: str) -> list[Published]:
-    """Return what is published of a model in a task; nothing of a model that is not official."""
+    """Return the published figures of an official model in a task; [] for another model."""
     return [p for p in FIGURES if (p.task, p.model) == (task, model)]
