@@ -3,9 +3,9 @@
     python -m benchmarks.bench_layer_norm [--quick | --check]
 
 M rows of N columns of s bytes: 2 M N s bytes forward (x in, y out), 3 M N s backward (x and dy in,
-dx out; dw and db besides); 8 and 14 M N operations. The residual addition before the norm makes 4 M
-N s forward (x and residual in, y and sum out) and backward (the sum's gradient in as well). 16384
-rows of bf16 are 25 MB and fit in an H100's L2 of 50 MB; 65536 rows do not.
+dx out; dw and db besides); 8 and 14 M N operations. With the residual addition before the
+norm, forward moves 4 M N s (x and residual in, y and sum out), and so does backward (the sum's
+gradient in as well). 16384 rows of bf16 are 25 MB and fit in an H100's L2 of 50 MB; 65536 do not.
 """
 
 import torch.nn.functional as F

@@ -54,7 +54,7 @@ def need(module: str):
 
 
 class Apart:
-    """An arm in its own process, with as many threads as this process; both end together."""
+    """An arm in its own daemon process, with as many threads as this process."""
 
     def __init__(self, factory: Callable, folder: Path) -> None:
         """factory: makes the arm from the folder; its exceptions are raised here."""

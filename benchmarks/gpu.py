@@ -11,7 +11,7 @@ A bench yields cases. A case is one pass of one op at one shape by several arms.
    turns with the arms, or the time of the operations at the datasheet's bf16 rate, if longer.
 
 Without a GPU nothing is timed. `--check` runs the gate alone, at tiny shapes; without a GPU it uses
-Triton's interpreter. This file does not know the ops.
+Triton's interpreter. This file does not know which op it measures.
 """
 
 import argparse
@@ -39,7 +39,7 @@ if DEVICE == "cpu":
 
 # RMS ratio: allows a few roundings to the dtype and the sums of eager operations
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# 20 times an H100's L2; takes 0.3 ms of its memory's time
+# 20 times an H100's L2; writing it takes 0.3 ms
 FLUSH_BYTES = 2**30
 WARM_UP = 3
 OURS = "ours"

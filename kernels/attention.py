@@ -86,7 +86,7 @@ def attention_ref(
     keep: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`attention` in fp32 by PyTorch, T x T matrices and all; `keep`: dropout's (B, H, T, T)."""
+    """`attention` in fp32 by PyTorch, with T x T matrices; `keep`: dropout's mask, (B, H, T, T)."""
     T, D = q.shape[-2:]
     q, k, v = q.float(), k.float(), v.float()
     scores = q @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)  # (B, H, T, T)

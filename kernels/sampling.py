@@ -67,7 +67,7 @@ def sample_ref(
 
 @triton.jit
 def _mix(x):
-    """Map uint64 to uint64: each bit of x flips half of the output bits."""
+    """Map uint64 to uint64: each bit of x flips about half of the output bits."""
     x = x * GOLDEN
     x = (x ^ (x >> 30)) * M1
     x = (x ^ (x >> 27)) * M2
