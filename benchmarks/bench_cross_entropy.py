@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_cross_entropy [--quick | --check]
 
-M rows of V logits of s bytes. Loss alone M V s bytes; with its gradient 3 M V s (logits in; logits
-in again, gradient out), and 2 M V s in one pass that leaves the gradient in the logits' place, as
-the op does with its own logits; 8 M V operations. With the layer before it, x (M, 768), it is three
-products, 6 M V C operations; the bound "three products" is those alone, their results written over
-and over. The eager form makes fp32 logits, as autocast does. Liger's overwrites the logits it is
-given.
+M rows of V logits of s bytes; 8 M V operations. The loss alone moves M V s bytes, and with its
+gradient 3 M V s (logits in; logits in again, gradient out). One pass that overwrites the logits
+with the gradient moves 2 M V s; linear_cross_entropy does so with its own logits. With the layer
+before the loss, x (M, 768), the work is three products, 6 M V C operations. The bound "three
+products" times those alone and overwrites their results every time. The eager form makes fp32
+logits, as autocast does. Liger overwrites its input logits.
 """
 
 import torch
@@ -18,7 +18,7 @@ from benchmarks import gpu
 from nanogpt2.kernels import cross_entropy as room
 from nanogpt2.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 
-# rows, columns, columns that are tokens, width of the layer before
+# rows, columns, columns that are tokens, input width of the linear layer
 SHAPES = {
     "full": [(16384, 50257, 50257, 768), (16384, 50304, 50257, 768)],
     "quick": [(2048, 50257, 50257, 768)],
@@ -38,8 +38,8 @@ def cases(M: int, N: int, V: int, C: int):
         "ours": lambda z, t: cross_entropy(z, t, vocab_size=V),
         "eager": eager,
         "torch.compile": gpu.compiled(eager),
-        # it knows no padding
-        "Liger": liger if V == N else "has no padded vocabulary",
+        # Liger does not support padded columns
+        "Liger": liger if V == N else "does not support a padded vocabulary",
     }
     work = {"forward": (size, 4 * M * N), "forward and backward": (3 * size, 8 * M * N)}
     yield from gpu.passes(name, functions, eager, (logits, targets), work)
@@ -52,7 +52,7 @@ def in_one_pass(name: str, logits: Tensor, targets: Tensor, V: int, eager) -> gp
     own = logits.clone()
 
     def ours() -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient times M in the logits' memory."""
+        """Return the loss and the logits' memory, which now holds the gradient times M."""
         losses, _ = room._losses(own, targets, -100, V, True)
         return losses.mean(), own
 
@@ -82,7 +82,7 @@ def with_the_layer(M: int, N: int, V: int, C: int, logits: Tensor, targets: Tens
         "ours": lambda x, w, t: linear_cross_entropy(x, w, t, vocab_size=V),
         "eager": eager,
         "torch.compile": gpu.compiled(eager),
-        "Liger": liger if V == N else "has no padded vocabulary",
+        "Liger": liger if V == N else "does not support a padded vocabulary",
     }
     s = x.element_size()
     work = {"forward and backward": (2 * s * (M + N) * C, 6 * M * N * C)}

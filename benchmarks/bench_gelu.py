@@ -3,8 +3,8 @@
     python -m benchmarks.bench_gelu [--quick | --check]
 
 M rows of N columns of s bytes: 2 M N s bytes forward (x in, y out), 3 M N s backward (x and dy in,
-dx out); 10 and 20 M N operations. With the bias of the layer before it the bytes are the same,
-where the eager form reads and writes x + b as well. Liger has no GELU without a gate.
+dx out); 10 and 20 M N operations. Adding the bias of the layer before changes no bytes, except that
+the eager form also writes and reads x + b. Liger offers GELU only with a gate.
 """
 
 import torch.nn.functional as F

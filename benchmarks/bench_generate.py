@@ -1,16 +1,16 @@
-"""How fast does text come, from how much memory? Writes results/generate_DEVICE.{md,json,png}
+"""How fast is decoding, and how much memory does it take? Writes results/generate_DEVICE.*
 
     pip install -e ".[bench]"                      ctranslate2, gguf
-    pip install llama-cpp-python                   compiles for some ten minutes
+    pip install llama-cpp-python                   compiles for about ten minutes
     python -m benchmarks.bench_generate            124M parameters, ten minutes on two cores
     python -m benchmarks.bench_generate --quick    a small shape, a minute; writes nothing
     python -m benchmarks.bench_generate --only mission --seeds 50
 
-All arms decode the same random weights, seeded and scaled so that a text does not repeat itself,
-each in a process of its own, by turns (see generate_peers.py); a peer that is not installed is
-named and left out.
-First the tokens are compared: those of the exact arms must be transformers', of the others the
-next token must mostly be the same along transformers' text. Then whole calls are timed.
+All arms decode with the same random weights, seeded and scaled so that a text does not repeat
+itself. The arms take turns, each in its own process (see generate_peers.py). The report names the
+peers that are not installed.
+The tokens are compared first. Exact arms must give transformers' tokens; the other arms must
+predict at least half of the next tokens along transformers' text. Then whole calls are timed.
 """
 
 import argparse
@@ -64,11 +64,11 @@ ARMS: dict[str, dict[str, Callable]] = {
         ),
     },
 }
-# in float32 on a CPU these give transformers' tokens, not nearly so: exactly
+# in float32 on a CPU these arms must give exactly transformers' tokens
 EXACT = ("ours", "no cache, as nanoGPT")
 OTHER_NOISE = "counter noise"
-SETTLED = 256  # rows, one after the other, after which ours has laid all its weights out
-LEAST_AGREEMENT = 0.5  # of next tokens along transformers' text: a broken arm has none
+SETTLED = 256  # rows decoded one by one, after which ours has packed all its weights
+LEAST_AGREEMENT = 0.5  # of next tokens along transformers' text; a broken arm has about 0
 
 BEAMS = {"num_beams": 5}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 50}
@@ -77,14 +77,14 @@ MISSION = {**BEAMS, "do_sample": True, "temperature": 0.7, "top_k": 50, "no_repe
 
 @dataclass(frozen=True)
 class Row:
-    """A piece of work, and the arms that can do it."""
+    """A task to measure, and the arms that can do it."""
 
     title: str
     unit: str
     arms: tuple[str, ...]
     options: Mapping[str, object] = field(default_factory=dict)
     new: int = 0  # tokens of a timed call
-    remark: str = "transformers' tokens"  # heads the last column
+    remark: str = "transformers' tokens"  # header of the last column
 
 
 WIDE = ("ours", "transformers", "transformers, static cache, compiled", "CTranslate2")
@@ -114,23 +114,23 @@ ROWS = {
     ),
     "cache": Row("cache of 5 beams, {long} tokens and room for {new}", "MB", ALONE, remark=""),
 }
-# rows that are measured together
+# rows measured together
 TOGETHER = {"first": ("first", "step"), "memory": ("memory", "resident", "cache")}
 SCALE = {"ms a token": 1e3, "ms": 1e3, "s": 1.0, "MB": 1e-6}
 
 
 def prompt_of(length: int) -> list[int]:
-    """Random token ids, the same ones each time."""
+    """Random token ids, the same in every run."""
     generator = torch.Generator().manual_seed(length)
     return torch.randint(50256, (length,), generator=generator).tolist()
 
 
 def save_random_model(folder: Path, shape: GPTConfig) -> None:
-    """Write weights that act like a trained model's where speed and rounding are concerned.
+    """Write weights that behave like a trained model's for speed and rounding.
 
-    GPT-2's initialisation says the last token again and again: here the layers outweigh the
-    embedding of the token just read, and the last gain sets how far the best token is ahead. No
-    token ends a text, so that all have the same length.
+    GPT-2's initialisation repeats the last token again and again. Here the layers outweigh the
+    embedding of the token just read, and the last gain sets the lead of the best token. No token
+    ends a text, so all texts have the same length.
     """
     from nanogpt2 import GPT, save_model
 
@@ -142,24 +142,21 @@ def save_random_model(folder: Path, shape: GPTConfig) -> None:
                 parameter.normal_(std=0.1)
             elif name.startswith("h.") and "ln_" not in name:
                 parameter.normal_(std=2 / math.sqrt(parameter.size(1)))
-        # wte's are 0.02 each: scores of standard deviation 3
+        # wte has standard deviation 0.02, so the scores get 3
         model.ln_f.weight.fill_(3 / (0.02 * math.sqrt(shape.n_embd)))
     save_model(model, folder)
 
 
-# ---- the tokens first
-
-
 def leading(tokens: Sequence[int], expected: Sequence[int]) -> int:
-    """How many tokens from the start on are the same."""
+    """Number of equal tokens before the first difference."""
     same = [a == b for a, b in zip(tokens, expected, strict=True)]
     return [*same, False].index(False)
 
 
 def gate(texts: Mapping[str, Sequence[int]], exact: Sequence[str]) -> dict[str, str]:
-    """Compare each arm's text with transformers'; return what to say of each.
+    """Compare each arm's text with transformers'; return a remark on each.
 
-    Raises AssertionError for an exact arm with another token.
+    Raises AssertionError if an exact arm gives a different token.
     """
     said = {}
     for name, tokens in texts.items():
@@ -174,18 +171,18 @@ def gate(texts: Mapping[str, Sequence[int]], exact: Sequence[str]) -> dict[str, 
 
 
 def agreement(arm: object, prompt: list[int], text: list[int]) -> float:
-    """Of the places along a text, the share at which the arm's next token is the text's."""
+    """Share of the places along a text at which the arm's next token equals the text's."""
     found = [arm.generate(prompt + text[:n], 1)[0] for n in range(len(text))]
     return sum(a == b for a, b in zip(found, text, strict=True)) / len(text)
 
 
 class Bench:
-    """The arms, each made once, and what is known of them."""
+    """The arms, each made once, with their agreements and the reasons for missing arms."""
 
     def __init__(
         self, folder: Path, shape: GPTConfig, args: argparse.Namespace, make: Callable = Apart
     ) -> None:
-        """make: how to make an arm of what ARMS has of it, and the folder."""
+        """make: makes an arm from its entry in ARMS and the folder."""
         save_random_model(folder, shape)
         self.make = make
         self.folder, self.args, self.device = folder, args, args.device
@@ -199,22 +196,22 @@ class Bench:
 
     @functools.cached_property
     def text(self) -> list[int]:
-        """Transformers' greedy text, along which the other arms are compared."""
+        """Transformers' greedy text, which the other arms are compared with."""
         return self.arm(AGAINST).generate(self.prompt, 8 if self.args.quick else 32)
 
     def arm(self, name: str) -> object:
-        """Make an arm. Raises MissingError, AssertionError for one whose next tokens are others."""
+        """Make an arm once. Raises MissingError, and AssertionError if its next tokens differ."""
         if name not in self.made:
             print(f"making: {name}", file=sys.stderr)
             self.made[name] = self.make(ARMS[self.device][name], self.folder)
             if name != AGAINST:
                 share = self.agreements[name] = agreement(self.made[name], self.prompt, self.text)
                 least = 1.0 if name in self.exact else LEAST_AGREEMENT
-                assert share >= least, f"{name}: only {share:.0%} of next tokens are {AGAINST}'"
+                assert share >= least, f"{name}: only {share:.0%} of next tokens equal {AGAINST}'"
         return self.made[name]
 
     def arms(self, row: Row) -> dict[str, object]:
-        """The row's arms that can be made here; the others are remembered with the reason."""
+        """Make the row's arms; note in `missing` why an arm cannot be made here."""
         found = {}
         for name in row.arms:
             if name not in ARMS[self.device]:
@@ -226,12 +223,12 @@ class Bench:
         return found
 
     def weights(self, name: str) -> int:
-        """Bytes of the weights as the arm uses them, without what goes with narrow ones."""
+        """Bytes of the weights as the arm uses them, without the scales of narrow weights."""
         narrow = {"fp16": 2, "int8": 1, "Q8_0": 1}.get(name.rpartition(", ")[2])
         return self.parameters * (narrow or (4 if self.device == "cpu" else 2))
 
     def take_turns(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, list]:
-        """What each arm returns, once a round, in an order drawn anew every round."""
+        """Call each arm once a round, in a new random order every round; return its results."""
         found: dict[str, list] = {name: [] for name in arms}
 
         def note(name: str) -> None:
@@ -243,7 +240,7 @@ class Bench:
 
 @dataclass
 class Measured:
-    """A row's numbers: for each arm one a round, in seconds or bytes, and a remark on it."""
+    """A row's numbers: one a round for each arm, in seconds or bytes, and a remark on the arm."""
 
     numbers: dict[str, list[float]]
     said: dict[str, str] = field(default_factory=dict)
@@ -256,13 +253,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-# ---- the rows
-
-
 def measure_tokens(bench: Bench, name: str) -> dict[str, Measured]:
-    """Whole calls, reading the short prompt included, over the number of new tokens.
+    """Time whole calls, prefill of the short prompt included, per new token.
 
-    Ours lays its weights out when that has paid for itself, the others at once: that comes first.
+    Ours packs its weights only after enough calls to pay for the packing; peers pack at once. So
+    decode until ours has packed before timing.
     """
     row = ROWS[name]
     new = 8 if bench.args.quick else row.new
@@ -291,7 +286,7 @@ def measure_tokens(bench: Bench, name: str) -> dict[str, Measured]:
 
 
 def measure_long(bench: Bench, _: str) -> dict[str, Measured]:
-    """A call for one token after a long prompt, and one for more, whose difference is the steps."""
+    """Time a call for one token after a long prompt, and a call for more; subtract for a step."""
     prompt, new = prompt_of(bench.long), 4 if bench.args.quick else ROWS["step"].new
     arms = bench.arms(ROWS["step"])
     texts = {arm: decoder.generate(prompt, 1 + new, **BEAMS) for arm, decoder in arms.items()}
@@ -327,7 +322,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=1)[0]), flush=Tru
 
 
 def programs(bench: Bench) -> dict[str, list[str]]:
-    """What follows `python`: the first token of a text, as a user of each would have it."""
+    """Arguments to `python` that print a text's first token, as a user of each would write them."""
     folder, device = str(bench.folder), bench.device
     where = [folder, device, "float32" if device == "cpu" else "bfloat16"]
     flags = ["--model", folder, "--device", device, "--dtype", where[-1], "--max_new_tokens", "1"]
@@ -340,11 +335,11 @@ def programs(bench: Bench) -> dict[str, list[str]]:
 
 
 def measure_start(bench: Bench, name: str) -> dict[str, Measured]:
-    """Programs, from their start until their first output."""
+    """Time programs from their start to their first output."""
     works = {arm: partial(first_output, program) for arm, program in programs(bench).items()}
     for work in works.values():
         work()
-    notes = "Each has run before: its files are in the system's memory."
+    notes = "Each program has run before, so its files are in the page cache."
     return {name: Measured(bench.take_turns(works), notes=notes)}
 
 
@@ -352,7 +347,7 @@ def first_output(program: list[str]) -> float:
     """Seconds until a Python program writes its first byte."""
     settings = {
         "PYTHONPATH": str(harness.ROOT),
-        "PYTHONDONTWRITEBYTECODE": "",  # an installed package has its bytecode
+        "PYTHONDONTWRITEBYTECODE": "",  # an installed package has cached bytecode
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     started = time.perf_counter()
@@ -371,7 +366,7 @@ def first_output(program: list[str]) -> float:
 
 
 def measure_memory(bench: Bench, _: str) -> dict[str, Measured]:
-    """One process an arm and round: where malloc leaves holes is a matter of chance."""
+    """Run one process for each arm and round, because malloc's fragmentation varies by chance."""
 
     def measure(arm: str) -> dict:
         return harness.in_a_process(
@@ -395,11 +390,8 @@ def measure_memory(bench: Bench, _: str) -> dict[str, Measured]:
 MEASURES = {"first": measure_long, "start": measure_start, "memory": measure_memory}
 
 
-# ---- the report
-
-
 def lines_of(measured: Measured, unit: str) -> list[tuple]:
-    """A table's lines: an arm each, the ratio against transformers in the same run."""
+    """Table lines, one for each arm, with the ratio to transformers in the same run."""
     base = statistics.median(measured.numbers[AGAINST])
     lines = []
     for arm, numbers in measured.numbers.items():
@@ -423,7 +415,7 @@ def page(bench: Bench, rows: Mapping[str, Measured]) -> str:
         parts.append(f"## {title}\n\n{measured.notes}\n\n{body}".replace("\n\n\n\n", "\n\n"))
     shares = [(name, f"{share:.0%}") for name, share in bench.agreements.items()]
     if shares:
-        header = ["arm", f"next tokens that are {AGAINST}'"]
+        header = ["arm", f"next tokens equal to {AGAINST}'"]
         parts.append(f"## Along one text\n\n{harness.table(header, shares)}")
     if bench.missing:
         left_out = "\n".join(f"- {name}: {why}" for name, why in bench.missing.items())
@@ -432,7 +424,7 @@ def page(bench: Bench, rows: Mapping[str, Measured]) -> str:
 
 
 def plot(rows: Mapping[str, Measured], file: Path) -> None:
-    """How much better than transformers, a bar for each arm, a panel for each row."""
+    """Plot the ratio to transformers: a bar for each arm, a panel for each row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 0.28 * sum(2 + len(m.numbers) for m in rows.values())))
@@ -482,7 +474,7 @@ def main(argv: list[str]) -> None:
         try:
             plot(rows, harness.RESULTS / f"generate_{args.device}.png")
         except ImportError:
-            print("no picture: matplotlib is not installed", file=sys.stderr)
+            print("no plot: matplotlib is not installed", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m benchmarks.bench_layer_norm [--quick | --check]
 
 M rows of N columns of s bytes: 2 M N s bytes forward (x in, y out), 3 M N s backward (x and dy in,
-dx out; dw and db besides); 8 and 14 M N operations. With the residual addition before it 4 M N s
-forward (x and residual in, y and sum out) and backward (the sum's gradient in as well). 16384 rows
-of bf16 are 25 MB and fit into an H100's L2 of 50; 65536 do not.
+dx out; dw and db besides); 8 and 14 M N operations. With the residual addition before the
+norm, forward moves 4 M N s (x and residual in, y and sum out), and so does backward (the sum's
+gradient in as well). 16384 rows of bf16 are 25 MB and fit in an H100's L2 of 50 MB; 65536 do not.
 """
 
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def eager_residual(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[T
 
 
 def residual_ref(x: Tensor, residual: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    # the sum is rounded as the next layer reads it, whatever the reference computes in
+    # round the sum as the next layer reads it, although the reference computes in float32
     total = (x + residual).to(gpu.DTYPE).float()
     return layer_norm_ref(total, w, b), total
 

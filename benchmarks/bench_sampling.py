@@ -2,10 +2,10 @@
 
     python -m benchmarks.bench_sampling [--quick | --check]
 
-R rows of 50257 logits in fp32, temperature 0.7, top-k 50, no bigram twice in a text of 900 tokens,
-and a draw by exponential noise. Bytes at the least 8 R V: logits in, scores out. The results that
-are compared are the scores; each arm draws by its own noise (ours counts, theirs is PyTorch's
-generator).
+R rows of 50257 logits in fp32, temperature 0.7, top-k 50, no repeated bigram in a text of 900
+tokens, and a draw by exponential noise. Least bytes: 8 R V (logits in, scores out). Only the scores
+are compared, because each arm draws with its own noise: ours from a counter, the peers from
+PyTorch's generator.
 """
 
 import torch
@@ -24,8 +24,8 @@ TEMPERATURE, TOP_K, NGRAM = 0.7, 50, 2
 
 
 def eager(logits: Tensor, ids: Tensor) -> Tensor:
-    """The processors of generate(), without a loop in Python, and the draw."""
-    repeated = ids[:, :-1] == ids[:, -1:]  # (R, T - 1): where the last token stood before
+    """The processors of generate() and the draw, without a Python loop."""
+    repeated = ids[:, :-1] == ids[:, -1:]  # (R, T - 1): earlier places of the last token
     banned = torch.where(repeated, ids[:, 1:], logits.size(1))
     scores = torch.nn.functional.pad(logits, (0, 1)).scatter(1, banned, -torch.inf)[:, :-1]
     scores = scores / TEMPERATURE
@@ -38,7 +38,7 @@ def eager(logits: Tensor, ids: Tensor) -> Tensor:
 def cases(R: int, V: int, T: int):
     logits = torch.randn(R, V, device=gpu.DEVICE)
     ids = torch.randint(V, (R, T), device=gpu.DEVICE)
-    # the last token stood before
+    # repeat the last token, so that the ban has work to do
     ids[:, T // 2] = ids[:, -1]
     samples, step = torch.arange(R, device=gpu.DEVICE), torch.tensor(3, device=gpu.DEVICE)
 

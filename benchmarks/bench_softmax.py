@@ -3,9 +3,9 @@
     python -m benchmarks.bench_softmax [--quick | --check]
 
 M rows of N columns of s bytes: 2 M N s bytes forward (x in, y out), 3 M N s backward (y and dy in,
-dx out); 5 and 4 M N operations. A causal row reads what it sees, half of x. 1024 columns are a
-block of attention's scores, 768 is GPT-2's width, which no power of two fits, and 50257 its
-vocabulary.
+dx out); 5 and 4 M N operations. A causal row reads only the columns it sees, on average half of x.
+1024 columns are a block of attention's scores. 768 is GPT-2's width, not a power of two, and 50257
+its vocabulary.
 """
 
 import torch

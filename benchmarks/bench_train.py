@@ -4,12 +4,12 @@
     python -m benchmarks.bench_train --quick          a small shape, one minute; writes nothing
     python -m benchmarks.bench_train --device cuda    16 x 1024 tokens, bfloat16; --batch_size 32
 
-On a machine that does other work too, OMP_NUM_THREADS=1 and the CPU seconds tell more.
+On a busy machine set OMP_NUM_THREADS=1 and compare the CPU seconds.
 
-Ours is `take_step` of train.py, all that the script does in a step. Beside it, on the same random
-weights and the same batches: a plain loop on transformers' GPT-2, with AdamW as it comes and fused,
-and nanoGPT's recipe (see peers.py). All clip the gradients. The first steps' losses must be equal
-before any step is timed. On a GPU transformers and the recipe are compiled as well. MFU is the
+Ours is `take_step` of train.py, the whole step of the script. The peers train the same random
+weights on the same batches: a plain loop on transformers' GPT-2, with default and with fused AdamW,
+and nanoGPT's recipe (see peers.py). All clip the gradients. The losses of the first steps must
+agree before any step is timed. On a GPU transformers and the recipe are also compiled. MFU is the
 share of the device's rate, at (6 N + 12 L C T) FLOP a token: see nanogpt2/training/estimate.py.
 """
 
@@ -38,13 +38,13 @@ SHAPES = {
 }
 RATE = 1e-4
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}  # relative, of a loss
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-2}  # relative difference of losses
 CHECKED = 3  # first steps whose losses must agree
 AGAINST = "transformers"
 
 
 class RandomBatches:
-    """Token ids drawn by the sequence's number: what trains costs the same on any text."""
+    """Token ids drawn by the sequence's number: a step costs the same on any text."""
 
     def __init__(self, vocab_size: int, block_size: int) -> None:
         self.vocab_size, self.block_size = vocab_size, block_size
@@ -91,7 +91,7 @@ class Ours:
 def make_arm(
     name: str, folder: Path, shape: tuple[GPTConfig, int, int], device: str
 ) -> Callable[[], float]:
-    """A function that takes the next step and returns its loss."""
+    """Return a function that takes the next step and returns the loss."""
     model, batch_size, block_size = shape
     batches, state = RandomBatches(model.vocab_size, block_size), {"step": 0}
     if name.startswith("ours"):
@@ -134,7 +134,7 @@ ARMS = {
 
 
 def measure_memory(name: str, folder: Path, shape: tuple[GPTConfig, int, int], device: str) -> dict:
-    """In a process of its own: bytes that three steps need above what the imports took."""
+    """Peak bytes of three steps above the imports' memory; run in its own process."""
     if name.startswith("transformers"):
         from transformers import GPT2LMHeadModel  # noqa: F401
     before, _ = harness.memory_of_this_process()
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch_size", type=int, help="sequences in a step")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", metavar="ARM", help="print where one arm's time goes")
+    parser.add_argument("--profile", metavar="ARM", help="print the profile of one arm")
     parser.add_argument("--memory", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     called = "quick" if args.quick else "124M on a GPU" if args.device == "cuda" else "124M"
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
         f"clipped. MFU is of {rate.flops / 1e12:,.2f} TFLOP/s, {rate.source}. Times are the "
         f"median of {args.rounds} rounds, the arms taking turns in one process. Ratios against "
         f"{AGAINST}. The first {CHECKED} losses agree within {apart:.1e}. Peak memory: each arm in "
-        f"a process of its own, above its imports.\n\n{harness.table(header, rows)}"
+        f"its own process, above its imports.\n\n{harness.table(header, rows)}"
     )
     raw = {
         "shape": called,
@@ -223,7 +223,7 @@ def main(argv: list[str]) -> None:
 
 
 def profile(step: Callable[[], float]) -> None:
-    """Two steps under torch's profiler, the operations by their own time."""
+    """Profile two steps with torch's profiler; print the operations, sorted by self time."""
     step()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

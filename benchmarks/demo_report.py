@@ -1,15 +1,15 @@
-"""How good is a trained model? Writes docs/demo.md and its curve from a run and its text.
+"""How good is a trained model? Writes docs/demo.md and its loss curve from a run and its text.
 
     python benchmarks/demo_report.py RUN DATA
 
-RUN is the folder that train.py made, DATA the text that it was made from. Three predictors are
-measured on the same validation tokens:
+RUN is a folder written by train.py, DATA its training text. The report measures three predictors on
+the same validation tokens:
 
 - unigram: p(w) = (c(w) + 1) / (N + V);
 - interpolated bigram, absolute discounting (Ney, Essen and Kneser 1994) with the usual estimate
   D = n1 / (n1 + 2 n2): p(w | h) = max(c(h, w) - D, 0) / c(h) + D t(h) / c(h) p(w), where t(h)
   counts the different tokens seen after h;
-- the model, by the weights packaged with the project, in float32.
+- the demo model: the weights packaged with the project, in float32.
 """
 
 import json
@@ -30,7 +30,7 @@ PROMPT = "The state of the Union is"
 
 
 def ngram_losses(train: Ids, validation: Ids, vocab_size: int) -> tuple[float, float]:
-    """Cross-entropies in nats a token of unigram and bigram, on all tokens but the first."""
+    """Cross-entropies of unigram and bigram, in nats a token, on all tokens but the first."""
     train, validation = train.astype(np.int64), validation.astype(np.int64)
     counts = np.bincount(train, minlength=vocab_size)
     unigram = (counts + 1) / (len(train) + vocab_size)
@@ -60,7 +60,7 @@ def model_loss(model: torch.nn.Module, validation: Ids, block_size: int) -> floa
 
 
 def draw_curve(rows: list[dict], path: Path) -> None:
-    """Training loss, smoothed over 20 steps, and validation loss against the step."""
+    """Plot training loss, smoothed over 20 steps, and validation loss against the step."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -86,7 +86,7 @@ def main(run: Path, data: str) -> None:
     config = record["config"]
     model, tokenizer = load_model("demo"), load_tokenizer("demo")
     corpus = load_corpus(data, tokenizer)
-    assert corpus.sha256 == record["corpus_sha256"], "RUN was trained on another text"
+    assert corpus.sha256 == record["corpus_sha256"], "DATA is not the text that RUN was trained on"
     unigram, bigram = ngram_losses(corpus.train, corpus.validation, tokenizer.vocab_size)
     loss = model_loss(model, corpus.validation, config["block_size"])
 
@@ -126,7 +126,7 @@ def main(run: Path, data: str) -> None:
 
 
 def sample(model, tokenizer, seed: int) -> str:
-    """What `sample.py PROMPT --model demo --seed SEED` prints, as a quotation."""
+    """Quote the output of `sample.py PROMPT --model demo --seed SEED`."""
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     out = generate(model, ids, max_new_tokens=100, seed=seed, **SENSIBLE_SAMPLING)
     text = tokenizer.decode([i for i in out.sequences[0].tolist() if i != tokenizer.end_of_text])

@@ -1,12 +1,12 @@
-"""What one arm of bench_generate needs in memory, in a process of its own; prints a JSON object.
+"""Measure the memory of one bench_generate arm in its own process; print a JSON object.
 
     python -m benchmarks.generate_alone ARM FOLDER DEVICE LONG NEW
 
-Bytes above what `import torch` took, at the worst moment of loading a model and decoding with 5
-beams: `memory` is the anonymous memory, which counts, as nothing else can give it back; `resident`
-adds the pages of mapped files (weights, libraries), which the system may drop and read again.
-`cache` is what 5 beams keep of a prompt of LONG tokens with room for NEW more, where that can be
-seen. On a GPU, `memory` is the most that torch has allocated there.
+The figures are bytes above the memory of `import torch`, at the peak of loading a model and
+decoding with 5 beams. `memory` is anonymous memory, the figure that counts: only the process can
+free it. `resident` adds the pages of mapped files (weights, libraries), which the system may drop
+and read again. `cache` is the cache of 5 beams for a prompt of LONG tokens with room for NEW more,
+for arms that expose their cache. On a GPU, `memory` is the most that torch has allocated there.
 """
 
 import json
@@ -20,15 +20,15 @@ from benchmarks import harness
 
 
 def anonymous() -> int:
-    """Bytes of this process that are no file's."""
+    """Bytes of this process's anonymous memory, without mapped files."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 class Peak:
-    """The most anonymous memory while the block runs, looked up every millisecond or so.
+    """Peak anonymous memory while the block runs, sampled about every millisecond.
 
-    The kernel keeps no such figure itself.
+    The kernel does not record this peak itself.
     """
 
     def __enter__(self) -> "Peak":
@@ -48,7 +48,7 @@ class Peak:
 
 
 def tensor_bytes(thing: object) -> int:
-    """Bytes of all the tensors that a cache holds, each storage counted once."""
+    """Bytes of all tensors in a cache, each storage counted once."""
     storages, waiting, seen = {}, [thing], set()
     while waiting:
         each = waiting.pop()
@@ -70,7 +70,7 @@ def tensor_bytes(thing: object) -> int:
 def main(argv: list[str]) -> None:
     name, folder, device = argv[0], Path(argv[1]), argv[2]
     long, new = map(int, argv[3:])
-    # what only the benchmark needs is no arm's
+    # import before measuring, so that the benchmark's own memory is not counted
     from benchmarks.bench_generate import ARMS, BEAMS, SETTLED, prompt_of
 
     before, before_all = anonymous(), harness.memory_of_this_process()[0]

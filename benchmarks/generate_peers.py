@@ -1,19 +1,18 @@
-"""Who continues a text beside us, on the same weights: transformers, CTranslate2, llama.cpp, and
-nanoGPT's way without a cache.
+"""Arms of bench_generate: ours, transformers, CTranslate2, llama.cpp and nanoGPT's cacheless loop.
 
-Each is made from a folder that `nanogpt2.save_model` wrote and offers
+All use the same weights: each is made from a folder that `nanogpt2.save_model` wrote and offers
 
-    generate(prompt, new, seed, **options)    the ids of `new` tokens after those of a prompt
+    generate(prompt, new, seed, **options)    the ids of `new` tokens that follow the prompt's ids
 
-where the options have transformers' names. A constructor raises MissingError, with a line for the
-person, where a library is not installed or cannot do it. Nothing is imported before it is needed:
-memory is measured above what `import torch` takes.
+The options have transformers' names. A constructor raises MissingError, with a one-line reason, if
+a library is not installed or cannot do the task. Libraries are imported only when an arm is made,
+because memory is measured above that of `import torch`.
 
-Arms that are timed beside one another live `Apart`. CTranslate2's threads in the same process make
-OpenMP let torch's sleep between any two operations, and a step of ours took twice as long.
+Arms that are timed side by side run `Apart`. With CTranslate2's threads in the same process, OpenMP
+lets torch's threads sleep between any two operations, and a step of ours took twice as long.
 
-Sources: CTranslate2's converter reads transformers' folder itself. For llama.cpp a GGUF file is
-written here, by the format's specification (ggml docs/gguf.md) and the names of the gguf package.
+Sources: CTranslate2's converter reads transformers' folder itself. This file writes the GGUF file
+for llama.cpp, by the format's specification (ggml docs/gguf.md) and the names of the gguf package.
 """
 
 import importlib
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# ours -> GGUF's, for the layers and for what stands around them
+# our names -> GGUF's, inside and outside the layers
 GGUF_NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -43,11 +42,11 @@ GGUF_NAMES = {
 
 
 class MissingError(Exception):
-    """An arm that cannot be made here, and why."""
+    """Raised with the reason if an arm cannot be made here."""
 
 
 def need(module: str):
-    """Import what may not be installed."""
+    """Import an optional module. Raises MissingError if the module is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -55,10 +54,10 @@ def need(module: str):
 
 
 class Apart:
-    """An arm in a process of its own, with as many threads as this one; it ends with this one."""
+    """An arm in its own daemon process, with as many threads as this process."""
 
     def __init__(self, factory: Callable, folder: Path) -> None:
-        """factory: makes the arm from the folder; what it raises is raised here."""
+        """factory: makes the arm from the folder; its exceptions are raised here."""
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         self._arm = f"{factory}"
@@ -90,9 +89,9 @@ def _serve(pipe, factory: Callable, folder: Path, threads: int) -> None:
             arguments, options = pipe.recv()
             pipe.send(arm.generate(*arguments, **options))
     except EOFError:
-        pass  # the process that asked is gone
+        pass  # the parent process has ended
     except Exception as error:
-        # of whatever kind: it is raised where the arm was asked
+        # forward every exception to the parent process, which raises it
         pipe.send(error)
 
 
@@ -127,7 +126,7 @@ class Ours:
 
     @torch.no_grad()
     def cache(self, prompt: list[int], new: int, **options) -> object:
-        """What is kept of a prompt that has been read, with room for `new` tokens."""
+        """The cache after prefill of a prompt, with room for `new` tokens."""
         from nanogpt2 import GenerationConfig
         from nanogpt2.generation.engine import Engine
         from nanogpt2.generation.request import prepare
@@ -142,7 +141,7 @@ class Ours:
 
 
 class Transformers:
-    """GPT2LMHeadModel.generate; `static` with a cache of fixed size, which it compiles on a GPU."""
+    """GPT2LMHeadModel.generate; `static`: a fixed-size cache and, on a GPU, a compiled model."""
 
     def __init__(
         self, folder: Path, device: str = "cpu", dtype: str = "float32", static: bool = False
@@ -161,7 +160,7 @@ class Transformers:
         return self._output(prompt, new, **options).sequences[0, len(prompt) :].tolist()
 
     def cache(self, prompt: list[int], new: int, **options) -> object:
-        """What is kept of a text of a prompt and `new` tokens."""
+        """The cache after a prompt and `new` tokens."""
         return self._output(prompt, new, **options).past_key_values
 
     def _output(self, prompt: list[int], new: int, **options):
@@ -178,7 +177,7 @@ class Transformers:
 
 
 class WithoutCache:
-    """nanoGPT's way: the whole text is read again for every token. One row, greedy or top-k."""
+    """nanoGPT's loop, which rereads the whole text for every token. One row, greedy or top-k."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         from benchmarks.peers import NanoGPT
@@ -224,14 +223,14 @@ TransformersConverter(sys.argv[1]).convert(sys.argv[2])
 
 
 class CTranslate2:
-    """Its Generator, greedy or with beams, on what its own converter makes of the folder."""
+    """CTranslate2's Generator, greedy or with beams, on the output of its own converter."""
 
     def __init__(self, folder: Path, weights: str = "float32") -> None:
         library = need("ctranslate2")
         made = folder / "ctranslate2"
         if not made.exists():
             need("transformers")
-            # apart, or its threads would come beside torch's
+            # convert in a subprocess, to keep its threads out of this process
             program = [sys.executable, "-c", CONVERT, str(folder), str(made)]
             subprocess.run(program, check=True, stderr=subprocess.DEVNULL)
         self.generator = library.Generator(
@@ -243,7 +242,7 @@ class CTranslate2:
         (found,) = self.generator.generate_batch(
             [[self.tokens[i] for i in prompt]],
             beam_size=num_beams,
-            min_length=new,  # no end before
+            min_length=new,  # so that no row ends early
             max_length=new,
             include_prompt_in_result=False,
         )
@@ -264,7 +263,7 @@ class LlamaCpp:
         )
 
     def generate(self, prompt: list[int], new: int, seed: int = 0) -> list[int]:
-        # or it would go on from the last call's text
+        # reset, or generation would continue the last call's text
         self.model.reset()
         tokens: Iterator[int] = self.model.generate(prompt, temp=0.0, repeat_penalty=1.0)
         return [token for token, _ in zip(tokens, range(new), strict=False)]
@@ -307,7 +306,7 @@ def write_gguf(folder: Path, file: Path, weights: str) -> None:
 
 
 def gguf_tensors(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Our names -> GGUF's. Its matrices are [out, in] as ours are, and the head is tied as well."""
+    """Rename tensors as GGUF does. Its matrices are [out, in] like ours, and its head is tied."""
     for name, tensor in state:
         place, _, kind = name.rpartition(".")
         if place.startswith("h."):

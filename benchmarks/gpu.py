@@ -1,17 +1,17 @@
-"""A kernel beside its peers on one GPU: first right, then timed in turns, then held to the roof.
+"""Compare a kernel with its peers on one GPU: check the results, time in turns, plot the roofline.
 
-A bench yields cases, each one pass of one op at one shape by several arms. Of every case:
+A bench yields cases. A case is one pass of one op at one shape by several arms. For every case:
 
-1. The gate. Each arm's tensors are held to a float32 reference: RMS of the difference / RMS of the
-   reference. If ours is wrong the benchmark ends; a peer that is wrong or fails is left out, and
-   the report says why.
-2. The arms take turns, in a new order every round. Before each the L2 is overwritten, which also
-   takes longer than the CPU needs to launch what follows: CUDA's events see the device's time.
-3. The roof is the least time that the chip allows: that of a copy of as many bytes, which takes its
-   turns among the arms, or that of the operations at the datasheet's bf16 rate, if that is longer.
+1. The gate compares each arm's tensors with a float32 reference: RMS of the difference / RMS of the
+   reference. If ours is wrong, the benchmark ends. A peer that is wrong or fails is left out, and
+   the report gives the reason.
+2. The arms take turns, in a new order every round. A write over the whole L2 precedes each arm. The
+   write takes longer than the CPU needs to launch the arm, so CUDA's events measure device time.
+3. The roof is the least time that the chip allows: the time of a copy of as many bytes, which takes
+   turns with the arms, or the time of the operations at the datasheet's bf16 rate, if longer.
 
-Without a GPU nothing is timed. `--check` does the first step alone, at tiny shapes, in Triton's
-interpreter where there is no GPU. This file does not know what an op computes.
+Without a GPU nothing is timed. `--check` runs the gate alone, at tiny shapes; without a GPU it uses
+Triton's interpreter. This file does not know which op it measures.
 """
 
 import argparse
@@ -34,19 +34,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter cannot multiply bfloat16
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 if DEVICE == "cpu":
-    # triton reads this when it is imported, after this line
+    # set before triton is imported: triton reads it on import
     os.environ["TRITON_INTERPRET"] = "1"
 
-# RMS ratio: some roundings to the dtype, and the sums of an eager chain of operations
+# RMS ratio: allows a few roundings to the dtype and the sums of eager operations
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# 20 times an H100's L2; 0.3 ms of its memory
+# 20 times an H100's L2; writing it takes 0.3 ms
 FLUSH_BYTES = 2**30
 WARM_UP = 3
 OURS = "ours"
 NO_GPU = "no CUDA device"
 
 Function = Callable[..., Any]
-Arms = Mapping[str, Function | str]  # an arm that is not there is the reason why
+Arms = Mapping[str, Function | str]  # a missing arm holds the reason
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class Case:
 
     name: str
     arms: Arms  # each returns the same tensors
-    reference: Function  # these in float32
-    bytes: float  # what memory must see at the least
+    reference: Function  # the same tensors in float32
+    bytes: float  # least memory traffic
     flops: float
-    bounds: Mapping[str, Function] = field(default_factory=dict)  # timed, with nothing to check
+    bounds: Mapping[str, Function] = field(default_factory=dict)  # timed, not checked
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one arm: seconds at the 20th, 50th and 80th percentile."""
+    """One arm's measurements: seconds at the 20th, 50th and 80th percentile, and the rest."""
 
     case: str
     arm: str
@@ -74,10 +74,7 @@ class Row:
     throughput: float  # operations a second
     share: float  # of the roof
     against_ours: float  # times as long as ours
-    memory: int  # bytes at the peak above what lay there before
-
-
-# ---- arms
+    memory: int  # bytes at the peak, above those allocated before
 
 
 def randn(*shape: int) -> Tensor:
@@ -85,12 +82,12 @@ def randn(*shape: int) -> Tensor:
 
 
 def compiled(function: Function) -> Function | str:
-    """By torch.compile, for one shape."""
+    """Compile with torch.compile, for one shape."""
     if DEVICE == "cpu":
         return NO_GPU
-    # no shape counts against another's number of compilations
+    # reset, so that earlier shapes do not count towards the recompile limit
     torch._dynamo.reset()
-    # a backward pass is repeated on the same graph
+    # keep buffers: the backward pass is repeated on the same graph
     functorch = importlib.import_module("torch._functorch.config")
     functorch.donated_buffer = False
     return torch.compile(function, dynamic=False)
@@ -101,7 +98,7 @@ def on_gpu(function: Function) -> Function | str:
 
 
 def liger(module: str, name: str) -> Function | str:
-    """A function of Liger-Kernel's, e.g. ("transformers.functional", "liger_layer_norm")."""
+    """Import a function of Liger-Kernel, e.g. ("transformers.functional", "liger_layer_norm")."""
     if DEVICE == "cpu":
         return NO_GPU
     try:
@@ -115,7 +112,7 @@ def _tuple(results: object) -> tuple[Tensor, ...]:
 
 
 def _leaves(inputs: Sequence[object]) -> list[Any]:
-    """Copies that ask for a gradient: an arm may overwrite its own."""
+    """Copy tensors and require gradients; copies, because an arm may overwrite its inputs."""
     return [
         x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
         for x in inputs
@@ -166,9 +163,9 @@ def passes(
     work: Mapping[str, tuple[float, float]],
     bounds: Mapping[str, Function] | None = None,
 ) -> Iterator[Case]:
-    """A case for each pass in `work`, which names its bytes and operations.
+    """Yield a case for each pass in `work`, which gives its bytes and operations.
 
-    The same gradients arrive at each arm: random ones, or 1 where the result is a loss.
+    Each arm's backward gets the same gradients: random, or 1 if the result is a loss.
     """
     floats = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     results = _forward(reference, floats, ())()
@@ -183,11 +180,8 @@ def passes(
         yield Case(f"{shape}, {kind}", arms, expected, size, flops, bounds or {})
 
 
-# ---- the gate
-
-
 def rms_ratio(result: Tensor, reference: Tensor) -> float:
-    """RMS of the difference / RMS of the reference, where both are not the same infinity."""
+    """RMS of the difference / RMS of the reference; equal infinities do not differ."""
     assert result.shape == reference.shape, f"{[*result.shape]}, not {[*reference.shape]}"
     result, reference = result.float(), reference.float()
     same = result == reference
@@ -197,9 +191,9 @@ def rms_ratio(result: Tensor, reference: Tensor) -> float:
 
 
 def gate(case: Case, tolerance: float) -> tuple[dict[str, float], dict[str, str]]:
-    """-> the error of each arm that may be timed, and why each other may not.
+    """Return the error of each correct arm, and the reason for leaving out each other arm.
 
-    Raises AssertionError where ours is wrong.
+    Raises AssertionError if ours is wrong.
     """
     expected = [x.float() for x in _tuple(case.reference())]
     errors, left_out = {}, {}
@@ -211,22 +205,19 @@ def gate(case: Case, tolerance: float) -> tuple[dict[str, float], dict[str, str]
             found = _tuple(arm())
             error = max(rms_ratio(x, y) for x, y in zip(found, expected, strict=True))
         except Exception as failure:
-            # of whatever kind: a peer that fails is left out and named, ours ends the benchmark
+            # catch everything: any failure of a peer leaves it out; a failure of ours ends the run
             if name.startswith(OURS):
                 raise
             said = str(failure).strip() or type(failure).__name__
             left_out[name] = f"failed: {said.splitlines()[0][:120]}"
             continue
-        # a NaN is not within
+        # a NaN error fails this comparison
         if error <= tolerance:
             errors[name] = error
             continue
         left_out[name] = f"wrong: RMS ratio {error:.1e}, allowed {tolerance:.0e}"
         assert not name.startswith(OURS), f"{case.name}: {name} is {left_out[name]}"
     return errors, left_out
-
-
-# ---- the measurement
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -236,12 +227,12 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def roof(copy: float, flops: float, peak: float) -> tuple[float, bool]:
-    """Seconds that the chip needs at the least, and whether memory is what it waits for."""
+    """Return the least seconds that the chip needs, and whether the work is memory-bound."""
     return max(copy, flops / peak), copy >= flops / peak
 
 
 def events() -> Callable[[Function], float]:
-    """A stopwatch: seconds of the device's, the caches cold."""
+    """Return a stopwatch of device seconds that starts with cold caches."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
     def seconds(work: Function) -> float:
@@ -266,7 +257,7 @@ def peak_memory(work: Function) -> int:
 
 
 def a_copy(size: float) -> Function:
-    """Reads half of the bytes and writes the other half."""
+    """Return a copy that reads half of the bytes and writes the other half."""
     source = torch.empty(int(size) // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -280,7 +271,7 @@ def measure(
     memory: Callable[[Function], int],
     peak: float,
 ) -> tuple[list[Row], dict[str, list[float]]]:
-    """Time the arms of these names and the bounds -> a row for each, and all the samples."""
+    """Time the named arms and the bounds; return a row for each, and all the samples."""
     works = {"copy": a_copy(case.bytes), **case.bounds, **{name: case.arms[name] for name in names}}
     for work in works.values():
         for _ in range(WARM_UP):
@@ -303,9 +294,6 @@ def measure(
     return rows, samples
 
 
-# ---- the report
-
-
 def markdown(rows: Sequence[Row], by_memory: Mapping[str, bool]) -> str:
     header = ["case", "arm", "ms (20-80 %)", "GB/s", "TFLOP/s", "of the roof"]
     header += ["time / ours", "peak memory"]
@@ -326,7 +314,7 @@ def markdown(rows: Sequence[Row], by_memory: Mapping[str, bool]) -> str:
 
 
 def draw(path: Path, title: str, cases: Sequence[Mapping], peak: float) -> None:
-    """The roofline: operations a second over operations a byte, each arm a mark."""
+    """Plot the roofline: operations a second over operations a byte, a mark for each arm."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -359,7 +347,7 @@ def draw(path: Path, title: str, cases: Sequence[Mapping], peak: float) -> None:
 
 
 def rig() -> dict:
-    """harness.rig, and what a GPU's figures depend on besides."""
+    """harness.rig with the versions and the power limit that GPU timings also depend on."""
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
@@ -369,11 +357,8 @@ def rig() -> dict:
     return harness.rig("cuda", dtype=str(DTYPE), triton=triton.__version__, driver=found[0])
 
 
-# ---- the command line
-
-
 def main(file: str, doc: str, shapes: Mapping[str, Sequence[tuple]], cases: Function) -> None:
-    """`python -m benchmarks.bench_<op>`: shapes["full" | "quick" | "check"], cases(*shape)."""
+    """Run `python -m benchmarks.bench_<op>`: shapes["full" | "quick" | "check"], cases(*shape)."""
     title, _, about = doc.split("\n\n", 2)
     title, name = title.splitlines()[0], Path(file).stem.removeprefix("bench_")
     parser = argparse.ArgumentParser(description=title)
@@ -387,7 +372,7 @@ def main(file: str, doc: str, shapes: Mapping[str, Sequence[tuple]], cases: Func
     if args.check:
         check(name, chosen)
     elif DEVICE == "cpu":
-        print(f"{name}: not measured, {NO_GPU}; --check compares the results all the same")
+        print(f"{name}: not measured, {NO_GPU}; --check compares the results without one")
     else:
         run(name, title, about.strip(), chosen, args.rounds, keep=not args.quick)
 

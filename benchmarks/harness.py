@@ -1,11 +1,11 @@
-"""A fair comparison: the results checked first, then the arms timed turn by turn.
+"""Compare arms fairly: check their results, then time them in turns.
 
 An arm is a name and a function that does the work once. All arms take turns within one run, in a
-new order every round, so that whatever else the machine does meets each of them; the median of
-the rounds stands with the least and the most, and every ratio names the arm that it is against.
-Peak memory is measured apart, each arm in a process of its own.
+new order every round, so other load on the machine affects all arms alike. Reports give the median
+of the rounds with the least and the most, and every ratio names the arm that it is against. Peak
+memory is measured separately, each arm in its own process.
 
-This file does not know what is measured.
+This file does not know the work of the arms.
 """
 
 import json
@@ -35,21 +35,21 @@ Work = Callable[[], object]
 class Timing:
     """Seconds of one arm's work over all rounds.
 
-    Other programs on the machine prolong the time by the clock, but hardly that of the processor,
-    which is comparable where one thread works.
+    Other programs on the machine prolong wall time, but hardly CPU time. CPU times are comparable
+    between single-threaded runs.
     """
 
     median: float
     least: float
     most: float
     rounds: int
-    cpu: float  # median of the processor's seconds, all threads'
+    cpu: float  # median CPU seconds of all threads
 
 
 def assert_equal(found: Mapping[str, Sequence[float]], against: str, tolerance: float) -> float:
-    """Hold every arm's numbers to those of one; return the largest relative difference.
+    """Compare every arm's numbers with those of `against`; return the largest relative difference.
 
-    Arms that do not compute the same are not worth timing: raises AssertionError.
+    Raises AssertionError above the tolerance: arms with different results are not worth timing.
     """
     largest = 0.0
     for name, numbers in found.items():
@@ -62,7 +62,7 @@ def assert_equal(found: Mapping[str, Sequence[float]], against: str, tolerance: 
 def turns(
     arms: Mapping[str, Work], rounds: int, measure: Callable[[Work], Any]
 ) -> dict[str, list[Any]]:
-    """What `measure` returns of each arm, once a round, in an order drawn anew every round."""
+    """Measure each arm once a round, in a new random order every round; return the samples."""
     samples: dict[str, list[Any]] = {name: [] for name in arms}
     order, rng = list(arms), random.Random(0)
     for _ in range(rounds):
@@ -75,7 +75,7 @@ def turns(
 def interleave(
     arms: Mapping[str, Work], rounds: int = 5, synchronize: Work = lambda: None
 ) -> dict[str, Timing]:
-    """Time each arm once a round, in an order drawn anew; the callers have warmed them up."""
+    """Time each arm once a round, in a new random order; the caller has warmed up the arms."""
 
     def seconds(work: Work) -> tuple[float, float]:
         synchronize()
@@ -93,9 +93,9 @@ def interleave(
 
 
 def memory_of_this_process() -> tuple[int, int]:
-    """Bytes resident now, and the most so far.
+    """Return the bytes resident now, and the peak so far.
 
-    Read from /proc: getrusage's peak would include that of the process this one was started from.
+    Reads /proc, because getrusage's peak includes that of the parent process.
     """
     status = Path("/proc/self/status").read_text()
     now, most = (int(status.partition(f"{key}:")[2].split()[0]) for key in ("VmRSS", "VmHWM"))
@@ -103,7 +103,7 @@ def memory_of_this_process() -> tuple[int, int]:
 
 
 def in_a_process(module: str, *arguments: str) -> dict:
-    """Run a module of ours alone; return the JSON object that it prints last."""
+    """Run one of our modules in its own process; return the JSON object on its last line."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         check=True,
@@ -115,7 +115,7 @@ def in_a_process(module: str, *arguments: str) -> dict:
 
 
 def rig(device: str = "cpu", **more: object) -> dict:
-    """What the figures were measured on: without it they say nothing."""
+    """Describe the machine, versions and commit of a measurement."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -142,7 +142,7 @@ def _processor() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -152,7 +152,7 @@ def spread(timing: Timing) -> str:
 
 
 def report(name: str, title: str, rig: Mapping, body: str, raw: Mapping, keep: bool = True) -> None:
-    """Write results/NAME.json and .md unless not to `keep` them; the object is printed last."""
+    """Print the report, then one JSON object; with `keep` also write results/NAME.md and .json."""
     facts = ", ".join(f"{key} {value}" for key, value in rig.items())
     page = f"# {title}\n\nRig: {facts}.\n\n{body}\n"
     made = {"benchmark": name, "rig": rig, **raw}

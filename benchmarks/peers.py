@@ -1,11 +1,11 @@
-"""Who trains beside us: a plain loop on transformers' GPT-2, and nanoGPT's recipe.
+"""Peers in training: a plain loop on transformers' GPT-2, and nanoGPT's recipe.
 
-Each peer starts from the weights of a folder, in dropout-free float32, and offers what ours does:
+Each peer starts from the weights in a folder, in float32 without dropout, and offers
 
-    step(x, y, lr)              one update by the mean cross-entropy of y after x; that loss
+    step(x, y, lr)              update once by the mean cross-entropy of y after x; return the loss
     validation_loss(batches)    the mean over all targets
 
-so that all can take the same batches in the same order. None of ours is called here but to read
+so that all arms can take the same batches in the same order. This file calls our code only to read
 the folder. Source of the recipe: karpathy/nanoGPT, its README and the options of its train.py.
 """
 
@@ -24,7 +24,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 class Peer(ABC):
-    """A model, AdamW as users write it, and the step."""
+    """A model with AdamW as users write it, and the training step."""
 
     def __init__(self, model: nn.Module, weight_decay: float, fused: bool) -> None:
         self.model = model.train()
@@ -65,7 +65,7 @@ class Peer(ABC):
 
 
 class Transformers(Peer):
-    """GPT2LMHeadModel with SDPA, its own loss, no cache: what its users run, at its best."""
+    """GPT2LMHeadModel with SDPA, its own loss and no cache: its fastest ordinary setup."""
 
     def __init__(
         self, folder: Path, device: str = "cpu", weight_decay: float = 0.1, fused: bool = False
@@ -76,13 +76,13 @@ class Transformers(Peer):
         super().__init__(model.to(device), weight_decay, fused)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        # the targets stand one token later already
+        # shift_labels: our targets are already shifted by one token
         y = y.contiguous()
         return self.model(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
 
 
 class TransformersClassifier(Peer):
-    """GPT2ForSequenceClassification: a label for each text, judged at its last real token."""
+    """GPT2ForSequenceClassification: a label for each text, predicted at its last real token."""
 
     def __init__(
         self, folder: Path, device: str = "cpu", weight_decay: float = 0.1, fused: bool = False
@@ -93,12 +93,12 @@ class TransformersClassifier(Peer):
         super().__init__(model.to(device), weight_decay, fused)
 
     def scores(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The labels' scores (B, L), and the right ones (B,)."""
+        """Return the labels' scores (B, L) and the right labels (B,)."""
         counted = y != -100  # (B, T), one True a row
         last = counted.int().argmax(-1, keepdim=True)
         inside = torch.arange(x.size(1)) <= last
         pad = self.model.config.pad_token_id
-        # it finds a text's end by the padding's id
+        # transformers finds a text's end by the pad token id
         ids = x.where(inside, pad)
         return self.model(ids, attention_mask=inside.long(), use_cache=False).logits, y[counted]
 
@@ -108,7 +108,7 @@ class TransformersClassifier(Peer):
 
     @torch.no_grad()
     def answers(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[int, int]]:
-        """(right label, given label) of every text."""
+        """Return (right label, predicted label) of every text."""
         self.model.eval()
         found = []
         for x, y in batches:
@@ -119,11 +119,11 @@ class TransformersClassifier(Peer):
 
 
 class NanoGPT(Peer):
-    """nanoGPT's recipe: one matrix for q, k and v, SDPA, all the logits at once, AdamW fused on
-    CUDA only, no bias or gain decayed, gradients clipped at 1.
+    """nanoGPT's recipe: one matrix for q, k and v, SDPA, all logits at once, AdamW fused on CUDA
+    only, biases and gains not decayed, gradients clipped at 1.
 
-    GELU is the tanh form, as GPT-2's weights need it. On a GPU the vocabulary is padded to 50304,
-    by tokens that never occur, which adds 1e-3 to a loss of 10.8 as the recipe's own does.
+    GELU has the tanh form that GPT-2's weights need. On a GPU tokens that never occur pad the
+    vocabulary to 50304, as in the recipe, which adds 1e-3 to a loss of 10.8.
     """
 
     def __init__(self, folder: Path, device: str = "cpu", weight_decay: float = 0.1) -> None:

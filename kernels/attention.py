@@ -1,12 +1,12 @@
 """Flash attention: softmax(q k^T * scale) v without the T x T matrix, forward and backward.
 
-Forward, for one query row i (s, p are rows of the T x T matrices; base 2 because the hardware's
-exponential is exp2, so scale * log2(e) is folded into one multiply-add):
+Forward, for one query row i; s and p are rows of the T x T matrices. The base is 2 because the
+hardware's exponential is exp2: scale * log2(e) folds into one multiply-add.
     s_j = q_i . k_j                      over the keys that row i may see
     m   = max_j s_j * scale * log2(e)    lse = m + log2(sum_j 2^(s_j * scale * log2(e) - m))
     p_j = 2^(s_j * scale * log2(e) - lse)
     o_i = sum_j keep_ij p_j v_j / (1 - dropout)
-Keys come in blocks: a block that raises m to m' first shrinks what was summed by 2^(m - m').
+Keys come in blocks. A block that raises m to m' first multiplies the running sums by 2^(m - m').
 
 Backward, from lse and the recomputed p (no T x T matrix is stored):
     delta_i = do_i . o_i
@@ -14,20 +14,20 @@ Backward, from lse and the recomputed p (no T x T matrix is stored):
     dp_ij = keep_ij (do_i . v_j) / (1 - dropout)
     ds_ij = p_ij (dp_ij - delta_i)
     dk_j = scale sum_i ds_ij q_i         dq_i = scale sum_j ds_ij k_j
-Five matrix products for each pair of blocks (s, dv, dp, dk, dq): a program keeps one block of keys
-and walks down the queries; its share of dq is added to an fp32 buffer by atomics, whose order, and
-with it dq's last bits, may differ from run to run. `deterministic=True` gives the same bits every
-time for seven products: dk and dv in that walk, dq in a second kernel, which keeps a block of
-queries.
+Each pair of blocks takes five matrix products (s, dv, dp, dk, dq). A program keeps one block of
+keys, walks down the queries and adds its share of dq to an fp32 buffer by atomics. The order of the
+atomics, and with it dq's last bits, may differ from run to run. `deterministic=True` gives the same
+bits every time for seven products: the same walk computes dk and dv, and a second kernel, which
+keeps a block of queries, computes dq.
 
-Traffic, in elements of the input's type: forward reads q, k, v and writes o, 4 B H T D, and reads k
-and v again (from L2) for every block of queries; T x T never leaves the chip. Work: 4 B H T^2 D
-floating-point operations forward, half of it if causal, and 2.5 times as much backward.
+Traffic, in elements of the input's type: forward reads q, k, v and writes o, 4 B H T D. Every block
+of queries reads k and v again, from L2; T x T never leaves the chip. Work: 4 B H T^2 D
+floating-point operations forward, half as many if causal, and 2.5 times as many backward.
 
-keep_ij is a function of seed, b * H + h, i and j alone: Philox-4x32-10 with the seed as key and
-(i, j // 4, b * H + h, 0) as counter gives the 32 bits of four neighbouring keys, and backward draws
-them again. A row that sees no key (padding before its batch row's start) gives o = 0 and no
-gradient.
+keep_ij depends only on seed, b * H + h, i and j. Philox-4x32-10 with the seed as key and
+(i, j // 4, b * H + h, 0) as counter gives the 32 bits of four neighbouring keys; backward draws the
+same bits again. A row that sees no key (padding before its batch row's start) gives o = 0 and a
+gradient of 0.
 
 This file knows neither GPT-2 nor the cache. Sources: Dao et al., FlashAttention (2022) and
 FlashAttention-2 (2023); Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
@@ -43,28 +43,28 @@ from torch import Tensor
 
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# by Triton's interpreter, on tensors in main memory
+# True under Triton's interpreter, which runs on tensors in main memory
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
-# (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages) by (bytes an element, D). At GPT-2's D = 64
-# no register spills (tests/kernel_table.py shows it; at other D some bytes may). None is timed yet
+# (bytes an element, D) -> (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages). GPT-2's D = 64
+# spills no register, as tests/kernel_table.py shows; other D may spill a few bytes. Not timed yet
 FORWARD = {
-    # D = 64: scores and probabilities fit the registers beside acc; 8 warps at 128 registers leave
-    # room on sm_90 for two programs, one of which exponentiates while the other multiplies
+    # D = 64: scores and probabilities fit in registers beside acc. 8 warps at 128 registers leave
+    # room on sm_90 for two programs: one exponentiates while the other multiplies
     (2, 16): (128, 64, 8, 3),
     (2, 32): (128, 64, 8, 3),
     (2, 64): (128, 64, 8, 3),
     (2, 128): (128, 64, 8, 2),
-    # an fp32 operand is split in two and multiplied three times: small tiles
+    # small tiles: an fp32 operand is split in two and multiplied three times
     (4, 16): (32, 32, 8, 1),
     (4, 32): (32, 32, 8, 1),
     (4, 64): (32, 32, 8, 1),
     (4, 128): (32, 32, 8, 1),
 }
 BACKWARD = {
-    # two tiles of scores and two accumulators live at once: half of forward's queries
+    # half of forward's queries: two tiles of scores and two accumulators are live at once
     (2, 16): (64, 64, 4, 2),
     (2, 32): (64, 64, 4, 2),
     (2, 64): (64, 64, 4, 2),
@@ -86,7 +86,7 @@ def attention_ref(
     keep: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The same in fp32 by PyTorch, T x T matrices and all; `keep` is the dropout's (B, H, T, T)."""
+    """`attention` in fp32 by PyTorch, with T x T matrices; `keep`: dropout's mask, (B, H, T, T)."""
     T, D = q.shape[-2:]
     q, k, v = q.float(), k.float(), v.float()
     scores = q @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)  # (B, H, T, T)
@@ -97,7 +97,7 @@ def attention_ref(
     if start is not None:
         seen = seen & (position >= start[:, None, None, None])  # (B, 1, T, T)
     p = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
-    # a row that sees nothing is 0 / 0
+    # a row that sees no key is 0 / 0 = NaN here
     p = torch.where(seen, p, 0.0)
     if keep is not None:
         p = torch.where(keep, p, 0.0) / (1 - dropout)
@@ -117,7 +117,7 @@ def _keep_tile(
     a, b, c, d = tl.philox(seed, rows[:, None], fours[None, :], head, 0)
     a, b = (a >> 1).to(tl.int32) < keep_below, (b >> 1).to(tl.int32) < keep_below
     c, d = (c >> 1).to(tl.int32) < keep_below, (d >> 1).to(tl.int32) < keep_below
-    # a join adds the last axis, so that these run a, b, c, d
+    # each join adds a last axis, so the order is a, b, c, d
     keep = tl.join(tl.join(a, c), tl.join(b, d))  # (M, BLOCK_N / 4, 2, 2)
     return tl.reshape(keep, (rows.shape[0], BLOCK_N))
 
@@ -128,7 +128,7 @@ def _attention_fwd_blocks(
     q,  # (M, D)
     k_ptr, v_ptr, stride_kt, stride_vt,  # this head's (T, D)
     rows,  # (M,) queries
-    lo, hi, first_key, T,  # keys [lo, hi) are walked; [first_key, T) exist
+    lo, hi, first_key, T,  # walks keys [lo, hi); [first_key, T) exist
     scale_log2,
     seed, head, keep_below,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
@@ -153,7 +153,7 @@ def _attention_fwd_blocks(
                 seen = seen & (rows[:, None] >= keys[None, :])
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
-        # a row that has seen no key yet: -inf - -inf would be nan
+        # a row that has seen no key yet would get -inf - -inf = nan
         m_base = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - m_base)
         p = tl.exp2(s * scale_log2 - m_base[:, None])
@@ -178,7 +178,7 @@ def _attention_fwd_kernel(
     CAUSAL: tl.constexpr, HAS_START: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the blocks of one head are neighbours, so that its k and v stay in L2; the longest goes first
+    # neighbouring programs share a head, so its k and v stay in L2; the longest goes first
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -204,7 +204,7 @@ def _attention_fwd_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     scale_log2 = scale * 1.4426950408889634
 
-    # keys [lo, hi) matter; masks are for the borders: the padding's, the diagonal's, the end's
+    # walk keys [lo, hi); only the blocks at the padding, the diagonal and the end need a mask
     lo = first_key // BLOCK_N * BLOCK_N
     hi = T
     whole = T // BLOCK_N * BLOCK_N
@@ -229,7 +229,7 @@ def _attention_fwd_kernel(
         CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
 
-    # a row that saw nothing: o = 0, and lse = inf makes backward's p = 2^(s - lse) zero too
+    # a row that saw no key: o = 0, and lse = inf makes backward's p = 2^(s - lse) zero too
     empty = l_i == 0.0
     l_i = tl.where(empty, 1.0, l_i)
     o = acc * (keep_scale / l_i)[:, None]
@@ -268,8 +268,8 @@ def _attention_bwd_rows(
     k, v,  # (N, D)
     q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,  # this head's (T, D)
     lse_ptr, delta_ptr,  # this head's (T,)
-    keys, start_n,  # (N,) and the first of them
-    lo, hi, first_key, T,  # queries [lo, hi) are walked
+    keys, start_n,  # (N,) and its first key
+    lo, hi, first_key, T,  # walks queries [lo, hi)
     scale_log2, seed, head, keep_below, keep_scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, ATOMIC_DQ: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
@@ -311,7 +311,7 @@ def _attention_bwd_rows(
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr,  # (B, H, T, D)
     lse_ptr, delta_ptr,  # (B, H, T) fp32
-    dq_ptr,  # (B, H, T, D) fp32, contiguous, zero; dq / scale is added, only with ATOMIC_DQ
+    dq_ptr,  # (B, H, T, D) fp32, contiguous, zeroed; gets dq / scale; only with ATOMIC_DQ
     dk_ptr, dv_ptr,  # (B, H, T, D)
     start_ptr, seed_ptr,  # (B,) int, (1,) int64
     stride_qb, stride_qh, stride_qt,
@@ -323,7 +323,7 @@ def _attention_bwd_kernel(
     CAUSAL: tl.constexpr, HAS_START: tl.constexpr, DROPOUT: tl.constexpr, ATOMIC_DQ: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the first block of keys is seen by most queries, so it is the longest and goes first
+    # most queries see the first block of keys, so the longest program goes first
     blocks = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // blocks
     start_n = tl.program_id(0) % blocks * BLOCK_N
@@ -352,13 +352,13 @@ def _attention_bwd_kernel(
     dv = tl.zeros([BLOCK_N, D], dtype=tl.float32)
     scale_log2 = scale * 1.4426950408889634
 
-    # queries [lo, T) see these keys; from `whole` on each of them sees all
+    # queries [lo, T) see some of these keys; queries from `whole` on see all
     lo, whole = 0, 0
     if CAUSAL:
         lo = tl.maximum(start_n, first_key) // BLOCK_M * BLOCK_M
         whole = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
     if (start_n < first_key) | (start_n + BLOCK_N > T):
-        # padding or the end is among the keys
+        # the block holds padding or crosses the end
         whole = T
     if start_n + BLOCK_N <= first_key:
         lo = T
@@ -387,7 +387,7 @@ def _attention_bwd_dq_blocks(
     q, do, lse, delta,  # (M, D), (M, D), (M,), (M,)
     k_ptr, v_ptr, stride_kt, stride_vt,  # this head's (T, D)
     rows,  # (M,) queries
-    lo, hi, first_key, T,  # keys [lo, hi) are walked; [first_key, T) exist
+    lo, hi, first_key, T,  # walks keys [lo, hi); [first_key, T) exist
     scale_log2, seed, head, keep_below, keep_scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
@@ -430,7 +430,7 @@ def _attention_bwd_dq_kernel(
     CAUSAL: tl.constexpr, HAS_START: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # as in forward: the last queries have the most keys
+    # as in forward: the last queries see the most keys and go first
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -487,7 +487,7 @@ def _attention_bwd_dq_kernel(
 
 
 def _numbers(H: int, T: int, scale: float, dropout: float) -> tuple[int, int, float, int, float]:
-    """The kernels' scalars; a key is kept whose 31 random bits are below the fourth."""
+    """H, T, scale, keep_below (keeps a key with 31 random bits below it) and keep_scale."""
     return H, T, scale, round((1 - dropout) * 2**31) if dropout else 0, 1 / (1 - dropout)
 
 
@@ -499,12 +499,12 @@ def _options(
     D = q.shape[-1]
     BLOCK_M, BLOCK_N, num_warps, num_stages = table[q.element_size(), D]
     if dropout > 0 and table is BACKWARD:
-        # the draws take registers too
+        # dropout's draws take registers too
         BLOCK_N = max(BLOCK_N // 2, 16)
     if torch.version.hip is not None:
-        # a wave of AMD's is two warps, and its shared memory a third of Hopper's
+        # AMD: a wave is two warps, and shared memory a third of Hopper's
         num_warps, num_stages = 4, 1
-    # where tensor cores know TF32, an fp32 product is three of theirs, within some 2^-21
+    # TF32 tensor cores compute an fp32 product as three TF32 products, within about 2^-21
     split = q.dtype == torch.float32 and torch.version.hip is None
     return {
         "CAUSAL": causal,
@@ -521,7 +521,7 @@ def _options(
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Along B, H and T; along D it is 1."""
+    """Strides along B, H and T; the stride along D is 1."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
@@ -529,7 +529,7 @@ def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, start: Tensor | None, seed: Tensor | None,
     causal: bool, scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Fill o (B, H, T, D) -> lse (B, H, T) in fp32."""
+    """Fill o (B, H, T, D); return lse (B, H, T) in fp32."""
     B, H, T, _ = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     options = _options(FORWARD, q, causal, start, dropout)
@@ -548,7 +548,7 @@ def _attention_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, start: Tensor | None, seed: Tensor | None,
     causal: bool, scale: float, dropout: float, deterministic: bool,
 ) -> None:  # fmt: skip
-    """Fill dq, dk and dv, (B, H, T, D) and of the same strides all three."""
+    """Fill dq, dk and dv, all (B, H, T, D) with the same strides."""
     B, H, T, D = q.shape
     options = _options(BACKWARD, q, causal, start, dropout)
     by_queries = (triton.cdiv(T, options["BLOCK_M"]) * B * H,)
@@ -579,12 +579,12 @@ def _attention_bwd(
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    """The kernels take any strides but along D, where neighbours are neighbours in memory."""
+    """Copy x unless its stride along D is 1; the kernels take any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty_like(q: Tensor) -> Tensor:
-    """(B, H, T, D), laid out as (B, T, H, D): the heads join into C without a copy."""
+    """Return an empty (B, H, T, D) laid out as (B, T, H, D): heads join into C without a copy."""
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
@@ -664,7 +664,7 @@ def _(do: Tensor, qkv: Tensor, *_: object) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs, o and lse, 4 B H T D + B H T elements; p comes back from them."""
+    """Save the inputs, o and lse, 4 B H T D + B H T elements; backward recomputes p from them."""
     tensors = [x for x in inputs if isinstance(x, Tensor) or x is None]
     ctx.options = [x for x in inputs if not (isinstance(x, Tensor) or x is None)]
     *projections, start, seed = tensors
@@ -701,12 +701,13 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v over the keys that a query may see.
 
-    q, k, v: (B, H, T, D) in fp32, fp16 or bf16, any strides, D in 16, 32, 64, 128. `causal` lets
-    query i see keys 0 to i; `scale` is 1 / sqrt(D) unless given. `start`, integers (B,), is the
-    position of each batch row's first key: those before it are padding. `dropout` zeroes entries of
-    the softmax with this probability, by `seed`, int64 (1,), drawn from PyTorch's generator unless
-    given. `deterministic` makes the gradient's bits the same every time, for more work.
-    -> (B, H, T, D), laid out as (B, T, H, D). Raises ValueError for anything else.
+    q, k, v: (B, H, T, D) in fp32, fp16 or bf16, any strides, D in 16, 32, 64, 128. With `causal`,
+    query i sees keys 0 to i. `scale` defaults to 1 / sqrt(D). `start`, integers (B,), is the
+    position of each batch row's first key; keys before `start` are padding. `dropout` is the
+    probability of zeroing an entry of the softmax. `seed`, int64 (1,), selects the entries;
+    PyTorch's generator draws a seed by default. `deterministic` gives the same gradient bits every
+    time, for more work.
+    -> (B, H, T, D), laid out as (B, T, H, D). Raises ValueError for other arguments.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or 0 in x.shape or x.shape[-1] not in HEAD_SIZES:
@@ -731,10 +732,10 @@ def attention_qkv(
     seed: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """`attention` on the output of GPT-2's c_attn, in place of views, copies and their gradients.
+    """`attention` on the output of GPT-2's c_attn, without copies of q, k, v or their gradients.
 
-    qkv: (B, T, 3C), q then k then v, each of n_head heads side by side. The rest is `attention`'s.
-    -> (B, T, C), what c_proj takes; the gradient comes as one (B, T, 3C).
+    qkv: (B, T, 3C), q then k then v, each n_head heads side by side; other arguments as
+    `attention`'s. -> (B, T, C), the input of c_proj; the gradient is one (B, T, 3C).
     """
     sizes = [3 * n_head * D for D in HEAD_SIZES]
     if qkv.dim() != 3 or 0 in qkv.shape or n_head < 1 or qkv.shape[-1] not in sizes:
@@ -750,7 +751,7 @@ def attention_qkv(
 def _check(
     x: Tensor, name: str, start: Tensor | None, scale: float, dropout: float, seed: Tensor | None
 ) -> Tensor | None:
-    """Raise ValueError for what the kernels cannot take -> the seed, if there is dropout."""
+    """Raise ValueError for unsupported arguments; return the seed, or None without dropout."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, not {x.dtype}")
     if not (x.is_cuda or (INTERPRETED and x.is_cpu)):

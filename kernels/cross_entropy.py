@@ -1,4 +1,4 @@
-"""Cross-entropy of logits, and of logits that are never all there: a linear layer and its loss.
+"""Cross-entropy of logits, and of a linear layer without ever holding all of its logits.
 
 For a row of logits z over V tokens and its target t, in fp32 whatever the input:
 
@@ -6,21 +6,21 @@ For a row of logits z over V tokens and its target t, in fp32 whatever the input
                loss = mean over the counted rows of (m - z_t) + a
     backward   dz_v = (exp(z_v - m - a) - [v = t]) dloss / count
 
-m and a are kept apart, since m + a would swallow the logarithm where logits are large.
+Keep m and a apart: m + a would round away the logarithm where logits are large.
 
-With z = x W^T (linear_cross_entropy): dx = dz W and dW = dz^T x. Only a chunk of rows has its
-logits at a time, in the dtype of x; the kernel that makes their loss overwrites them with dz while
-they are in the caches, and the two products follow. The division by the count and the gradient that
-arrives come last: float16, whose loss is scaled, could not hold dz / count.
+With z = x W^T (linear_cross_entropy): dx = dz W and dW = dz^T x. Only one chunk of rows has its
+logits in memory at a time, in the dtype of x. The kernel that computes their loss overwrites them
+with dz while they are in the caches, and the two products follow. The factor dloss / count comes
+last: float16, whose loss is scaled, could not hold dz / count.
 
-Rows whose target is `ignore_index` do not count and have no gradient. A target that is no token
-makes the loss NaN. Columns from `vocab_size` on are padding: never counted, gradient 0.
+Rows whose target is `ignore_index` do not count and have gradient 0. A target outside the
+vocabulary makes the loss NaN. Columns from `vocab_size` on are padding: never counted, gradient 0.
 
 Traffic for M rows, N columns in memory, s bytes an element: cross_entropy forward M N s, backward
-2 M N s; linear_cross_entropy 2 M N s beside its three products. A row (100 KB of bf16) is swept
-twice where it is overwritten, the second time out of the L1 or L2 it has just passed through.
+2 M N s; linear_cross_entropy 2 M N s beside its three products. Overwriting takes a second sweep of
+the row (100 KB of bf16), which hits the L1 or L2 that the row has just passed through.
 
-This file does not know where logits come from. The idea of a loss that makes its gradient in the
+This file does not know where logits come from. Source of the loss that computes its gradient in the
 forward pass, by chunks: Liger-Kernel, "fused linear cross entropy".
 """
 
@@ -32,20 +32,20 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# logits that are alive at once in linear_cross_entropy: 512 MiB of bf16 keep a GPU busy
+# logits in memory at once in linear_cross_entropy: 512 MiB of bf16 keep a GPU busy
 CHUNK_ELEMENTS = 2**28
-# the chunk's rows begin at multiples of this many elements, so that loads may be 16 bytes wide even
-# where V is 50257
+# a chunk's rows begin at multiples of this many elements, so loads are 16 bytes wide even if V is
+# 50257
 ROW_ALIGNMENT = 64
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
 
 def cross_entropy_ref(
     logits: Tensor, targets: Tensor, ignore_index: int = -100, vocab_size: int | None = None
 ) -> Tensor:
-    """What cross_entropy computes, by the formula, in the dtype of the logits."""
+    """Compute cross_entropy by the formula, in the dtype of the logits."""
     logits, counted = logits[:, :vocab_size], targets != ignore_index
     lse = logits.exp().sum(dim=1).log()
     at_target = logits.gather(1, targets.where(counted, 0)[:, None]).squeeze(1)
@@ -54,7 +54,7 @@ def cross_entropy_ref(
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    logits_ptr,  # (M, N), columns side by side; becomes dz where OVERWRITE
+    logits_ptr,  # (M, N), stride 1 along N; becomes dz where OVERWRITE
     targets_ptr,  # (M,) int64
     loss_ptr,  # (M,) in fp32, 0 where ignored
     stats_ptr,  # (M, 2) in fp32: m and a
@@ -71,7 +71,7 @@ def _cross_entropy_fwd_kernel(
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
     is_token = (target >= 0) & (target < V)
-    # read before anything is overwritten
+    # read the target's logit before the row is overwritten
     z_target = tl.load(z_row + tl.where(is_token, target, 0)).to(tl.float32)
 
     m, total = -float("inf"), 0.0
@@ -79,7 +79,7 @@ def _cross_entropy_fwd_kernel(
         z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
         z = tl.where(start + cols < V, z, -float("inf"))
         m_new = tl.maximum(m, tl.max(z, axis=0))
-        # a block of -inf alone has no maximum to subtract: exp(-inf - 0) = 0
+        # a block of -inf alone: subtract 0, since exp(-inf - 0) = 0 and -inf - -inf is nan
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         total = total * tl.exp(m - shift) + tl.sum(tl.exp(z - shift), axis=0)
         m = m_new
@@ -93,7 +93,7 @@ def _cross_entropy_fwd_kernel(
         for start in range(0, N, BLOCK_N):
             z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
             dz = tl.exp(z - m - a) - tl.where(start + cols == target, 1.0, 0.0)
-            # selected, not multiplied: padding and ignored rows may hold anything
+            # select, do not multiply: padding and ignored rows may hold anything, even nan
             dz = tl.where(start + cols < tl.where(counted, V, 0), dz, 0.0)
             dz = dz.to(logits_ptr.dtype.element_ty)
             tl.store(z_row + start + cols, dz, mask=start + cols < N)
@@ -102,7 +102,7 @@ def _cross_entropy_fwd_kernel(
 @triton.jit
 def _cross_entropy_bwd_kernel(
     scale_ptr,  # () in fp32: dloss / count
-    logits_ptr,  # (M, N), columns side by side
+    logits_ptr,  # (M, N), stride 1 along N
     targets_ptr,  # (M,) int64
     stats_ptr,  # (M, 2) in fp32: m and a
     dz_ptr,  # (M, N), contiguous
@@ -132,7 +132,7 @@ def _config(N: int) -> dict[str, int]:
 
     | N            | block             | warps | because                                        |
     |--------------|-------------------|-------|------------------------------------------------|
-    | to 8192      | next power of two | 1-16  | 8 values a thread and more: 16-byte loads      |
+    | to 8192      | next power of two | 1-16  | 8 or more values a thread: 16-byte loads       |
     | 50257, 50304 | 8192              | 16    | 16 values a thread; the row itself would spill |
     """
     block = min(triton.next_power_of_2(N), 8192)
@@ -142,7 +142,7 @@ def _config(N: int) -> dict[str, int]:
 def _losses(
     logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int, overwrite: bool
 ) -> tuple[Tensor, Tensor]:
-    """(M, N) -> loss (M,) and m and a (M, 2); logits become their gradient where `overwrite`."""
+    """Return loss (M,) and m and a (M, 2); with `overwrite` the logits (M, N) become dz."""
     M, N = logits.shape
     loss = logits.new_empty(M, dtype=torch.float32)
     stats = logits.new_empty(M, 2, dtype=torch.float32)
@@ -158,7 +158,7 @@ def _losses(
 def _cross_entropy_fwd(
     logits: Tensor, targets: Tensor, ignore_index: int, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the mean loss () and m and a (M, 2) in fp32, the number of rows that count () int64."""
+    """Return mean loss () and m and a (M, 2), in fp32, and the number of counted rows, () int64."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     loss, stats = _losses(logits, targets.contiguous(), ignore_index, vocab_size, False)
     count = (targets != ignore_index).sum()
@@ -173,7 +173,7 @@ def _cross_entropy_bwd(
     ignore_index: int,
     vocab_size: int,
 ) -> Tensor:
-    """-> dz (M, N). scale: () in fp32, dloss / count, which stays on the device."""
+    """Return dz (M, N). scale: () in fp32, dloss / count, which stays on the device."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     M, N = logits.shape
     dz = logits.new_empty(M, N)
@@ -195,10 +195,10 @@ def _linear_cross_entropy(
     needs_dx: bool,
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> the mean loss, the number of rows that count, and dx and dW before dloss / count.
+    """Return the mean loss, the number of counted rows, and dx and dW without dloss / count.
 
-    dW is in fp32 whatever the input, since it is a sum over all chunks. A gradient that is not
-    needed is an empty tensor.
+    dW is a sum over all chunks, hence in fp32 whatever the input. A gradient that is not needed is
+    an empty tensor.
     """
     M, V = len(x), len(weight)
     targets = targets.contiguous()
@@ -217,7 +217,7 @@ def _linear_cross_entropy(
             padded_logits, targets[chunk], ignore_index, vocab_size, needs_dx or needs_dw
         )
         losses += loss.sum()
-        # the logits are their own gradient now
+        # the logits now hold their own gradient
         if needs_dx:
             torch.mm(logits, weight, out=dx[chunk])
         if needs_dw:
@@ -276,7 +276,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, *ctx.arguments = inputs
     _, stats, count = output
-    # the logits themselves, which are left as they are, and a number a row: no probabilities
+    # save the unmodified logits and two numbers a row, not the probabilities
     ctx.save_for_backward(logits, targets, stats, count)
     ctx.set_materialize_grads(False)
 
@@ -292,7 +292,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weight, *_, needs_dx, needs_dw = inputs
     ctx.needs, ctx.weight_dtype = (needs_dx, needs_dw), weight.dtype
-    # neither x nor the weight nor a logit: the gradients are there but for a factor
+    # save no x, weight or logits: the gradients lack only a factor
     ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -304,7 +304,7 @@ def _linear_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | 
         needs_dx = needs_dw = False
     else:
         scale = dloss / count
-    # in float32: the scale may be larger than float16 can hold
+    # multiply in float32: the scale may exceed float16's range
     return (
         (dx.float() * scale).to(dx.dtype) if needs_dx else None,
         (dw * scale).to(ctx.weight_dtype) if needs_dw else None,
@@ -321,10 +321,10 @@ def cross_entropy(
 ) -> Tensor:
     """Mean over the targets of -log softmax(logits)[target].
 
-    logits: (M, N) in float32, float16 or bfloat16, left as they are; targets: int64 (M,), those
-    equal to `ignore_index` do not count; vocab_size: the columns that are tokens, by default N.
-    -> () in fp32, NaN where no target counts or one is no token. Raises ValueError for what it
-    cannot take.
+    logits: (M, N) in float32, float16 or bfloat16, not modified. targets: int64 (M,); targets equal
+    to `ignore_index` do not count. vocab_size: the first columns, which are tokens, by default N.
+    -> () in fp32; NaN if no target counts or a target is outside the vocabulary. Raises ValueError
+    for other arguments.
     """
     vocab_size = _check("logits", logits, targets, logits.size(-1), vocab_size)
     return _forward_op(logits, targets, ignore_index, vocab_size)[0]
@@ -337,9 +337,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """cross_entropy(x weight^T, targets), never holding all the logits.
+    """cross_entropy(x weight^T, targets) without ever holding all the logits.
 
-    x: (M, C); weight: (N, C), of x's dtype; all else as cross_entropy's.
+    x: (M, C). weight: (N, C), in the dtype of x. Other arguments as in cross_entropy.
     """
     if weight.dim() != 2 or weight.shape[1:] != x.shape[1:]:
         raise ValueError(f"weight must be (N, {x.size(-1)}), not {tuple(weight.shape)}")
@@ -353,7 +353,7 @@ def linear_cross_entropy(
 
 
 def _check(name: str, x: Tensor, targets: Tensor, columns: int, vocab_size: int | None) -> int:
-    """Return the real vocabulary size."""
+    """Raise ValueError for unsupported arguments; return the vocabulary size without padding."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, not {x.dtype}")
     if not (x.is_cuda or INTERPRETED):

@@ -1,22 +1,22 @@
 """Attention of one or a few new tokens over a cache of keys and values: flash-decoding.
 
-For a new token of batch row r at position i, over the cached positions t from start[r] to i (base
-2, as the hardware's exponential):
+For a new token of batch row r at position i, over the cached positions t from start[r] to i; the
+base is 2, as the hardware's exponential:
     s_t = q . k_t * scale * log2(e)     m = max_t s_t     l = sum_t 2^(s_t - m)
     o = sum_t 2^(s_t - m) v_t / l       lse = m + log2(l)
-One program a head would leave most of a GPU idle, so the positions are split: each program does the
-above for its share, and a second kernel joins the shares, exactly:
+One program a head would leave most of a GPU idle, so the positions are split. Each program does
+the above for its share, and a second kernel joins the shares exactly:
     o = sum_s w_s o_s / sum_s w_s       w_s = 2^(lse_s - max_s lse_s)
 
-`ancestors` says in which row of the cache a position of row r lies: k_t is k_cache[ancestors[r, t]]
-at t. So the beams of one prompt share its rows, and a beam that goes on from another copies a row
-of the table instead of one of the cache.
+`ancestors` names the cache row that holds position t of row r: k_t is k_cache[ancestors[r, t]] at
+t. The beams of one prompt thus share its cache rows. A beam that continues another beam copies a
+row of the table instead of a row of the cache.
 
-Traffic: 2 D elements a position and head, read once; the shares add 4 (D + 1) bytes each, twice.
-One row of GPT-2's 12 heads at 1024 positions in bf16: 3.1 MB a layer. Memory limits it; the
-products run on tensor cores only because 16 queries cost there what one does.
+Traffic: 2 D elements a position and head, read once; each share adds 4 (D + 1) bytes, written and
+read. One row of GPT-2's 12 heads at 1024 positions in bf16: 3.1 MB a layer. The kernel is
+memory-bound. The products run on tensor cores because 16 queries cost as much there as one.
 
-There is no backward: nobody trains through a cache. This file does not know who fills the cache.
+No backward: nobody trains through a cache. This file does not know who fills the cache.
 Source: Dao et al., Flash-Decoding for long-context inference (2023).
 """
 
@@ -30,20 +30,20 @@ from torch import Tensor
 
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# new tokens a row: what the smallest tile of tl.dot has room for
+# new tokens a row: the smallest tile of tl.dot holds 16
 MAX_TOKENS = 16
-# by Triton's interpreter, on tensors in main memory
+# True under Triton's interpreter, which runs on tensors in main memory
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
-# (BLOCK_N positions, num_warps, num_stages) by bytes an element: enough loads in flight to hide
-# memory's latency, 16 bytes a thread each; none is timed yet
+# bytes an element -> (BLOCK_N positions, num_warps, num_stages): enough loads in flight, 16 bytes a
+# thread each, to hide memory latency. Not timed yet
 CONFIG = {2: (64, 4, 3), 4: (32, 4, 3)}
-# splitting fewer positions than this does not pay for the second kernel
+# fewer positions than this do not pay for the second kernel
 LEAST_TO_SPLIT = 256
 LEAST_SHARE = 128
-# the second kernel holds them all at once
+# the second kernel holds all the shares at once
 MAX_SPLITS = 128
 
 
@@ -57,11 +57,11 @@ def decode_attention_ref(
     start: Tensor | None = None,
     ancestors: Tensor | None = None,
 ) -> Tensor:
-    """The same in fp32 by PyTorch, from a gathered copy of the cache."""
+    """`decode_attention` in fp32 by PyTorch, from a gathered copy of the cache."""
     R, _, T, D = q.shape
     t = torch.arange(k_cache.shape[2], device=q.device)
     rows = torch.arange(R, device=q.device)[:, None] if ancestors is None else ancestors.long()
-    # what is not seen may be anything
+    # unseen entries may hold anything, so look up row 0 there
     rows = torch.where(t < lengths[:, None], rows, 0)  # (R, S)
     k, v = (x[rows, :, t].transpose(1, 2).float() for x in (k_cache, v_cache))  # (R, H, S, D)
     position = lengths[:, None] - T + torch.arange(T, device=q.device)  # (R, T)
@@ -71,7 +71,7 @@ def decode_attention_ref(
     seen = seen[:, None]  # (R, 1, T, S)
     scores = q.float() @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
     p = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
-    # a token that sees nothing is 0 / 0
+    # a token that sees no position is 0 / 0 = NaN here
     p = torch.where(seen, p, 0.0)
     return p @ torch.where(seen.any(dim=2)[..., None], v, 0.0)
 
@@ -100,7 +100,7 @@ def _decode_attention_kernel(
     dims = tl.arange(0, D)[None, :]
     real = tokens < T
 
-    # this program's share of the positions [first, length): whole blocks, as many for each
+    # this program's share of positions [first, length): as many whole blocks as every other's
     length = tl.minimum(tl.load(lengths_ptr + r), S).to(tl.int32)
     first = 0
     if HAS_START:
@@ -131,7 +131,7 @@ def _decode_attention_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_T, BLOCK_N)
         s = tl.where(t[None, :] <= position[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
-        # a token that has seen nothing yet: -inf - -inf would be nan
+        # a token that has seen no position yet would get -inf - -inf = nan
         m_base = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - m_base)
         p = tl.exp2(s * scale_log2 - m_base[:, None])
@@ -169,7 +169,7 @@ def _decode_attention_join_kernel(
     lse = tl.load(lse_ptr + at, mask=real, other=float("-inf"))
     shares = tl.load(shares_ptr + at[:, None] * D + dims[None, :], mask=real[:, None], other=0.0)
     m = tl.max(lse, axis=0)
-    # no share saw anything
+    # m is -inf if no share saw a position: then every weight is 0
     w = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))
     total = tl.sum(w, axis=0)
     o = tl.sum(w[:, None] * shares, axis=0) / tl.where(total == 0.0, 1.0, total)
@@ -178,7 +178,7 @@ def _decode_attention_join_kernel(
 
 
 def _splits(q: Tensor, S: int) -> int:
-    """How many shares S positions are worth: enough for two programs an SM, if they are long."""
+    """Number of shares for S positions: two programs an SM, unless shares would get too short."""
     if S <= LEAST_TO_SPLIT:
         return 1
     properties = torch.cuda.get_device_properties(q.device) if q.is_cuda else None
@@ -198,7 +198,7 @@ def _decode_attention_fwd(
         shares = torch.empty(splits, R, H, T, D, dtype=torch.float32, device=q.device)
         lse = torch.empty(splits, R, H, T, dtype=torch.float32, device=q.device)
     BLOCK_N, num_warps, num_stages = CONFIG[q.element_size()]
-    # where tensor cores know TF32, an fp32 product is three of theirs, within some 2^-21
+    # TF32 tensor cores compute an fp32 product as three TF32 products, within about 2^-21
     split_fp32 = q.dtype == torch.float32 and torch.version.hip is None
     with torch.cuda.device_of(q):
         _decode_attention_kernel[(R * H * splits,)](
@@ -231,12 +231,12 @@ def _decode_attention_fwd(
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    """The kernels take any strides but along D, where neighbours are neighbours in memory."""
+    """Copy x unless its stride along D is 1; the kernels take any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty_like(q: Tensor) -> Tensor:
-    """(R, H, T, D), laid out as (R, T, H, D): the heads join into C without a copy."""
+    """Return an empty (R, H, T, D) laid out as (R, T, H, D): heads join into C without a copy."""
     R, H, T, D = q.shape
     return q.new_empty(R, T, H, D).transpose(1, 2)
 
@@ -270,17 +270,18 @@ def decode_attention(
     splits: int | None = None,
     trusted: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v for the last T positions of each row, over a cache that holds them.
+    """softmax(q k^T * scale) v for the last T positions of each row, which the cache already holds.
 
-    q: (R, H, T, D) in fp32, fp16 or bf16, T up to 16, D in 16, 32, 64, 128; k_cache, v_cache:
+    q: (R, H, T, D) in fp32, fp16 or bf16, T up to 16, D in 16, 32, 64, 128. k_cache, v_cache:
     (cache rows, H, S, D), any strides. lengths, integers (R,): row r has positions 0 to
-    lengths[r] - 1 in the cache, its T new ones among them; `start`, integers (R,), is the first of
-    them that is not padding. `scale` is 1 / sqrt(D) unless given. `ancestors`, integers (R, S),
-    names the cache row in which position t of row r lies (entries from lengths[r] on are not read);
-    without it that is row r. `splits` is chosen by the size unless given. Lengths and ancestors
-    outside the cache are looked for, which waits for the device, unless they are `trusted`: then
-    they are read on the device alone, so that a CUDA graph follows them.
-    -> (R, H, T, D), laid out as (R, T, H, D). Has no gradient. Raises ValueError for anything else.
+    lengths[r] - 1 in the cache, its T new ones included. `start`, integers (R,), is each row's
+    first position after the padding. `scale` defaults to 1 / sqrt(D). `ancestors`, integers (R, S),
+    names the cache row that holds position t of row r, by default row r; entries from lengths[r] on
+    are not read. `splits` defaults to a number chosen by the size. By default the call checks that
+    lengths and ancestors lie inside the cache, which waits for the device. With `trusted` only the
+    device reads these tensors, so a CUDA graph follows their changes.
+    -> (R, H, T, D), laid out as (R, T, H, D). Has no gradient. Raises ValueError for other
+    arguments.
     """
     _check(q, k_cache, v_cache, lengths, start, ancestors)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -297,7 +298,7 @@ def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, start: Tensor | None,
     ancestors: Tensor | None,
 ) -> None:  # fmt: skip
-    """Raise ValueError for tensors that the kernels cannot take."""
+    """Raise ValueError for tensors that the kernels do not support."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be float32, float16 or bfloat16, not {q.dtype}")
     if not (q.is_cuda or (INTERPRETED and q.is_cpu)):

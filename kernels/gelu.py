@@ -8,16 +8,16 @@ With c = sqrt(2 / pi) and a = 0.044715, in fp32 whatever the input:
     backward   dy/dz = s + z s (1 - s) 2 c (1 + 3 a z^2)
                dx = dy dy/dz,  db = sum over rows of dx
 
-(1 + tanh u) / 2 is the logistic function of 2 u: one exponential, and where z is far below 0
-nothing cancels. The backward needs x and b and not y: z and s are made again.
+(1 + tanh u) / 2 is the logistic function of 2 u: it takes one exponential, and nothing cancels
+where z is far below 0. The backward needs x and b, not y; it recomputes z and s.
 
-db: each program adds up the ROWS rows of its columns and writes one partial row, and the partial
-rows are summed once. No atomic: the same bits in every run.
+db: each program sums ROWS rows of its columns into one partial row, and one more sum adds the
+partial rows. No atomics: every run gives the same bits.
 
-Traffic for M x N of s bytes an element: forward 2 M N s, backward 3 M N s, and 8 M N / ROWS for
-the partial rows: 2 % of bf16's. Bound by memory.
+Traffic for M x N elements of s bytes: forward 2 M N s, backward 3 M N s, and 8 M N / ROWS for the
+partial rows: 2 % of bf16's. Memory-bound.
 
-This file does not know what a model is. Source: Hendrycks and Gimpel 2016.
+This file knows nothing of models. Source: Hendrycks and Gimpel 2016.
 """
 
 import math
@@ -29,12 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# bytes of one tile: 32 values of 16 bits a thread, 16 of 32 bits
+# bytes of one tile: a thread holds 32 values of 16 bits, or 16 of 32 bits
 TILE = 8192
-# rows whose gradients make one partial row of db
+# rows that one partial row of db sums
 ROWS = 64
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
 SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
@@ -42,14 +42,14 @@ CUBIC = tl.constexpr(0.044715)
 
 
 def gelu_ref(x: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """What gelu and bias_gelu compute, by the formula, in the dtype of x."""
+    """Compute gelu or bias_gelu by the formula, in the dtype of x."""
     z = x + bias
     return 0.5 * z * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
 
 
 @triton.jit
 def _gelu_fwd_kernel(
-    x_ptr,  # (M, N), columns side by side
+    x_ptr,  # (M, N), stride 1 along N
     bias_ptr,  # (N,), or None
     y_ptr,  # (M, N), contiguous
     stride_xm,
@@ -72,16 +72,16 @@ def _gelu_fwd_kernel(
 
 @triton.jit
 def _gelu_bwd_kernel(
-    dy_ptr,  # (M, N), columns side by side
+    dy_ptr,  # (M, N), stride 1 along N
     x_ptr,  # (M, N) likewise
     bias_ptr,  # (N,), or None
     dx_ptr,  # (M, N), contiguous
-    partial_ptr,  # (P, N) in fp32: db of each program's rows, where there is a bias
+    partial_ptr,  # (P, N) in fp32: db of each program's rows; only with a bias
     stride_dym,
     stride_xm,
     M,
     N,
-    ROWS: tl.constexpr,  # a program's
+    ROWS: tl.constexpr,  # rows of one program
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -103,7 +103,7 @@ def _gelu_bwd_kernel(
         dx = dy * (s + z * s * (1 - s) * (2 * SQRT_2_OVER_PI * (1 + 3 * CUBIC * z * z)))
         tl.store(dx_ptr + rows * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if bias_ptr is not None:
-            # what is masked has dy = 0
+            # masked elements have dy = 0, so add 0
             db += tl.sum(dx, axis=0)[None, :]
 
     if bias_ptr is not None:
@@ -126,7 +126,7 @@ def _config(x: Tensor) -> dict[str, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., N) -> (M, N) with columns side by side: a view where there is one, else a copy."""
+    """(..., N) -> (M, N) with stride 1 along N: a view where possible, else a copy."""
     rows = x.reshape(-1, x.size(-1))
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -145,7 +145,7 @@ def _gelu_fwd(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """-> dx, and db where there is a bias."""
+    """Return [dx], or [dx, db] with a bias."""
     dx = x.new_empty(x.shape)
     if not x.numel():
         return [dx] if bias is None else [dx, torch.zeros_like(bias)]
@@ -172,7 +172,7 @@ def _gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None) -> list[Tensor]:
     return [dx] if bias is None else [dx, partial.sum(dim=0).to(bias.dtype)]
 
 
-# x and the bias are saved, not z = x + bias nor y: x is there already where a product made it
+# save x and the bias, not z = x + bias or y: x already exists where a matrix product made it
 _forward_op = torch.library.custom_op("nanogpt2::gelu_fwd", _gelu_fwd, mutates_args=())
 _backward_op = torch.library.custom_op("nanogpt2::gelu_bwd", _gelu_bwd, mutates_args=())
 
@@ -205,14 +205,14 @@ def gelu(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
 
     x: any shape, in float32, float16 or bfloat16. -> the shape and dtype of x, contiguous. Raises
-    ValueError for what it cannot take.
+    ValueError for other arguments.
     """
     _check("x", x)
     return _forward_op(x, None) if x.dim() else _forward_op(x[None], None)[0]
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias), the sum in fp32. x: (..., N); bias: (N,), on x's device."""
+    """gelu(x + bias), summed in fp32. x: (..., N); bias: (N,), on x's device."""
     _check("x", x)
     _check("bias", bias)
     if x.dim() == 0 or bias.shape != x.shape[-1:]:

@@ -10,17 +10,17 @@ For a row x of N columns, in fp32 whatever the input:
                dx = rstd (g - sum_n g_n / N - xhat sum_n g_n xhat_n / N)
                dw = sum over rows of dy xhat,  db = sum over rows of dy
 
-With a residual, x = (what a layer made) + residual comes first, rounded to its dtype as the next
-layer will read it; the backward adds the gradient that reaches x past the norm.
+With a residual, x = (a layer's output) + residual comes first, rounded to its dtype as the next
+layer will read it. The backward adds the gradient that reaches x around the norm.
 
-dw and db: each of P programs sums its own rows in registers and writes one partial row, and the
-(P, N) partial rows are summed once. No lock, no atomic: the same bits in every run on a chip.
+dw and db: each of P programs sums its own rows in registers and writes one partial row; one more
+sum adds the (P, N) partial rows. No locks, no atomics: every run on a chip gives the same bits.
 
 Traffic, s bytes an element: forward 2 M N s and 8 M for the statistics, with a residual 4 M N s;
 backward 3 M N s (4 with a residual), and 16 P N for the partial rows: 3 % at 65536 rows of bf16 on
-132 SMs. Bound by memory: the backward asks for a row while it works on the one before.
+132 SMs. Memory-bound: the backward loads the next row while it works on the current row.
 
-This file does not know what a model is. Source: Ba, Kiros and Hinton 2016.
+This file knows nothing of models. Source: Ba, Kiros and Hinton 2016.
 """
 
 from typing import Any
@@ -32,17 +32,17 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLUMNS = 8192
-# programs of the backward: as many as are on the chip at once with up to 102 registers a thread,
-# so that none begins when the others have ended; a few where kernels are interpreted
+# warps of the backward on an SM: with up to 102 registers a thread all its programs run at once, so
+# no second wave follows. The interpreter runs a few programs
 WARPS_PER_SM = 20
 INTERPRETED_PROGRAMS = 3
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """What layer_norm computes, by the formulas, in the dtype of x."""
+    """Compute layer_norm by the formulas, in the dtype of x."""
     centred = x - x.mean(dim=-1, keepdim=True)
     rstd = (centred.pow(2).mean(dim=-1, keepdim=True) + eps).rsqrt()
     return weight * (centred * rstd) + bias
@@ -50,7 +50,7 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr,  # (M, N), columns side by side
+    x_ptr,  # (M, N), stride 1 along N
     residual_ptr,  # (M, N) likewise, or None
     weight_ptr,  # (N,)
     bias_ptr,  # (N,)
@@ -78,7 +78,7 @@ def _layer_norm_fwd_kernel(
     b = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
 
     mean = tl.sum(x, axis=0) / N
-    # centred first: sum x^2 - N mean^2 would cancel where the mean is large
+    # centre first: sum x^2 - N mean^2 would cancel where the mean is large
     centred = tl.where(mask, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
     y = w * (centred * rstd) + b
@@ -90,8 +90,8 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr,  # (M, N), columns side by side
-    dsum_ptr,  # (M, N) likewise: what reaches x past the norm, or None
+    dy_ptr,  # (M, N), stride 1 along N
+    dsum_ptr,  # (M, N) likewise: the gradient that reaches x around the norm, or None
     x_ptr,  # (M, N) likewise
     weight_ptr,  # (N,)
     mean_ptr,  # (M,) in fp32
@@ -103,7 +103,7 @@ def _layer_norm_bwd_kernel(
     stride_xm,
     M,
     N,
-    ROWS,  # a program's
+    ROWS,  # rows of one program
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -119,13 +119,13 @@ def _layer_norm_bwd_kernel(
     next_dy = tl.load(dy_ptr + first * stride_dym + cols, mask=mask, other=0.0)
     for row in range(first, last):
         x, dy = next_x.to(tl.float32), next_dy.to(tl.float32)
-        # the next row is on its way while this one is worked on
+        # load the next row while computing this row
         ahead = tl.minimum(row + 1, last - 1)
         next_x = tl.load(x_ptr + ahead * stride_xm + cols, mask=mask, other=0.0)
         next_dy = tl.load(dy_ptr + ahead * stride_dym + cols, mask=mask, other=0.0)
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
 
-        # past the last column xhat is no 0, but w and dy are
+        # past the last column xhat is not 0, but w and dy are 0
         xhat = (x - mean) * rstd
         g = w * dy
         dx = rstd * (g - tl.sum(g, axis=0) / N - xhat * (tl.sum(g * xhat, axis=0) / N))
@@ -147,7 +147,7 @@ def _config(N: int) -> dict[str, int]:
     |----------------|-------|--------------------------------------------------------------------|
     | 768 and 1024   | 4     | 8 values a thread: one 16-byte load of bf16 from each tensor       |
     | 1280 and 1600  | 8     | likewise                                                           |
-    | past 4096      | 16    | the chips' limit in common; the backward keeps 5 values a column   |
+    | past 4096      | 16    | limit common to all chips; the backward keeps 5 values a column    |
     """
     block = triton.next_power_of_2(N)
     return {"BLOCK_N": block, "num_warps": min(max(block // 256, 1), 16), **FUSED}
@@ -161,7 +161,7 @@ def _programs(x: Tensor, warps: int) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., N) -> (M, N) with columns side by side: a view where there is one, else a copy."""
+    """(..., N) -> (M, N) with stride 1 along N: a view where possible, else a copy."""
     rows = x.reshape(-1, x.size(-1))
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -169,7 +169,7 @@ def _rows(x: Tensor) -> Tensor:
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> list[Tensor]:
-    """-> y, mean, rstd, and x + residual where there is one."""
+    """Return [y, mean, rstd], and x + residual last with a residual."""
     rows = _rows(x)
     M, N = rows.shape
     y = x.new_empty(x.shape)
@@ -191,7 +191,7 @@ def _layer_norm_fwd(
 def _layer_norm_bwd(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, dw, db."""
+    """Return dx, dw, db."""
     rows, dy_rows = _rows(x), _rows(dy)
     M, N = rows.shape
     config = _config(N)
@@ -208,11 +208,11 @@ def _layer_norm_bwd(
                 dy_rows.stride(0), stride_dsm, rows.stride(0), M, N, per_program, **config,
             )  # fmt: skip
     dw, db = partial.sum(dim=0).to(weight.dtype).unbind()
-    # an op's results may not share memory
+    # clone: an op's results may not share memory
     return dx, dw.clone(), db.clone()
 
 
-# x (or the sum), w and two statistics a row are saved; xhat is cheaper to make again than to read
+# save x (or the sum), w and two statistics a row: recomputing xhat is cheaper than reading it
 _forward_op = torch.library.custom_op("nanogpt2::layer_norm_fwd", _layer_norm_fwd, mutates_args=())
 _backward_op = torch.library.custom_op("nanogpt2::layer_norm_bwd", _layer_norm_bwd, mutates_args=())
 
@@ -235,7 +235,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     x, residual, weight, _, _ = inputs
     normed = x if residual is None else output[3]
     ctx.save_for_backward(normed, weight, *output[1:3])
-    # no zeros for the gradients of mean and rstd, which nobody asks for
+    # make no zeros for the unused gradients of mean and rstd
     ctx.set_materialize_grads(False)
 
 
@@ -255,8 +255,8 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis.
 
-    x: (..., N) in float32, float16 or bfloat16, N up to 8192; weight, bias: (N,), of one dtype of
-    these. -> the shape and dtype of x, contiguous. Raises ValueError for what it cannot take.
+    x: (..., N) in float32, float16 or bfloat16, N up to 8192. weight, bias: (N,), both of one of
+    these dtypes. -> the shape and dtype of x, contiguous. Raises ValueError for other arguments.
     """
     _check(x, weight, bias)
     return _forward_op(x, None, weight, bias, eps)[0]
@@ -267,7 +267,7 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return layer_norm(x + residual) and x + residual, the next residual, from one pass.
 
-    residual: the shape, dtype and device of x; all else as layer_norm's.
+    residual: the shape, dtype and device of x. Other arguments as in layer_norm.
     """
     _check(x, weight, bias)
     if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):

@@ -2,25 +2,26 @@
 
 For a row of logits z over V tokens, in this order, which is transformers':
 
-    ban            z_v = -inf for each v that would complete an n-gram which the row's text has
+    ban            z_v = -inf for each v that would repeat an n-gram of the row's text
     temperature    s = z / temperature
     top-k          s_v = -inf where s_v is below the k-th largest; ties with it stay
     draw           argmax_v exp(s_v - max s) / q_v,  q_v = -log u_v
 
-which draws v with probability softmax(s)_v. The noise u_v is a function of (seed, sample, step, v),
-SplitMix64's finaliser of their sum, so a draw depends on no other row and on nothing drawn before:
+The draw picks v with probability softmax(s)_v. The noise u_v is a function of (seed, sample, step,
+v), SplitMix64's finaliser of their sum. A draw thus depends neither on other rows nor on earlier
+draws:
 
     key = mix(mix(sample + mix(seed)) + step),  u_v = (mix(key + v) >> 11 + 1/2) / 2^53
 
-The k-th largest score is found by its bits, eight at a time from the top: a float32 turned into a
-whole number of the same order, a histogram of the next eight bits among those that agree with what
-is found so far, four times.
+A radix select finds the k-th largest score, eight bits at a time from the top. It maps float32 to
+unsigned integers of the same order. Four times it takes a histogram of the next eight bits among
+the scores that agree with the bits found so far.
 
-One program a row. Traffic: a row of logits in, V scores of fp32 out; all other sweeps find them in
-the L1 or L2. Bound by latency: up to seven sweeps of one SM over 200 KB, and a logarithm in float64
-for each token of the vocabulary.
+One program a row. Traffic: a row of logits in, V scores of fp32 out; all other sweeps hit the L1 or
+L2. Latency-bound: up to seven sweeps of one SM over 200 KB, and a logarithm in float64 for each
+token of the vocabulary.
 
-This file does not know what a text is. Sources: Steele, Lea and Flood 2014, "Fast splittable
+This file knows nothing of texts. Sources: Steele, Lea and Flood 2014, "Fast splittable
 pseudorandom number generators"; the draw by exponential variables is torch.multinomial's.
 """
 
@@ -31,10 +32,10 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_V = 2048
-# 4 values a thread: a draw needs float64 for each, and 8 would spill
+# 4 values a thread: each needs float64 in the draw, and 8 would spill
 NUM_WARPS = 16
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -50,7 +51,7 @@ def sample_ref(
     ids: Tensor | None = None,
     no_repeat_ngram_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """What sample computes, by the formulas, from given noise q: (R, V) in float64."""
+    """Compute sample by the formulas, from given noise q: (R, V) in float64."""
     scores, n = logits.float().clone(), no_repeat_ngram_size
     if ids is not None and n:
         for row, text in enumerate(ids.tolist()):
@@ -66,7 +67,7 @@ def sample_ref(
 
 @triton.jit
 def _mix(x):
-    """Map uint64 to uint64: every bit of x moves half of them."""
+    """Map uint64 to uint64: each bit of x flips about half of the output bits."""
     x = x * GOLDEN
     x = (x ^ (x >> 30)) * M1
     x = (x ^ (x >> 27)) * M2
@@ -92,11 +93,11 @@ def _kth_largest(s_row, k, V, BLOCK_V: tl.constexpr):
         counts = tl.zeros((256,), tl.int32)
         for start in range(0, V, BLOCK_V):
             order = _order(tl.load(s_row + start + cols, mask=start + cols < V, other=0.0))
-            # in all bits above these eight: none at first
+            # compare all bits above these eight; the first round has none
             agrees = (start + cols < V) & ((order ^ found) >> shift >> 8 == 0)
             digit = ((order >> shift) & 255).to(tl.int32)
             counts += tl.histogram(digit, 256, mask=agrees)
-        # the largest digit that k scores reach
+        # the largest digit that at least k scores reach
         reached = tl.cumsum(counts, axis=0, reverse=True) >= k
         digit = tl.sum(reached.to(tl.int32), axis=0) - 1
         k -= tl.sum(tl.where(digits > digit, counts, 0), axis=0)
@@ -104,12 +105,12 @@ def _kth_largest(s_row, k, V, BLOCK_V: tl.constexpr):
     return found
 
 
-# one kernel for every k and seed; a k of 1, taken for a constant, could not change in the search
+# one kernel for every k and seed: Triton would make k = 1 a constant, but the search changes k
 @triton.jit(do_not_specialize=["seed", "top_k"])
 def _sample_kernel(
-    logits_ptr,  # (R, V and more), columns side by side
+    logits_ptr,  # (R, N), N >= V, stride 1 along N
     ids_ptr,  # (R, T) int64, contiguous, or None
-    lengths_ptr,  # (R,) int64: how much of each row of ids is text; or None for all
+    lengths_ptr,  # (R,) int64: text length in each row of ids; None for all T
     samples_ptr,  # (R,) int64
     step_ptr,  # () int64
     tokens_ptr,  # (R,) int64
@@ -121,7 +122,7 @@ def _sample_kernel(
     temperature,
     top_k,
     TOP_K: tl.constexpr,  # top_k > 0
-    NGRAM: tl.constexpr,  # n, 0 for no ban
+    NGRAM: tl.constexpr,  # n, or 0 for no ban
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +133,7 @@ def _sample_kernel(
         tl.store(s_row + start + cols, tl.div_rn(z, temperature), mask=start + cols < V)
 
     if NGRAM > 0:
-        # what one thread writes another overwrites, then reads: all wait
+        # other threads overwrite, then read, these scores: wait for all stores
         tl.debug_barrier()
         text = ids_ptr + row * T
         length = T
@@ -174,7 +175,7 @@ def _sample_kernel(
         at = tl.min(tl.where(chance == block_best, start + cols, V), axis=0)
         token = tl.where(block_best > best, at, token)
         best = tl.maximum(best, block_best)
-    # no distribution where every token is banned, or where one is infinite or no number
+    # if every token is banned, or a score is +inf or nan, softmax is undefined: return -1
     possible = (m > -float("inf")) & (m < float("inf")) & (numbers == 0)
     tl.store(tokens_ptr + row, tl.where(possible, token, -1).to(tl.int64))
 
@@ -191,7 +192,7 @@ def _sample(
     no_repeat_ngram_size: int,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """-> tokens int64 (R,), scores (R, V) in fp32."""
+    """Return tokens, int64 (R,), and scores, (R, V) in fp32."""
     R = len(logits)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens = samples.new_empty(R)
@@ -221,7 +222,7 @@ def _sample(
     return tokens, scores
 
 
-# nothing is saved: a draw has no gradient
+# save nothing: a draw has no gradient
 _op = torch.library.custom_op("nanogpt2::sample", _sample, mutates_args=())
 
 
@@ -256,13 +257,13 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each row; return tokens, int64 (R,), and processed scores, fp32 (R, V).
 
-    logits: (R, N) in float32, float16 or bfloat16, left as they are; seed: 0 to 2^63 - 1; samples:
-    int64 (R,), the number of each row's text; step: how many tokens came before, an int or an int64
-    () on the device, which a CUDA graph can read; ids: int64 (R, T), the texts so far, of which
-    `lengths`, int64 (R,), says how much counts, by default all; vocab_size: the columns that are
-    tokens, by default N. top_k and no_repeat_ngram_size 0 are off.
-    A token is -1 where every token is banned or a score is infinite or no number. Raises ValueError
-    for what it cannot take.
+    logits: (R, N) in float32, float16 or bfloat16, not modified. seed: 0 to 2^63 - 1. samples:
+    int64 (R,), the number of each row's text. step: the number of tokens drawn before, an int or an
+    int64 () on the device, which a CUDA graph can read. ids: int64 (R, T), the texts so far;
+    lengths: int64 (R,), the length of each text, by default T. vocab_size: the first columns, which
+    are tokens, by default N. 0 turns top_k or no_repeat_ngram_size off.
+    A token is -1 where every token is banned or a score is +inf or NaN. Raises ValueError for other
+    arguments.
     """
     R, N = _check(logits)
     vocab_size = N if vocab_size is None else vocab_size

@@ -9,16 +9,16 @@ For a row x of N columns, in fp32 whatever the input:
     backward   dx_n = scale y_n (dy_n - sum_k y_k dy_k)             softmax
                dx_n = scale (dy_n - exp(y_n) sum_k dy_k)            log-softmax
 
-The backward needs y and not x. Causal: row t of T sees the columns up to t + N - T; what it does
-not see is neither read nor counted, and its y and dx are 0. A row of nothing but -inf is NaN, as
-PyTorch's is.
+The backward needs y, not x. Causal: row t of T sees the columns up to t + N - T. The kernels do not
+read unseen columns; their y and dx are 0. A row of -inf alone gives NaN, as in PyTorch.
 
 Traffic, s bytes an element: forward 2 M N s (x in, y out), backward 3 M N s (y and dy in, dx out).
-A row up to MAX_WHOLE_ROW columns is held in registers. A longer one would spill: its maximum and
-sum are made in one sweep (m and l corrected block by block) and the row is read again, from the L1
-or L2 that it has just passed through, so that memory still sees one read and one write.
+A row up to MAX_WHOLE_ROW columns stays in registers. A longer row would spill, so one sweep makes
+its maximum and sum (correcting m and l block by block) and a second sweep reads the row again. The
+second read hits the L1 or L2 that the row has just passed through: memory still sees one read and
+one write.
 
-This file does not know what the rows are. Source of the sweep: Milakov and Gimelshein 2018, "Online
+This file does not know who made the rows. Source of the sweep: Milakov and Gimelshein 2018, "Online
 normalizer calculation for softmax".
 """
 
@@ -32,16 +32,16 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLUMNS = 65536
 MAX_WHOLE_ROW = 16384
-# a block of a longer row: 16 values a thread, hence one or two programs an SM, whose rows (100 KB
-# of bf16 each) are in the L2 all together
+# a block of a longer row: 16 values a thread. One or two programs fit on an SM, so the L2 holds all
+# their rows (100 KB of bf16 each) at once
 LONG_ROW_BLOCK = 8192
 INTERPRETED = triton.knobs.runtime.interpret
-# said outright, since Triton 3.10 has another default
+# set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
 
 def softmax_ref(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
-    """What softmax computes, by the formulas, in the dtype of x."""
+    """Compute softmax by the formulas, in the dtype of x."""
     T, N = x.shape[-2:]
     z = x * scale
     if causal:
@@ -53,7 +53,7 @@ def softmax_ref(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
 
 @triton.jit
 def _softmax_fwd_kernel(
-    x_ptr,  # (M, N), columns side by side
+    x_ptr,  # (M, N), stride 1 along N
     y_ptr,  # (M, N), contiguous
     stride_xm,
     N,
@@ -84,7 +84,7 @@ def _softmax_fwd_kernel(
             z = tl.load(x_row + start + cols, mask=start + cols < seen, other=-float("inf"))
             z = z.to(tl.float32) * scale
             m_new = tl.maximum(m_i, tl.max(z, axis=0))
-            # a block of -inf alone has no maximum to subtract: exp(-inf - 0) = 0
+            # a block of -inf alone: subtract 0, since exp(-inf - 0) = 0 and -inf - -inf is nan
             shift = tl.where(m_new == -float("inf"), 0.0, m_new)
             l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(z - shift), axis=0)
             m_i = m_new
@@ -99,7 +99,7 @@ def _softmax_fwd_kernel(
 @triton.jit
 def _softmax_bwd_kernel(
     y_ptr,  # (M, N), contiguous
-    dy_ptr,  # (M, N), columns side by side
+    dy_ptr,  # (M, N), stride 1 along N
     dx_ptr,  # (M, N), contiguous
     stride_dym,
     N,
@@ -118,7 +118,7 @@ def _softmax_bwd_kernel(
         seen = (row % T).to(tl.int32) + N - T + 1
 
     if WHOLE_ROW:
-        # what is not seen reads as 0 and gets the gradient 0
+        # unseen columns read as 0 and get the gradient 0
         y = tl.load(y_row + cols, mask=cols < seen, other=0.0).to(tl.float32)
         dy = tl.load(dy_row + cols, mask=cols < seen, other=0.0).to(tl.float32)
         total = tl.sum(dy if LOG else y * dy, axis=0)
@@ -146,8 +146,8 @@ def _config(N: int) -> dict[str, Any]:
 
     | N        | block             | warps | because                                           |
     |----------|-------------------|-------|---------------------------------------------------|
-    | to 16384 | next power of two | 1-16  | 8 values a thread and more: 16-byte loads of bf16 |
-    | to 65536 | 8192, two sweeps  | 16    | 64 values a thread and more would spill           |
+    | to 16384 | next power of two | 1-16  | 8 or more values a thread: 16-byte loads of bf16  |
+    | to 65536 | 8192, two sweeps  | 16    | 64 or more values a thread would spill            |
     """
     block = triton.next_power_of_2(N) if N <= MAX_WHOLE_ROW else LONG_ROW_BLOCK
     warps = min(max(block // 256, 1), 16)
@@ -155,7 +155,7 @@ def _config(N: int) -> dict[str, Any]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., N) -> (M, N) with columns side by side: a view where there is one, else a copy."""
+    """(..., N) -> (M, N) with stride 1 along N: a view where possible, else a copy."""
     rows = x.reshape(-1, x.size(-1))
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -184,7 +184,7 @@ def _softmax_bwd(dy: Tensor, y: Tensor, causal: bool, log: bool, scale: float) -
     return dx
 
 
-# y alone is saved: x is not needed, and the caller may hold y anyway
+# save only y: the backward does not need x, and the caller may hold y anyway
 _forward_op = torch.library.custom_op("nanogpt2::softmax_fwd", _softmax_fwd, mutates_args=())
 _backward_op = torch.library.custom_op("nanogpt2::softmax_bwd", _softmax_bwd, mutates_args=())
 
@@ -215,9 +215,9 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def softmax(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
     """exp(scale x - max) / sum over the last axis.
 
-    x: (..., N) in float32, float16 or bfloat16, N up to 65536; with `causal` (..., T, N), T <= N,
-    where row t sees the columns up to t + N - T. -> the shape and dtype of x, contiguous.
-    Raises ValueError for what it cannot take.
+    x: (..., N) in float32, float16 or bfloat16, N up to 65536. With `causal` x is (..., T, N) with
+    T <= N, and row t sees the columns up to t + N - T. -> the shape and dtype of x, contiguous.
+    Raises ValueError for other arguments.
     """
     _check(x)
     if causal and (x.dim() < 2 or x.size(-2) > x.size(-1)):
@@ -228,7 +228,7 @@ def softmax(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
 
 
 def log_softmax(x: Tensor) -> Tensor:
-    """Return x - max - log(sum exp(x - max)) over the last axis; x and result as softmax's."""
+    """x - max - log(sum exp(x - max)) over the last axis; x and the result as in softmax."""
     _check(x)
     return _forward_op(x, False, True, 1.0)
 
