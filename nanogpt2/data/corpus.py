@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt2.data.examples import NOT_COUNTED, Examples, chat_examples, labelled_examples
+from nanogpt2.config import IGNORE_INDEX
+from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
 from nanogpt2.data.shards import Ids
 from nanogpt2.data.streams import SPLIT_SEED, Columns, Streams
 from nanogpt2.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class Corpus:
         """What a sample may go on from: the first words that are held out; a chat's first turn."""
         if isinstance(self.validation, Examples):
             inputs, targets = self.validation.example(0, self.validation.longest)
-            return inputs[: int((targets != NOT_COUNTED).argmax()) + 1].tolist()
+            return inputs[: int((targets != IGNORE_INDEX).argmax()) + 1].tolist()
         words = tokenizer.decode(self.validation[:64].tolist()).split()[1:7]
         return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
 

@@ -13,9 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.data.encode import END
-
-NOT_COUNTED = -100
 
 Ints = NDArray[np.int64]
 
@@ -59,12 +58,12 @@ class Examples:
         entries = self.stream[self.starts[i] : self.stops[i]].astype(np.int64)
         if self.classes is not None:
             inputs = entries[:block_size]
-            targets = np.full(len(inputs), NOT_COUNTED)
+            targets = np.full(len(inputs), IGNORE_INDEX)
             targets[-1] = self.classes[i]
             return inputs, targets
         entries = entries[-block_size - 1 :]
         ids = np.where(entries < 0, ~entries, entries)
-        return ids[:-1], np.where(entries < 0, ids, NOT_COUNTED)[1:]
+        return ids[:-1], np.where(entries < 0, ids, IGNORE_INDEX)[1:]
 
     def choose(self, which: NDArray[np.integer]) -> Examples:
         """Return the examples of these numbers, in this order."""

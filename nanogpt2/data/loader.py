@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt2.data.examples import NOT_COUNTED, Examples, Ints
+from nanogpt2.config import IGNORE_INDEX
+from nanogpt2.data.examples import Examples, Ints
 from nanogpt2.data.shards import Ids
 
 Batch = tuple[Tensor, Tensor]
@@ -97,7 +98,7 @@ class _Order:
 def _padded(rows: list[tuple[Ints, Ints]]) -> Batch:
     """Stack rows, on the right filled up with id 0 and targets that do not count."""
     shape = (len(rows), max(len(ids) for ids, _ in rows))
-    inputs, targets = np.zeros(shape, np.int64), np.full(shape, NOT_COUNTED)
+    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX)
     for i, (ids, wanted) in enumerate(rows):
         inputs[i, : len(ids)], targets[i, : len(wanted)] = ids, wanted
     return torch.from_numpy(inputs), torch.from_numpy(targets)

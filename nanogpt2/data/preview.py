@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from nanogpt2.data.examples import NOT_COUNTED
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.tokenizer import Tokenizer
 
 SHOWN = 300  # characters of a part
@@ -23,12 +23,12 @@ def preview(x: Tensor, y: Tensor, tokenizer: Tokenizer, labels: Sequence[str] = 
     lines = []
     for number, (inputs, targets) in enumerate(zip(x.numpy(), y.numpy(), strict=True), start=1):
         # what comes after the last target only fills the batch up
-        T = int(np.flatnonzero(targets != NOT_COUNTED)[-1]) + 1
+        T = int(np.flatnonzero(targets != IGNORE_INDEX)[-1]) + 1
         ids, trained = inputs[:T], np.zeros(T, bool)
         if not labels:
             # the target stands one token before itself
             ids = np.append(ids, targets[T - 1])
-            trained = np.append(False, targets[:T] != NOT_COUNTED)
+            trained = np.append(False, targets[:T] != IGNORE_INDEX)
         lines.append(f"example {number}, {T} tokens:")
         starts = np.flatnonzero(np.diff(trained)) + 1
         for part, learned in zip(np.split(ids, starts), np.split(trained, starts), strict=True):

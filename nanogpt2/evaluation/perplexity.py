@@ -28,11 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.metrics import perplexity
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
-
-IGNORED = -100
 
 
 def unheard(count: int) -> None:
@@ -69,7 +68,7 @@ def measure_perplexity(
         raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
     device, total = model.wte.weight.device, 0.0
     for inputs, targets in windows(ids, block_size, stride, batch_size):
-        count = int((targets != IGNORED).sum())
+        count = int((targets != IGNORE_INDEX).sum())
         total += model(inputs.to(device), targets.to(device)).item() * count
         advance(count)
     count = len(ids) - 1
@@ -108,11 +107,11 @@ def windows(
     while scored < len(ids) - 1:
         end = min(start + block_size, len(ids) - 1)
         inputs, targets = list(ids[start:end]), list(ids[start + 1 : end + 1])
-        targets[: scored - start] = [IGNORED] * (scored - start)
+        targets[: scored - start] = [IGNORE_INDEX] * (scored - start)
         rows.append((inputs, targets))
         scored, start = end, start + stride
         if len(rows) == batch_size or scored == len(ids) - 1:
-            yield pad([r[0] for r in rows], 0), pad([r[1] for r in rows], IGNORED)
+            yield pad([r[0] for r in rows], 0), pad([r[1] for r in rows], IGNORE_INDEX)
             rows = []
 
 
