@@ -218,7 +218,8 @@ def test_other_kernels_than_pytorchs_stay(monkeypatch):
         ({}, "reference", False, False),
     ],
 )
-def test_the_trainer_installs_it(options, kernels, installed, adds):
+def test_the_trainer_installs_it(monkeypatch, options, kernels, installed, adds):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
     model = GPT(TINY)
     model.use_kernels(kernels)
     trainer = Trainer(settings(**options), model, World("cpu"))
