@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogpt2 import chunked_loss, ops
+from nanogpt2 import chunked_loss, load_generator, ops
 from nanogpt2.config import GPTConfig
 from nanogpt2.generation import generate
 from nanogpt2.model import GPT
@@ -257,6 +257,14 @@ def test_the_formulas_are_chosen_anywhere():
     assert ops.describe_kernels("reference", "reference", "cpu").startswith("kernels: reference ")
     with pytest.raises(ValueError, match="auto, torch, triton or reference, not 'other'"):
         ops.choose_kernels("other", "cpu")
+
+
+def test_the_formulas_are_what_generates(monkeypatch):
+    """Not the model packed for a CPU, nor the decoder for a few rows."""
+    model = load_generator("demo", kernels="reference")
+    assert type(model) is GPT and model.kernels == "reference"
+    monkeypatch.delattr(F, "scaled_dot_product_attention")
+    generate(model, torch.tensor([[1, 2]]), max_new_tokens=2)
 
 
 def test_the_formulas_take_masks_as_tensors():

@@ -157,7 +157,8 @@ def _mlp(mlp: MLP, x: Tensor) -> Tensor:
 def _embedding(wte: nn.Embedding, ids: Tensor) -> Tensor:
     """Detach the lookup and add its gradient to the embedding's in place.
 
-    Autograd would make the gradient of a few looked-up rows as large as the whole embedding.
+    Autograd would make the gradient of a few looked-up rows as large as the whole embedding. A CPU
+    only: a GPU adds the rows in any order, so no run would repeat bit for bit.
     """
     vectors, weight = nn.Embedding.forward(wte, ids), wte.weight
     if not (torch.is_grad_enabled() and weight.requires_grad):
