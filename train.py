@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import TrainConfig, fail, parse, usage_error
+from nanogpt2.config import IGNORE_INDEX, TrainConfig, fail, parse, usage_error
 from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
@@ -206,7 +206,7 @@ def take_step(config: TrainConfig, trainer: Trainer, batches: Batches, step: int
     while loss is None:
         cuts = range(first, first + share, trainer.micro_batch)
         parts = [batches.rows(i, min(trainer.micro_batch, first + share - i)) for i in cuts]
-        counts = [int((y != -100).sum()) for _, y in parts]
+        counts = [int((y != IGNORE_INDEX).sum()) for _, y in parts]
         targets, tokens = trainer.world.sum(sum(counts), sum(x.numel() for x, _ in parts))
         try:
             # every target counts the same, in whichever micro-batch it is

@@ -1,11 +1,11 @@
-"""A text classifier: GPT-2 reads the text, and a linear layer scores its last token.
+"""A text classifier: GPT-2 reads the text, and a linear layer scores the last token.
 
-The last token is the only one that has seen the whole text, so what the network knows there is
-compared with one learned vector a label. Texts side by side are padded on the right, where causal
-attention keeps the padding out of sight of every real token; no mask is needed.
+Only the last token has seen the whole text, so its hidden state is compared with one learned vector
+a label. A batch pads texts on the right, where causal attention hides the padding from every real
+token, so no mask is needed.
 
-It meets a training loop as a GPT does: logits, or the loss where targets are given. This file knows
-neither text nor files.
+A training loop calls the classifier as it calls a GPT: for logits, or with targets for the loss.
+This file knows neither text nor files.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from nanogpt2.model import GPT
 
 
 class GPTClassifier(nn.Module):
-    """A GPT with a score for each label in place of one for each token.
+    """A GPT that scores each label instead of each token.
 
-    Raises ValueError for fewer than two labels, or one that is there twice.
+    Raises ValueError for fewer than two labels, or for a repeated label.
     """
 
     def __init__(self, transformer: GPT, labels: tuple[str, ...]) -> None:
@@ -38,33 +38,33 @@ class GPTClassifier(nn.Module):
 
     @property
     def kernels(self) -> str:
-        """Whose kernels compute."""
+        """The kernels that compute: "reference", "torch" or "triton"."""
         return self.transformer.kernels
 
     def use_kernels(self, asked: str, device: torch.device | str | None = None) -> None:
-        """See GPT."""
+        """Compute by these kernels from now on, as GPT.use_kernels does."""
         self.transformer.use_kernels(asked, device)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Score the labels at every token, or measure how badly the right ones were scored.
 
         idx: int64 (B, T), T <= block_size. Without targets -> logits (B, T, L). With targets, int64
-        (B, T): a label's number at the last token of each text and -100, which does not count,
-        elsewhere -> their mean cross-entropy in nats, a scalar in fp32.
+        (B, T): a label's number at the last token of each text, IGNORE_INDEX elsewhere -> their
+        mean cross-entropy in nats, () in float32.
         """
         x = self.transformer.hidden_states(idx)  # (B, T, C)
-        if targets is None:
-            return self.score(x)
-        weight = self.score.weight
-        return ops.linear_cross_entropy(
-            x.flatten(0, 1), weight, targets.flatten(), kernels=self.kernels
-        )
+        return self.score(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of the labels' logits for hidden states x (B, T, C)."""
+        rows, weight = x.flatten(0, 1), self.score.weight
+        return ops.linear_cross_entropy(rows, weight, targets.flatten(), self.kernels)
 
     @torch.no_grad()
     def classify(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """The labels' probabilities for each text, given as token ids: -> fp32 (B, L).
+        """Return the labels' probabilities for texts of token ids: float32 (B, L).
 
-        Dropout is off meanwhile. A text longer than block_size is judged by its start. Raises
+        Dropout is off meanwhile. Of a text longer than block_size only the start counts. Raises
         ValueError for a text without a token.
         """
         if not all(texts):

@@ -45,7 +45,11 @@ class EvaluateConfig:
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
-    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
+    kernels: str = flag(
+        "auto",
+        "what computes; auto: triton on a GPU; reference: ops.py's formulas",
+        choices=KERNELS,
+    )
     batch_size: int = flag(8, "sequences side by side", low=1)
     block_size: int | None = flag(None, "tokens that are seen (default: the model's)", low=1)
     stride: int | None = flag(

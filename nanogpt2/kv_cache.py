@@ -1,20 +1,21 @@
-"""The keys and values of the tokens already read, so that a new token is the only one computed.
+"""The KV cache: keys and values of the tokens already read, so that only new tokens are computed.
 
-Buffers have their full length from the start: nothing is allocated or copied while decoding.
-Where rows share what they have in common (beams do), a table of rows is copied instead of keys and
-values. This file does not know what attention does with them.
+Buffers have their full length from the start: decoding allocates and copies nothing. Beams share
+the keys and values they have in common: a SharedCache copies rows of a table instead. This file
+does not know what attention does with keys and values.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nanogpt2.ops import AttentionMetadata, Mask
 
 
 class KVCache:
-    """Keys and values of every layer, filled from the left.
+    """The keys and values of every layer, filled from the left.
 
     k, v: (n_layer, B, H, max_length, D); `length` is the number of filled positions.
     """
@@ -41,14 +42,14 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """Positions there is room for."""
+        """Positions that fit."""
         return self.k.size(3)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's k, v (B, H, T, D) of new tokens; return all, (B, H, length + T, D).
 
         `length` grows only in `advance`, once every layer has been extended.
-        Raises ValueError where there is no room.
+        Raises ValueError for more positions than fit.
         """
         end = self.length + k.size(2)
         if end > self.max_length:
@@ -58,19 +59,22 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def seen(self, count: int) -> Mask:
-        """What `count` new tokens a row may look at: a mask (count, length + count), or all."""
+        """Return the mask of `count` new tokens, (count, length + count).
+
+        None: the tokens are the first, so causal attention serves, or one token sees everything.
+        """
         if self.length == 0 or count == 1:
             return None
-        # new token t stands at length + t and sees all up to there
+        # new token t is at position length + t and sees everything up to there
         shape = count, self.length + count
         return torch.ones(shape, dtype=torch.bool, device=self.k.device).tril(self.length)
 
     def advance(self, count: int) -> None:
-        """Count the positions that every layer has just been given."""
+        """Count the positions that `extend` has just written in every layer."""
         self.length += count
 
     def repeat_interleave(self, repeats: int) -> None:
-        """Give every row `repeats` - 1 copies at its side: B -> B * repeats rows."""
+        """Copy every row to `repeats` neighbouring rows: B -> B * repeats rows."""
         for name in ("k", "v"):
             old = getattr(self, name)
             L, B, H, S, D = old.shape
@@ -86,14 +90,14 @@ class KVCache:
 
 
 class SharedCache(KVCache):
-    """A cache for Triton's kernels: a table says in which row each position of a row lies.
+    """A cache for Triton's kernels: a table names the buffers' row that holds each position.
 
-    A prompt is stored once, however many rows go on from it, and a row that becomes another's
-    continuation copies the other's row of the table. Row n's own new tokens always go to row n of
-    the buffers, so nothing that a table still names is overwritten.
+    A prompt is stored once, however many rows continue it. A row that continues another row copies
+    that row of the table. Row n always writes its new tokens to row n of the buffers, so nothing
+    named in the table is overwritten.
 
-    ancestors: int32 (B, max_length); start: int32 (B,), the first position that is no padding, or
-    None where there is none.
+    ancestors: int32 (B, max_length); start: int32 (B,), the first position after the padding, or
+    None without padding.
     """
 
     def __init__(self, *shape: Any) -> None:
@@ -105,20 +109,22 @@ class SharedCache(KVCache):
         rows = torch.arange(self.batch_size, dtype=torch.int32, device=self.k.device)
         return rows[:, None].repeat(1, self.max_length)
 
+    @override
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As KVCache's, but return the buffers, or, where there is nothing before them, k and v."""
+        """Write as KVCache does; return the whole buffers, or k and v themselves when first."""
         super().extend(layer, k, v)
         return (self.k[layer], self.v[layer]) if self.length else (k, v)
 
+    @override
     def seen(self, count: int) -> AttentionMetadata:
-        """See KVCache."""
         if self.length == 0:
-            # read anew: what rows had in common they have no more
+            # a fresh start: rows share nothing any more
             self.ancestors = self._own_rows()
             return AttentionMetadata(self.start)
         lengths = self.ancestors.new_full((self.batch_size,), self.length + count)
         return AttentionMetadata(self.start, lengths, self.ancestors)
 
+    @override
     def repeat_interleave(self, repeats: int) -> None:
         """Let `repeats` rows share every row: B -> B * repeats rows."""
         past = self.ancestors[:, : self.length].repeat_interleave(repeats, dim=0)
@@ -133,7 +139,8 @@ class SharedCache(KVCache):
         if self.start is not None:
             self.start = self.start.repeat_interleave(repeats)
 
+    @override
     def reorder(self, parents: Tensor, start: int = 0) -> None:
-        """See KVCache; the buffers stay as they are."""
+        # only the table changes; the buffers stay
         shared = self.ancestors[:, start : self.length]
         shared.copy_(shared[parents])

@@ -1,12 +1,12 @@
-"""GPT-2: a stack of blocks that read the tokens so far and score every possible next one.
+"""GPT-2: a stack of blocks that reads the tokens so far and scores every possible next token.
 
-Bottom up: attention mixes information between positions, the MLP works on each position alone, a
-Block adds both to a running sum (the residual stream), GPT embeds tokens, runs the blocks and
+Read bottom up. Attention mixes information between positions. The MLP works on each position alone.
+A Block adds both to a running sum, the residual stream. GPT embeds tokens, runs the blocks, and
 compares the result with every token's embedding.
 
-Axes: B batch, T new tokens, S tokens seen (cached ones included), C = n_embd, H heads, D = C // H,
-V vocabulary. Names are those of OpenAI's release, so its checkpoints read as they are.
-This file knows neither training nor sampling nor files.
+Axes: B batch, T new tokens, S all tokens (new and cached), C = n_embd, H heads, D = C // H,
+V vocabulary. Names are OpenAI's, so the released checkpoints load as they are. The operations
+themselves are in ops.py. This file knows neither training nor sampling nor files.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2
 src/model.py.
@@ -23,18 +23,10 @@ from nanogpt2.config import GPTConfig
 from nanogpt2.kv_cache import KVCache, SharedCache
 
 
-class Linear(nn.Linear):
-    """Each position's numbers, weighed anew: x W^T + b."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return ops.linear(x, self.weight, self.bias)
-
-
 class LayerNorm(nn.Module):
-    """Each position brought to mean 0 and variance 1, then scaled and shifted."""
+    """Bring each position to mean 0 and variance 1, then scale and shift."""
 
-    kernels = "torch"  # see GPT.use_kernels
+    kernels = "torch"  # GPT.use_kernels sets it
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -48,17 +40,17 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position gathers from itself and those before it, by H heads side by side."""
+    """Let every position gather from itself and earlier positions, with H heads side by side."""
 
-    kernels = "torch"  # see GPT.use_kernels
+    kernels = "torch"  # GPT.use_kernels sets it
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, mask: ops.Mask = None, cache: KVCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); `mask` (B, 1, T, S) is True where a query may look."""
@@ -70,7 +62,7 @@ class CausalSelfAttention(nn.Module):
         else:
             q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
             k, v = cache.extend(self.layer, k, v)  # each (B, H, S, D)
-            # a single query comes last, so it may see every key: nothing to mask
+            # a single new query is the last position: it may see every key, so needs no mask
             causal = T > 1 and not isinstance(mask, Tensor)
             y = ops.attention(q, k, v, causal=causal, mask=mask, kernels=self.kernels)
             y = y.transpose(1, 2)  # (B, T, H, D)
@@ -79,15 +71,15 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each position on its own: widen four times, bend, narrow."""
+    """Transform each position on its own: widen four times, bend, narrow."""
 
-    kernels = "torch"  # see GPT.use_kernels
+    kernels = "torch"  # GPT.use_kernels sets it
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -96,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communicate, then compute; both read a normalised copy and add to the residual stream."""
+    """Communicate, then compute. Both read a normalised copy and add to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -112,7 +104,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole network, freshly initialised; `nanogpt2.load_model` fills it from a checkpoint."""
+    """The whole network, freshly initialised. `nanogpt2.load_model` fills it from a checkpoint."""
 
     kernels = "torch"
 
@@ -128,8 +120,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw GPT-2's initialisation.
 
-        Every block adds twice to the residual stream; those projections, shrunk by sqrt(2 n_layer),
-        keep its variance the same at any depth.
+        Every block adds twice to the residual stream. Shrinking those projections by
+        sqrt(2 n_layer) keeps the stream's variance the same at any depth.
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
@@ -142,10 +134,11 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def use_kernels(self, asked: str, device: torch.device | str | None = None) -> None:
-        """Compute by "torch" or by "triton" from now on; "auto": see ops.choose_kernels.
+        """Compute by "reference", "torch" or "triton" from now on, or let "auto" choose.
 
-        device: where the model is going to run, by default where it is. Raises ValueError for
-        triton where it cannot run, or not with heads of this size.
+        device: where the model will run, by default its present device. `ops.choose_kernels` says
+        what auto chooses. Raises ValueError for triton where triton cannot run, or cannot take
+        heads of this size.
         """
         device = self.wte.weight.device if device is None else device
         shape = self.config.n_embd, self.config.n_head
@@ -155,18 +148,13 @@ class GPT(nn.Module):
                 module.kernels = self.kernels
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Score every next token, or measure how badly the given ones were predicted.
+        """Score every next token, or measure how badly the given targets were predicted.
 
         idx: int64 (B, T), T <= block_size. Without targets -> logits (B, T, V). With targets, int64
-        (B, T) where -100 does not count -> their mean cross-entropy in nats, a scalar in fp32.
+        (B, T) where IGNORE_INDEX does not count -> their mean cross-entropy in nats, () in float32.
         """
         x = self.hidden_states(idx)  # (B, T, C)
-        if targets is None:
-            return self.logits(x)
-        weight = self.wte.weight
-        return ops.linear_cross_entropy(
-            x.flatten(0, 1), weight, targets.flatten(), kernels=self.kernels
-        )
+        return self.logits(x) if targets is None else self.loss(x, targets)
 
     def hidden_states(
         self,
@@ -175,11 +163,11 @@ class GPT(nn.Module):
         mask: ops.Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What the last layer knows at each position: int64 (B, T) -> (B, T, C).
+        """Run the blocks: int64 (B, T) -> (B, T, C), the last layer's output at each position.
 
-        positions: int64 (B, T) or (T,), by default counted on from the cache's length. mask: bool
-        (B, 1, T, S), True where a query may look, by default causal; a SharedCache takes none, and
-        knows what is padding. cache: extended by T.
+        positions: int64 (B, T) or (T,), by default the next after the cache's length. mask: bool
+        (B, 1, T, S), True where a query may look, by default causal. cache: grows by T positions;
+        a SharedCache needs no mask, since it knows the padding itself.
         Raises ValueError for a context longer than block_size.
         """
         T = idx.size(1)
@@ -204,12 +192,17 @@ class GPT(nn.Module):
         """Compare hidden states with every token's embedding: (B, T, C) -> (B, T, V)."""
         return F.linear(x, self.wte.weight)
 
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy of the logits of x (B, T, C), of which few exist at a time."""
+        rows, weight = x.flatten(0, 1), self.wte.weight
+        return ops.linear_cross_entropy(rows, weight, targets.flatten(), self.kernels)
+
     def new_cache(
         self, batch_size: int, max_length: int | None = None, masked: bool = False
     ) -> KVCache:
-        """An empty cache for this model, on its device and in its dtype.
+        """Return an empty cache for this model, on its device and in its dtype.
 
-        masked: it will be read with masks of one's own, which only PyTorch's attention takes.
+        masked: the caller will pass masks as tensors, which only a KVCache can serve.
         """
         c = self.config
         weight = self.wte.weight

@@ -518,25 +518,25 @@ MUTANTS: dict[str, list[Mutant]] = {
     "ops.py": [
         *(
             Mutant(
-                f"kernels: PyTorch takes over: {room}",
-                f'if kernels == "triton":\n        from nanogpt2.kernels import {room} as room',
-                f"if not kernels:\n        from nanogpt2.kernels import {room} as room",
+                f"kernels: PyTorch takes over: {name}",
+                f'if kernels == "triton":\n        from nanogpt2.kernels import {name} as',
+                f"if not kernels:\n        from nanogpt2.kernels import {name} as",
                 (KERNELS,),
             )
-            for room in ("layer_norm", "gelu", "softmax", "cross_entropy")
+            for name in ("layer_norm", "gelu", "softmax", "cross_entropy")
         ),
         Mutant(
             "kernels: PyTorch takes over: attention in training",
             'if kernels == "triton" and not isinstance(mask, Tensor):\n'
-            "        from nanogpt2.kernels import attention as room\n\n        # in place",
+            "        from nanogpt2.kernels import attention as attention_kernel\n\n        # this",
             "if not kernels:\n"
-            "        from nanogpt2.kernels import attention as room\n\n        # in place",
+            "        from nanogpt2.kernels import attention as attention_kernel\n\n        # this",
             (f"{KERNELS}::test_training",),
         ),
         Mutant(
             "kernels: no dropout in attention",
-            '"dropout": dropout,\n        "deterministic"',
-            '"dropout": 0.0,\n        "deterministic"',
+            "qkv.size(3), start=start, dropout=dropout,",
+            "qkv.size(3), start=start, dropout=0.0,",
             (f"{KERNELS}::test_dropout",),
         ),
         Mutant(
@@ -547,26 +547,26 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "kernels: padding of a prompt is seen",
-            "room.attention(q, k, v, causal, start=seen.start, ",
-            "room.attention(q, k, v, causal, ",
+            "q, k, v, causal, start=seen.start, ",
+            "q, k, v, causal, ",
             (f"{KERNELS}::test_generate",),
         ),
         Mutant(
             "kernels: padding in the cache is seen",
-            "start=start, ancestors=ancestors, trusted",
-            "ancestors=ancestors, trusted",
+            "start=seen.start, ancestors=seen.ancestors, trusted",
+            "ancestors=seen.ancestors, trusted",
             (f"{KERNELS}::test_generate",),
         ),
         Mutant(
             "kernels: beams forget whose keys are theirs",
-            "start=start, ancestors=ancestors, trusted",
-            "start=start, trusted",
+            "start=seen.start, ancestors=seen.ancestors, trusted",
+            "start=seen.start, trusted",
             (f"{KERNELS}::test_generate",),
         ),
         Mutant(
             "kernels: many new tokens see what comes after them",
-            "filled = lengths - (T - first - some.size(2))",
-            "filled = lengths",
+            "lengths = seen.lengths - (T - first - some.size(2))",
+            "lengths = seen.lengths",
             (f"{KERNELS}::test_more_new_tokens_than_the_kernel_takes_at_once",),
         ),
         Mutant(
@@ -580,6 +580,44 @@ MUTANTS: dict[str, list[Mutant]] = {
             'if not (kind == "cuda" or (INTERPRETED and kind == "cpu")):',
             'if kind not in ("cuda", "cpu"):',
             (f"{KERNELS}::test_triton_without_a_gpu_is_wrong_use",),
+        ),
+        Mutant(
+            "formulas: no dropout in attention",
+            "F.dropout(softmax(scores, kernels).to(v.dtype), dropout)",
+            "softmax(scores, kernels).to(v.dtype)",
+            ("test_ops.py::test_the_formulas_train_as_pytorch_does",),
+        ),
+        Mutant(
+            "formulas: a query that may look nowhere spreads nan",
+            "torch.finfo(scores.dtype).min",
+            "-torch.inf",
+            ("test_ops.py::test_the_formulas_generate_the_same_tokens",),
+        ),
+        Mutant(
+            "formulas: half precision overflows",
+            "torch.promote_types(x.dtype, torch.float32)",
+            "x.dtype",
+            ("test_ops.py::test_the_formulas_in_half_precision",),
+        ),
+    ],
+    "cpu/training.py": [
+        Mutant(
+            "installed: lookups replace the head's gradient",
+            "        if weight.grad is None:\n",
+            "        if True:\n",
+            ("test_cpu_training.py::test_an_installed_model_has_the_plain_ones_gradients",),
+        ),
+        Mutant(
+            "installed: a block's own forward is taken away too",
+            " and own.func in (*FORWARD.values(), _loss, _embedding)",
+            "",
+            ("test_cpu_training.py::test_what_wraps_a_block_stays",),
+        ),
+        Mutant(
+            "installed: PyTorch takes over from other kernels",
+            'if mlp.kernels != "torch":',
+            "if False:",
+            ("test_cpu_training.py::test_other_kernels_than_pytorchs_stay",),
         ),
     ],
     "model.py": [
@@ -666,8 +704,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "adapters are not seen",
-            "type(m) is Linear or isinstance(m, PrepackedLinear)",
-            "isinstance(m, Linear.__base__ | PrepackedLinear)",
+            "type(m) is nn.Linear or isinstance(m, PrepackedLinear)",
+            "isinstance(m, nn.Linear | PrepackedLinear)",
             (DECODER,),
         ),
         Mutant(
@@ -775,7 +813,10 @@ MUTANTS: dict[str, list[Mutant]] = {
             (MAPPED,),
         ),
         Mutant(
-            "a loss that counts all", "(targets != -100).sum()", "targets.numel() / 2", (PACKED,)
+            "a loss that counts all",
+            "(targets != IGNORE_INDEX).sum()",
+            "targets.numel() / 2",
+            (PACKED,),
         ),
     ],
     "prepacked.py": [

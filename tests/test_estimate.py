@@ -82,6 +82,7 @@ def peak_script(rows: int, block: int, dtype: str) -> str:
     return f"""
 import torch
 from nanogpt2.config import GPTConfig
+from nanogpt2.cpu.training import install
 from nanogpt2.model import GPT
 
 def field(name):
@@ -91,6 +92,8 @@ def field(name):
 
 def steps(shape, rows, block, count):
     model = GPT(shape)
+    # as a Trainer does
+    install(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(count):
         ids = torch.randint(shape.vocab_size, (rows, block))

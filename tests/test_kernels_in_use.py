@@ -423,9 +423,12 @@ def test_auto_goes_by_the_device_the_package_and_the_heads(monkeypatch):
 
 
 def test_what_cannot_be_is_said(tmp_path):
-    with pytest.raises(ValueError, match="for narrow weights, not triton"):
-        load_model("demo", "cpu", quantize="int8", kernels="triton")
-    with pytest.raises(ValueError, match=r"^kernels must be auto, torch or triton, not 'cuda'"):
+    for kernels in ("triton", "reference"):
+        with pytest.raises(ValueError, match=f"for narrow weights, not {kernels}"):
+            load_model("demo", "cpu", quantize="int8", kernels=kernels)
+    with pytest.raises(
+        ValueError, match=r"^kernels must be auto, torch, triton or reference, not 'cuda'"
+    ):
         GPT(SHAPE).use_kernels("cuda")
     with pytest.raises(ValueError, match="on mps, not triton"):
         ops.choose_kernels("triton", "mps")
@@ -514,13 +517,14 @@ def test_heads_that_the_kernels_do_not_take_are_wrong_use(capsys, folder, device
 
 
 def test_sample_says_what_runs(capsys, folder, device):
-    for kernels in ("triton", "torch"):
+    for kernels in ("triton", "torch", "reference"):
         argv = ["Hello", "--max_new_tokens", "4", "--seed", "1", "--noise", "counter"]
         run_sample(folder, *argv, "--top_k", "9", "--do_sample", "--kernels", kernels)
     out, err = capsys.readouterr()
     assert err.count(SAID) == 1 and err.count("kernels: torch ") == 1
-    # the same text twice
-    assert len(out) % 2 == 0 and out[: len(out) // 2] == out[len(out) // 2 :]
+    assert err.count("kernels: reference (the formulas in nanogpt2/ops.py)") == 1
+    # the same text three times
+    assert len(out) % 3 == 0 and out == out[: len(out) // 3] * 3
 
 
 def test_a_run_resumes_to_the_bit(capsys, folder, device, monkeypatch):
@@ -556,9 +560,9 @@ def test_a_run_resumes_with_others(capsys, folder, device, monkeypatch):
 def test_evaluate_says_what_runs(capsys, folder, device):
     argv = ["book.txt", "--model", folder, "--limit", "20", "--json"]
     figures = []
-    for kernels in ("triton", "torch"):
+    for kernels in ("triton", "torch", "reference"):
         evaluate.main(parse(evaluate.EvaluateConfig, [*argv, "--kernels", kernels]))
         shown = capsys.readouterr()
         assert f"kernels: {kernels} " in shown.err
         figures.append(json.loads(shown.out)["perplexity"])
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    assert figures == pytest.approx([figures[1]] * 3, rel=1e-4)

@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "metrics": [],
     "kernels": [],
     "hub": ["terminal"],
-    "ops": ["kernels"],
+    "chunked_loss": ["config"],
+    "ops": ["config", "kernels", "chunked_loss"],
     "model": ["config", "ops", "kv_cache"],
     "classifier": ["ops", "model"],
-    "cpu": ["config", "model", "ops", "kv_cache", "cpu"],
+    "cpu": ["config", "model", "ops", "kv_cache", "chunked_loss", "classifier", "cpu"],
     "checkpoints": ["config", "hub", "model", "tokenizer", "classifier", "cpu", "checkpoints"],
     "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "cpu", "generation"],
     "cli": [
@@ -36,6 +37,7 @@ MAY_IMPORT = {
     "data": ["config", "tokenizer", "hub", "terminal", "data"],
     "training": [
         "checkpoints",
+        "chunked_loss",
         "classifier",
         "config",
         "cpu",
@@ -47,7 +49,7 @@ MAY_IMPORT = {
         "training",
     ],
     "training.snapshot": ["generation"],
-    "evaluation": ["classifier", "data", "metrics", "model", "tokenizer", "evaluation"],
+    "evaluation": ["classifier", "config", "data", "metrics", "model", "tokenizer", "evaluation"],
     "evaluate": [
         "checkpoints",
         "classifier",

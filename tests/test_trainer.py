@@ -201,6 +201,19 @@ def test_the_best_is_remembered_over_a_stop(inputs, tmp_path, monkeypatch):
     assert (tmp_path / "out/checkpoints/best").resolve().name == "step-20"
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_formulas_train_as_pytorch_does(inputs, tmp_path, capfd, way):
+    """train.py --kernels reference: the same losses within rounding."""
+    losses = []
+    for kernels in ("torch", "reference"):
+        setting = command(inputs, tmp_path / kernels, "float32", "0.1", "2", way, "adamw")
+        assert run(*setting, "--kernels", kernels, "--steps", "4", "--eval_every", "2") == 0
+        lines = (tmp_path / kernels / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)[name] for line in lines for name in ("loss", "grad_norm")])
+    assert "kernels: reference " in capfd.readouterr().err
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 class NeverStopped:
     received = None
 

@@ -232,8 +232,8 @@ def _load(
             quantize = "int8"
         if quantize is not None:
             check_scheme(quantize, torch.device(device).type, getattr(torch, dtype))
-            if kernels == "triton":
-                raise ValueError("kernels must be auto or torch for narrow weights, not triton")
+            if kernels in ("triton", "reference"):
+                raise ValueError(f"kernels must be auto or torch for narrow weights, not {kernels}")
         config = replace(_config(source, stored), dropout=dropout or 0.0)
         labels = read_labels(source, stored[SCORE].shape) if SCORE in stored else ()
         with _memory_for(config, device, getattr(torch, dtype)):

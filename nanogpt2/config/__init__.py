@@ -14,6 +14,7 @@ from nanogpt2.config.generation import FROM_CHECKPOINT, SENSIBLE_SAMPLING, Gener
 from nanogpt2.config.model import (
     DEVICES,
     DTYPES,
+    IGNORE_INDEX,
     KERNELS,
     MODEL_NAMES,
     MOST_LAYERS,
@@ -52,6 +53,7 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "KERNELS",
+    "IGNORE_INDEX",
     "SCHEMES",
     "check_model",
     "FROM_CHECKPOINT",

@@ -58,7 +58,8 @@ MODEL_NAMES = (*PRESETS, "demo")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
-KERNELS = ("auto", "torch", "triton")
+KERNELS = ("auto", "torch", "triton", "reference")
+IGNORE_INDEX = -100  # a target that does not count in the loss
 SCHEMES = ("fp16", "int8")  # of narrow weights, on a CPU
 
 

@@ -72,7 +72,11 @@ class SampleConfig:
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
-    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
+    kernels: str = flag(
+        "auto",
+        "what computes; auto: triton on a GPU; reference: ops.py's formulas",
+        choices=KERNELS,
+    )
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
     # many prompts

@@ -80,7 +80,11 @@ class TrainConfig:
     seed: int = flag(1337, "of the weights, the data's order and dropout", low=0, high=MAX_SEED)
     device: str = flag("auto", "where to run", choices=DEVICES)
     dtype: str = flag("auto", "of the matrix products", choices=("auto", *DTYPES))
-    kernels: str = flag("auto", "what computes; auto is triton on a GPU", choices=KERNELS)
+    kernels: str = flag(
+        "auto",
+        "what computes; auto: triton on a GPU; reference: ops.py's formulas",
+        choices=KERNELS,
+    )
     compile: bool = flag(False, "by torch.compile: minutes to begin, faster steps")
     activation_checkpointing: bool = flag(
         False, "compute activations twice instead of keeping them"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2.config import SCHEMES
+from nanogpt2.config import IGNORE_INDEX, SCHEMES
 from nanogpt2.cpu import malloc
 from nanogpt2.cpu.prepacked import (
     FEW_ROWS,
@@ -117,7 +117,7 @@ class InferenceGPT(GPT):
         # some rows at a time, or the logits would be most of the memory
         parts = zip(x.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
         total = sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in parts)
-        return total / (targets != -100).sum()
+        return total / (targets != IGNORE_INDEX).sum()
 
     def logits(self, x: Tensor) -> Tensor:
         """See GPT."""

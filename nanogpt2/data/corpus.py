@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt2.data.examples import IGNORE_INDEX, Examples, chat_examples, labelled_examples
+from nanogpt2.config import IGNORE_INDEX
+from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
 from nanogpt2.data.shards import Ids
 from nanogpt2.data.streams import SPLIT_SEED, Columns, Streams
 from nanogpt2.tokenizer import Tokenizer

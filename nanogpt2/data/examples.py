@@ -14,9 +14,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.data.encode import END
-
-IGNORE_INDEX = -100
 
 Ints = NDArray[np.int64]
 

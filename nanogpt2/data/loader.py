@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt2.data.examples import IGNORE_INDEX, Examples, Ints
+from nanogpt2.config import IGNORE_INDEX
+from nanogpt2.data.examples import Examples, Ints
 from nanogpt2.data.shards import Ids
 
 Batch = tuple[Tensor, Tensor]

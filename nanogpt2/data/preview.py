@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from nanogpt2.data.examples import IGNORE_INDEX
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.tokenizer import Tokenizer
 
 SHOWN = 300  # characters of a part

@@ -28,11 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.metrics import perplexity
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
-
-IGNORE_INDEX = -100
 
 
 def ignore_progress(count: int) -> None:

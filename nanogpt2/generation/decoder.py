@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, can_multiply
 from nanogpt2.kv_cache import SharedCache
-from nanogpt2.model import GPT, Linear
+from nanogpt2.model import GPT
 
 ROOM = 8  # positions of `own` that are made at first
 
@@ -81,7 +81,7 @@ def decoder_for(
         and weight.dtype == torch.float32
         # neither sharded nor adapted
         and type(weight) in (nn.Parameter, Tensor)
-        and all(type(m) is Linear or isinstance(m, PrepackedLinear) for m in linears)
+        and all(type(m) is nn.Linear or isinstance(m, PrepackedLinear) for m in linears)
         and can_multiply()
     )
     if few:

@@ -31,8 +31,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from nanogpt2 import ops
 from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.cpu.training import linear
 
 M = TypeVar("M", bound=Model)
 
@@ -53,9 +53,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = ops.linear(x, self.lora_a)  # (..., r)
-        change = ops.linear(low, self.lora_b) * (self.alpha / self.rank)
-        return ops.linear(x, self.weight, self.bias) + change
+        low = linear(x, self.lora_a)  # (..., r)
+        change = linear(low, self.lora_b) * (self.alpha / self.rank)
+        return linear(x, self.weight, self.bias) + change
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -1,13 +1,14 @@
-"""What learns: the model, its optimizers, and all that a resumed run needs to go on bit for bit.
+"""The Trainer: a model, its optimizers, and all state that a resumed run needs, bit for bit.
 
-The loop sees a `Trainer` as a model that takes steps. Here is what surrounds that model: several
+The training loop sees a model that takes steps. A Trainer adds everything around the model: several
 devices, compilation, low-rank adapters, a moving average of the weights, float16's loss scale.
 
-    trainer.forward(x, y)   the loss, through whatever wraps the model
-    trainer.step()          clip, check, update
-    trainer.eval_model            the model to evaluate: the averaged one, if there is an average
+    trainer.forward(x, y)   the loss, through every wrapper of the model
+    trainer.backward(x, y)  add a micro-batch's gradients
+    trainer.step()          update the weights
+    trainer.eval_model      the model to evaluate: the averaged one, if the run keeps an average
     trainer.exported()      the plain model that this run would leave behind
-    trainer.tensors()       what a checkpoint holds beside the exported model; `restore` takes it
+    trainer.tensors()       a checkpoint's tensors beside the exported model; `restore` takes them
 
 This file does not know the data, the files or the schedule.
 """
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from nanogpt2 import terminal
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig
+from nanogpt2.cpu import training as cpu_training
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World, full_tensor, shard, shared_like
 from nanogpt2.training.estimate import device_rate, memory_used, model_flops
@@ -38,10 +40,10 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Trainer:
-    """A model and everything that changes with it."""
+    """A model and all state that changes while it trains."""
 
     def __init__(self, config: TrainConfig, model: Model, world: World) -> None:
-        """Take the model over: adapters, sharding and recomputation change it in place."""
+        """Take the model over: adapters, sharding, recomputation change it in place."""
         self.config, self.world, self.model = config, world, model.train()
         self.micro_batch = config.batch_size  # sequences at a time
         self.rate = device_rate(world.device_type, config.dtype)
@@ -52,7 +54,7 @@ class Trainer:
             shard(model, list(blocks), world)
         self.average: AveragedModel | None = None
         if config.ema:
-            # a copy of the model as it is, before anything wraps its parts
+            # copy the model before anything wraps its parts
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         if config.activation_checkpointing:
             for block in blocks:
@@ -63,12 +65,13 @@ class Trainer:
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
             self.parallel = DistributedDataParallel(model)
-        plain = world.size == 1 and not (config.fsdp or config.compile)
-        # on a GPU the rows would be added in any order, and no run end as another
-        if plain and world.device_type == "cpu" and isinstance(model, GPT):
-            model.wte.register_forward_hook(_part_from)
+        # torch.compile chooses its own operations; "reference" runs model.py as written
+        if world.device_type == "cpu" and not config.compile and model.kernels != "reference":
+            cpu_training.install(model, add_lookups=world.size == 1 and not config.fsdp)
+            if self.average is not None:
+                cpu_training.install(self.eval_model)
         if world.size > 1:
-            # each process drops other activations
+            # each process draws its own dropout
             torch.manual_seed(config.seed + world.rank)
         self.forward: Callable[[Tensor, Tensor], Tensor] = self.parallel
         if config.compile:
@@ -76,26 +79,26 @@ class Trainer:
 
     @property
     def eval_model(self) -> Model:
-        """The model to evaluate."""
+        """The model to evaluate: the moving average, if any, else the model itself."""
         return self.model if self.average is None else cast(Model, self.average.module)
 
     def precision(self) -> torch.autocast:
-        """In bfloat16 or float16 the matrix products are; the weights and sums stay in float32."""
+        """Autocast to config.dtype: matrix products are narrow, weights and sums stay float32."""
         dtype = AUTOCAST.get(self.config.dtype)
         return torch.autocast(
             self.world.device_type, dtype or torch.bfloat16, enabled=dtype is not None
         )
 
-    def backward(self, x: Tensor, y: Tensor, share: float, last: bool) -> Tensor:
-        """Add `share` of a micro-batch's mean loss to the gradients; return that part of the loss.
+    def backward(self, x: Tensor, y: Tensor, loss_weight: float, last: bool) -> Tensor:
+        """Add the gradients of a micro-batch's mean loss times `loss_weight`; return that product.
 
-        `last` in a step: only then do the processes exchange their gradients.
+        last: the step's last micro-batch. Only then do the processes exchange their gradients.
         """
         x, y = x.to(self.world.device), y.to(self.world.device)
         with self._exchanging(last):
             with self.precision():
-                loss = self.forward(x, y) * share
-            # the exchange takes the mean over the processes; theirs is a sum
+                loss = self.forward(x, y) * loss_weight
+            # the exchange averages over the processes, but a step needs the sum
             self.scaler.scale(loss * self.world.size).backward()
         return loss.detach()
 
@@ -110,16 +113,16 @@ class Trainer:
             yield
 
     def gradient_norm(self) -> float:
-        """Clip the gradients to the configured norm; return the norm they had."""
+        """Clip the gradients to config.grad_clip; return their norm before."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
         return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
 
     def step(self, lr: float, apply: bool = True) -> None:
-        """Update the weights by the gradients, unless not to `apply` them, and drop them.
+        """Update the weights if `apply`, then drop the gradients.
 
-        Raises FloatingPointError where float16's loss scale has nowhere left to fall.
+        Raises FloatingPointError when float16's loss scale falls below 1.
         """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -134,11 +137,10 @@ class Trainer:
             self.average.update_parameters(self.model)
 
     def make_room(self, error: RuntimeError) -> None:
-        """Halve the micro-batch where `error` says that memory ran out; raise any other.
+        """Halve the micro-batch after an out-of-memory `error`; raise any other error again.
 
-        The step is to be taken again; which sequences it takes does not change. Raises
-        OutOfMemoryError with advice where nothing is left to halve, OSError where torch.compile
-        cannot work.
+        The caller repeats the step, with the same sequences. Raises OutOfMemoryError with advice
+        when one sequence does not fit or several processes run, OSError when torch.compile fails.
         """
         if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             what, *_ = str(error).splitlines()
@@ -148,7 +150,7 @@ class Trainer:
         self.drop_gradients()
         if self.world.device_type == "cuda":
             torch.cuda.empty_cache()
-        # several processes would have to halve together, and wait for one another already
+        # several processes cannot halve: the others already wait in an exchange
         if self.micro_batch == 1 or self.world.size > 1:
             raise torch.OutOfMemoryError(
                 f"out of memory with {self.micro_batch} x {self.config.block_size} tokens at a "
@@ -162,40 +164,38 @@ class Trainer:
         )
 
     def drop_gradients(self) -> None:
-        """Forget what `backward` added."""
+        """Drop the gradients that `backward` added."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def exported(self) -> Model:
-        """The plain model: adapters merged, shares gathered; every process must call this."""
+        """Return the plain model, adapters merged, shards gathered. Every process calls this."""
         if isinstance(self.model, FSDPModule):
             return self._gathered()
         return merged(self.eval_model) if self.config.lora_rank else self.eval_model
 
     def _gathered(self) -> Model:
-        """A copy on the CPU of the model that is shared out."""
+        """Copy a sharded model to the CPU, whole."""
         plain = _blank(self.model)
-        # after an evaluation the outermost tensors are still together, in memory that is to go
+        # an evaluation leaves the outermost tensors gathered: free them
         cast(FSDPModule, self.model).reshard()
         state = {name: full_tensor(p.detach()).cpu() for name, p in self.model.named_parameters()}
         plain.load_state_dict(state, assign=True)
         return plain.eval()
 
     def meter(self, tokens_per_second: float) -> dict[str, float]:
-        """How well the devices are used: mfu, a share of their matrix products' rate; memory, in
-        bytes.
-        """
+        """Return `mfu`, the share of the devices' matmul rate in use, and `memory`, in bytes."""
         flops = model_flops(self.model.config, 1, self.config.block_size) * tokens_per_second
         used = memory_used(self.world.device_type)
         return {"mfu": flops / (self.rate.flops * self.world.size), "memory": used}
 
-    # ---- what a checkpoint holds beside the exported model
+    # ---- a checkpoint's tensors beside the exported model
 
     def tensors(self) -> dict[str, Tensor]:
-        """Optimizers, generators, loss scale, and weights that the exported model does not show.
+        """Return the state of optimizers, generators and loss scale, and weights not exported.
 
         Names: optimizer.<parameter>.<slot>, rng.<device>.<process>, scaler.<field>, model.<name>,
-        average.<name>. Every process must call this; only the first one's result is whole.
+        average.<name>. Every process must call this; only the first process's result is whole.
         """
         found = {name: full_tensor(tensor).cpu() for name, tensor in self._slots()}
         found |= self._generators()
@@ -210,11 +210,11 @@ class Trainer:
         return found
 
     def restore(self, tensors: dict[str, Tensor], micro_batch: int) -> None:
-        """Bring all but the exported weights to the state that `tensors` described."""
+        """Restore the state that `tensors` returned; the exported weights are loaded already."""
         self.micro_batch = micro_batch
         pairs: list[tuple[str, nn.Module]] = [("model.", self.model)]
         if self.average is not None:
-            # what was loaded as the model is the average; it counts as begun
+            # the loaded model is the average; at n_averaged 0 an update would replace the average
             pairs.append(("average.", self.average.module))
             self.average.n_averaged.fill_(1)
         for prefix, module in pairs:
@@ -232,7 +232,7 @@ class Trainer:
         if scaler:
             self.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
         states = _under("rng.", tensors)
-        # a run that goes on with other processes than it had draws anew
+        # with another number of processes some generators start afresh
         if f"cpu.{self.world.rank}" in states:
             torch.set_rng_state(states[f"cpu.{self.world.rank}"])
         if self.world.device_type == "cuda" and f"cuda.{self.world.rank}" in states:
@@ -256,31 +256,12 @@ class Trainer:
         }
 
 
-def _part_from(wte: nn.Module, args: tuple[Tensor], vectors: Tensor) -> Tensor:
-    """Cut the vectors looked up off the embedding: their gradient is added to its own in place.
-
-    Autograd would make theirs, of a few rows, as large as the head's, which shares the embedding.
-    """
-    weight = cast(Tensor, wte.weight)
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return vectors
-
-    def add(dx: Tensor) -> None:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_add_(0, args[0].flatten(), dx.flatten(0, -2))
-
-    vectors = vectors.detach().requires_grad_()
-    vectors.register_hook(add)
-    return vectors
-
-
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def _blank(model: Model) -> Model:
-    """The same architecture without weights."""
+    """Build the same architecture without weights."""
     with torch.device("meta"):
         plain = GPT(model.config)
         return GPTClassifier(plain, model.labels) if isinstance(model, GPTClassifier) else plain

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanogpt2.classifier import GPTClassifier
+from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.metrics import accuracy, macro_f1
 from nanogpt2.training.trainer import Trainer
 
@@ -42,13 +43,17 @@ def validate(trainer: Trainer, batches: BatchList) -> dict[str, float]:
         mine = start + world.rank
         x, y = (ids.to(world.device) for ids in batches[min(mine, len(batches) - 1)])
         with trainer.precision():
-            scores = model(x)[y != -100] if labels else None  # (M, L)
-            loss = model(x, y) if scores is None else F.cross_entropy(scores.float(), y[y != -100])
+            scores = model(x)[y != IGNORE_INDEX] if labels else None  # (M, L)
+            loss = (
+                model(x, y)
+                if scores is None
+                else F.cross_entropy(scores.float(), y[y != IGNORE_INDEX])
+            )
         if mine < len(batches):
-            targets = int((y != -100).sum())
+            targets = int((y != IGNORE_INDEX).sum())
             total, count = total + loss.item() * targets, count + targets
             if scores is not None:
-                pairs = y[y != -100] * labels + scores.argmax(-1)
+                pairs = y[y != IGNORE_INDEX] * labels + scores.argmax(-1)
                 answers += pairs.bincount(minlength=labels * labels).cpu()
     model.train()
     total, counted, *sums = world.sum(total, count, *answers.tolist())
