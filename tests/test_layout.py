@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "training",
     ],
     "training.snapshot": ["generation"],
+    "training.prepare": ["data"],
     "evaluation": ["classifier", "data", "metrics", "model", "tokenizer", "evaluation"],
     "evaluate": [
         "checkpoints",

@@ -36,8 +36,8 @@ class Corpus:
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
 
     @property
-    def rooms(self) -> tuple[int, int]:
-        """Tokens of the longest sequences that can be trained and validated on."""
+    def max_block_sizes(self) -> tuple[int, int]:
+        """The longest sequences, in tokens, that the splits can fill: (training, validation)."""
         if isinstance(self.train, Examples):
             return self.train.longest, self.train.longest
         return len(self.train) - 1, len(self.validation) - 1
