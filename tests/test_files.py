@@ -48,7 +48,7 @@ def test_a_file_that_is_named_may_have_any_suffix_and_so_may_a_globs(tmp_path, m
 def test_a_source_without_files_is_refused(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match=r"is no file|has no file to read \(.txt, .jsonl"):
+    with pytest.raises(ValueError, match=r"is not a file|has no file to read \(.txt, .jsonl"):
         check_data(source)
     with pytest.raises(ValueError):
         find_files(source)
