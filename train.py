@@ -1,22 +1,22 @@
 """Train or fine-tune a GPT-2 on text: python train.py book.txt.
 
-Top to bottom: the command line -> the model -> the data -> the loop, its step, its evaluation.
-What is not the lesson (batches, optimizers, checkpoint files, several devices) is in nanogpt2/.
+Top to bottom: the command line -> prepare -> the loop -> one step -> evaluate, save.
+Supporting code (batches, optimizers, checkpoint files, several devices) lives in nanogpt2/.
 """
 
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.config import IGNORE_INDEX, TrainConfig, fail, parse, usage_error
+from nanogpt2.config import IGNORE_INDEX, TrainConfig, parse, usage_error
 from nanogpt2.training.run_folder import RunFolder
 
 if __name__ == "__main__":
-    # before torch loads: --help and mistakes answer at once
+    # before the slow import of torch: --help and mistakes answer at once
     terminal.prepare()
     with terminal.checked_output():
         CONFIG = parse(TrainConfig, sys.argv[1:])
@@ -24,143 +24,40 @@ if __name__ == "__main__":
         CONFIG = RunFolder(Path(CONFIG.out)).check(CONFIG)
 
 import torch
+from torch import Tensor
 
-from nanogpt2 import ops
-from nanogpt2.checkpoints import weights
-from nanogpt2.checkpoints.folder import model_digest
-from nanogpt2.classifier import GPTClassifier, Model
-from nanogpt2.data.corpus import Columns, Corpus, load_corpus
-from nanogpt2.data.examples import Examples
-from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
-from nanogpt2.data.preview import preview
-from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
+from nanogpt2.data.loader import Batches
 from nanogpt2.training import checkpoint as store
-from nanogpt2.training import distributed, plan
+from nanogpt2.training import plan
 from nanogpt2.training.adapter import save_adapter
 from nanogpt2.training.optim import learning_rate
+from nanogpt2.training.prepare import Run, joined, prepare
 from nanogpt2.training.report import TensorBoard, finish
 from nanogpt2.training.snapshot import Snapshot, take_snapshot
 from nanogpt2.training.trainer import Trainer
 from nanogpt2.training.validation import validate
 
 
-@dataclass(frozen=True)
-class Run:
-    """All that a run works with."""
-
-    config: TrainConfig
-    folder: RunFolder
-    trainer: Trainer
-    tokenizer: Tokenizer
-    batches: Batches
-    validation: ValidationBatches
-    prompt: list[int]  # of the samples; a classifier has none
-
-
 def main(config: TrainConfig) -> None:
-    """Make everything ready, then train: what cannot work is said before anything is written."""
-    folder = RunFolder(Path(config.out))
-    with usage_error("--device"):
-        world = distributed.join(config.device)
-    folder.writes = world.is_first
-    terminal.enable_output(world.is_first)
-    try:
-        with usage_error("--resume"):
-            checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
-        tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
-        if state.get("finished") and "after" in folder.record():
-            terminal.note(f"the run in {folder.path} is finished: nothing to resume")
+    """Prepare the run, then train. `prepare` refuses wrong use before anything is written."""
+    with joined(config) as (folder, world):
+        run = prepare(config, folder, world)
+        if run is None:
             return
-        with usage_error():
-            ops.choose_kernels(config.kernels, world.device)
-        with usage_error("--init"):
-            model, tokenizer = make_model(config, checkpoint, world.device)
-            model.use_kernels(config.kernels, world.device)
-        with usage_error("DATA"), world.first_before_others():
-            corpus = read_data(config, model, tokenizer)
-        with usage_error("--resume"):
-            init = {"init": model_digest(config.init)} if config.lora_rank else {}
-            folder.hold_to(config, data=corpus.sha256, **init)
-        if config.task == "classify" and not isinstance(model, GPTClassifier):
-            model = GPTClassifier(model, corpus.labels)
-        with usage_error():
-            block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
-            batches = make_batches(corpus.train, block_size, config.seed)
-            config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
-        validation = validation_batches(corpus.validation, config.batch_size, block_size)
-        trainer = Trainer(config, model, world)
-        prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
-        run = Run(config, folder, trainer, tokenizer, batches, validation, prompt)
-        if isinstance(corpus.train, Examples):
-            first = state.get("step", 0) * config.batch_size * config.grad_accum
-            x, y = batches.rows(first, min(2, config.batch_size))
-            terminal.note(preview(x, y, tokenizer, corpus.labels))
         if config.dry_run:
-            speed = [take_step(config, trainer, batches, step) for step in (1, 2)][-1]
-            terminal.write(plan.describe(config, trainer, batches.sequences, speed) + "\n")
+            # the second step's speed: the first one warms up
+            figures = [take_step(run.config, run.trainer, run.batches, step) for step in (1, 2)][-1]
+            described = plan.describe(run.config, run.trainer, run.batches.sequences, figures)
+            terminal.write(described + "\n")
             return
-        with usage_error("--out"):
-            folder.lock()
-        if checkpoint is not None:
-            trainer.restore(tensors, state["micro_batch"])
-        train(run, state)
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        fail(str(error), code=1)
-    finally:
-        folder.close()
-        world.leave()
+        run.take_over()
+        train(run)
 
 
-def make_model(
-    config: TrainConfig, checkpoint: Path | None, device: str
-) -> tuple[Model, Tokenizer]:
-    """Load the model to start from, or draw a new one; with its tokenizer."""
-    torch.manual_seed(config.seed)
-    # what is to be shared out is read on the CPU
-    device = "cpu" if config.fsdp else device
-    if config.init == "scratch" and checkpoint is None:
-        tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
-        shape = config.shape(tokenizer.vocab_size, tokenizer.end_of_text)
-        return weights.new_model(shape, device), tokenizer
-    # adapters are trained beside the weights that the run began with
-    source = config.init if checkpoint is None or config.lora_rank else checkpoint
-    has_head = config.task == "classify" and weights.is_classifier(source)
-    load = weights.load_classifier if has_head else weights.load_model
-    return load(source, device, dropout=config.dropout), weights.load_tokenizer(source)
-
-
-def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
-    """Read the task's data; a model that knows labels allows no others."""
-    return load_corpus(
-        config.data,
-        tokenizer,
-        config.task,
-        validation=config.validation,
-        columns=Columns(config.text_column, config.label_column),
-        vocab_size=model.config.vocab_size,
-        labels=getattr(model, "labels", None),
-    )
-
-
-def train(run: Run, state: dict[str, Any]) -> None:
-    """Take the steps after the checkpoint's, or all of them; leave the model in the folder."""
+def train(run: Run) -> None:
+    """Take every step after the checkpoint's, or all steps. Leave the model in the folder."""
     config, folder, trainer = run.config, run.folder, run.trainer
-    if not state:
-        if config.resume:
-            terminal.note("no checkpoint yet: starting over")
-        state = {"step": 0, "best": math.inf, "stale": 0, "finished": False}
-        before = snapshot(run, validate(trainer, run.validation))
-        folder.start(config, before=asdict(before))
-    else:
-        before = Snapshot(**folder.record()["before"])
-        folder.cut_metrics(state["step"])
-        if trainer.world.is_first:
-            store.settle(folder.path, state, config.keep)
-        terminal.note(f"resuming after step {state['step']}")
-    if config.tensorboard and trainer.world.is_first:
-        folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
-    terminal.note(plan.describe(config, trainer, run.batches.sequences))
-
+    state, before = begin(run)
     signals, stopped = terminal.Signals(), 0
     with terminal.Progress(config.steps, state["step"], "step") as bar:
         while not (state["finished"] or stopped):
@@ -192,47 +89,100 @@ def train(run: Run, state: dict[str, Any]) -> None:
         folder.end(after=asdict(after))
 
 
+def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
+    """Start the folder, or resume it. Return the loop's state and the model's first snapshot."""
+    config, folder, trainer, state = run.config, run.folder, run.trainer, run.state
+    if not state:
+        if config.resume:
+            terminal.note("no checkpoint yet: starting over")
+        state = {"step": 0, "best": math.inf, "stale": 0, "finished": False}
+        before = snapshot(run, validate(trainer, run.validation))
+        folder.start(config, before=asdict(before))
+    else:
+        before = Snapshot(**folder.record()["before"])
+        folder.cut_metrics(state["step"])
+        if trainer.world.is_first:
+            store.settle(folder.path, state, config.keep)
+        terminal.note(f"resuming after step {state['step']}")
+    if config.tensorboard and trainer.world.is_first:
+        folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
+    terminal.note(plan.describe(config, trainer, run.batches.sequences))
+    return state, before
+
+
 def take_step(config: TrainConfig, trainer: Trainer, batches: Batches, step: int) -> dict[str, Any]:
     """Update the model once and return the step's figures.
 
-    Raises FloatingPointError, before the update, where the loss or a gradient is not finite, and
-    OutOfMemoryError where not even one sequence at a time fits.
+    Raises FloatingPointError, before the update, when the loss or a gradient is not finite. Raises
+    OutOfMemoryError when a micro-batch of one sequence does not fit.
     """
     started = time.perf_counter()
     lr = learning_rate(step, config.steps, config.warmup, config.lr, config.schedule)
-    share = config.batch_size * config.grad_accum // trainer.world.size
-    first = ((step - 1) * trainer.world.size + trainer.world.rank) * share
+    world = trainer.world
+    sequences = config.batch_size * config.grad_accum // world.size  # of this process
+    first = ((step - 1) * world.size + world.rank) * sequences
     loss = None
     while loss is None:
-        cuts = range(first, first + share, trainer.micro_batch)
-        parts = [batches.rows(i, min(trainer.micro_batch, first + share - i)) for i in cuts]
-        counts = [int((y != IGNORE_INDEX).sum()) for _, y in parts]
-        targets, tokens = trainer.world.sum(sum(counts), sum(x.numel() for x, _ in parts))
+        starts = range(first, first + sequences, trainer.micro_batch)
+        parts = [batches.rows(i, min(trainer.micro_batch, first + sequences - i)) for i in starts]
+        own = sum(count_targets(y) for _, y in parts), sum(x.numel() for x, _ in parts)
+        targets, tokens = world.sum(*own)  # of all processes
         try:
-            # every target counts the same, in whichever micro-batch it is
-            losses = [
-                trainer.backward(x, y, count / targets, last=i == cuts[-1])
-                for i, (x, y), count in zip(cuts, parts, counts, strict=True)
-            ]
-            (loss,) = trainer.world.sum(torch.stack(losses).sum().item())
+            loss = add_gradients(trainer, parts, targets)
         except RuntimeError as error:
+            # out of memory: halve the micro-batch and try again
             trainer.make_room(error)
-    norm = trainer.gradient_norm()
-    # float16's scaled gradients may overflow: the scale falls, the weights stay
+
+    norm = trainer.clip_gradients()  # to config.grad_clip; the norm before
+    # float16's scaled gradients may overflow: lower the scale and skip this update
     overflow = trainer.scaler.is_enabled() and not math.isfinite(norm)
     if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
         raise FloatingPointError(
-            f"step {step} (sequences {first} to {first + share - 1}): loss {loss}, gradient norm "
-            f"{norm}: stopped before the update; the last checkpoint is kept. Try a lower --lr"
+            f"step {step} (sequences {first} to {first + sequences - 1}): loss {loss}, gradient "
+            f"norm {norm}: stopped before the update; the last checkpoint is kept. Try a lower --lr"
         )
-    trainer.step(lr, apply=not overflow)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not overflow:
+            trainer.scaler.step(optimizer)  # optimizer.step()
+    trainer.finish_step(updated=not overflow)  # zero_grad(), loss scale, average of the weights
+
     speed = tokens / (time.perf_counter() - started)
     figures = {"step": step, "loss": loss, "lr": lr, "grad_norm": None if overflow else norm}
     return figures | {"tokens_per_second": speed} | trainer.meter(speed)
 
 
+def add_gradients(trainer: Trainer, parts: list[tuple[Tensor, Tensor]], targets: float) -> float:
+    """Run forward and backward on this process's micro-batches; return the loss of the step.
+
+    parts: (inputs, targets) of each micro-batch, int64 (B, T). targets: their number in the step,
+    over all processes. The loss is the mean over them.
+    """
+    model, losses = trainer.forward, []
+    for number, (x, y) in enumerate(parts, 1):
+        # every target counts the same, in whichever micro-batch
+        weight = count_targets(y) / targets
+        x, y = x.to(trainer.world.device), y.to(trainer.world.device)
+        # the processes exchange their gradients once a step, in the last backward pass
+        with trainer.exchanging_gradients(number == len(parts)):
+            with trainer.precision():
+                loss = model(x, y) * weight
+            trainer.scaled(loss).backward()
+        losses.append(loss.detach())
+        # free the autograd graph before the next forward pass
+        del loss
+    (total,) = trainer.world.sum(torch.stack(losses).sum().item())
+    return total
+
+
+def count_targets(y: Tensor) -> int:
+    """Count the positions that have a target."""
+    return int((y != IGNORE_INDEX).sum())
+
+
 def save(run: Run, state: dict[str, Any]) -> None:
-    """Commit a checkpoint: every process brings its share, the first one writes."""
+    """Commit a checkpoint. Every process brings its shards, the first one writes."""
     model, tensors = run.trainer.exported(), run.trainer.tensors()
     state["micro_batch"] = run.trainer.micro_batch
     if run.trainer.world.is_first:
@@ -241,7 +191,7 @@ def save(run: Run, state: dict[str, Any]) -> None:
 
 
 def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:
-    """How the model is now: every process takes part, the first one's writes a sample."""
+    """Record the model's figures and a sample, which the first process writes; all must call."""
     prompt = run.prompt if run.trainer.world.is_first else []
     return take_snapshot(run.trainer.exported(), run.tokenizer, prompt, run.config.seed, figures)
 

@@ -1251,17 +1251,25 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "gradients add up over the steps",
-            "        self.drop_gradients()\n        if self.average is not None and apply",
-            "        if self.average is not None and apply",
+            "        self.drop_gradients()\n        if self.average is not None and updated",
+            "        if self.average is not None and updated",
             ("test_train.py",),
+        ),
+    ],
+    "training/prepare.py": [
+        Mutant(
+            "resume: the last commit ends a run, its report unwritten",
+            ' and "after" in folder.record()',
+            "",
+            (UNDONE,),
         ),
     ],
     "train.py": [
         Mutant(
             "resume: the first sequences again",
-            "    first = ((step - 1) * trainer.world.size + trainer.world.rank) * share\n",
+            "    first = ((step - 1) * world.size + world.rank) * sequences\n",
             '    take_step.taken = taken = getattr(take_step, "taken", 0) + 1\n'
-            "    first = ((taken - 1) * trainer.world.size + trainer.world.rank) * share\n",
+            "    first = ((taken - 1) * world.size + world.rank) * sequences\n",
             (RESUMED,),
         ),
         Mutant(
@@ -1282,12 +1290,6 @@ MUTANTS: dict[str, list[Mutant]] = {
             "resume: what the commit left undone stays so",
             "            store.settle(folder.path, state, config.keep)\n",
             "            pass\n",
-            (UNDONE,),
-        ),
-        Mutant(
-            "resume: the last commit ends a run, its report unwritten",
-            ' and "after" in folder.record()',
-            "",
             (UNDONE,),
         ),
         Mutant(

@@ -112,7 +112,7 @@ def refused(folder, message, model=None):
         ({"peft_type": "IA3"}, "peft_type must be 'LORA', not 'IA3'"),
         ({"bias": "all"}, "bias must be 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be"),
-        ({"use_rslora": True}, "use_rslora is not known here: True"),
+        ({"use_rslora": True}, "use_rslora is not supported: True"),
         ({"use_dora": True}, "use_dora"),
         ({"alpha_pattern": {"c_fc": 3}}, "alpha_pattern"),
         ({"r": 0}, "r must be a whole number"),
@@ -132,7 +132,7 @@ def test_other_settings_are_refused(saved, changes, message):
 def test_a_broken_config_is_refused(saved, text):
     path = saved[1] / "adapter_config.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    refused(saved[1], "adapter_config.json' is no JSON")
+    refused(saved[1], r"adapter_config.json' is not (a )?JSON")
 
 
 def test_a_broken_file_is_refused(saved):
@@ -150,7 +150,7 @@ def with_another(tensors):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(without_one, "is missing"), (with_another, "has no place")]
+    ("change", "message"), [(without_one, "is missing"), (with_another, "is unexpected")]
 )
 def test_an_adapter_of_another_depth_is_refused(saved, change, message):
     path = saved[1] / "adapter_model.safetensors"
@@ -164,7 +164,7 @@ def test_an_adapter_of_another_depth_is_refused(saved, change, message):
 def test_a_classifiers_adapter_is_not_a_models(saved, tmp_path):
     refused(saved[1], "score.weight is missing", GPTClassifier(GPT(TINY), LABELS))
     save_adapter(adapted(GPTClassifier(GPT(TINY), LABELS)), tmp_path / "classifier", "base")
-    refused(tmp_path / "classifier", "score.weight has no place")
+    refused(tmp_path / "classifier", "score.weight is unexpected")
     other = GPTClassifier(GPT(TINY), ("yes", "no"))
     refused(tmp_path / "classifier", r"score.weight must be \(2, 24\), not \(3, 24\)", other)
 
@@ -175,6 +175,6 @@ def test_a_second_adapter_is_refused(saved):
 
 
 def test_a_plain_model_has_no_adapter(tmp_path):
-    with pytest.raises(ValueError, match="no LoRA to save"):
+    with pytest.raises(ValueError, match="no LoRA layers to save"):
         save_adapter(GPT(TINY), tmp_path / "adapter", "base")
     assert not (tmp_path / "adapter").exists()

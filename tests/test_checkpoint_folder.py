@@ -211,7 +211,7 @@ def test_a_file_that_is_none(folder, name, make):
     # it leads nowhere: as if it were not there
     if name == "model.safetensors":
         refused(folder, "holds no model.safetensors")
-        refused(path, "is no file")
+        refused(path, "is not a file")
     elif name == "config.json":
         refused(folder, "no config.json")
 
@@ -237,7 +237,7 @@ def test_a_name_that_is_no_model(name):
 
 @pytest.mark.parametrize("name", ["", " "])
 def test_an_empty_name_is_wrong_use(name):
-    with pytest.raises(ValueError, match="no known model"):
+    with pytest.raises(ValueError, match="or a known model"):
         check_model(name)
 
 

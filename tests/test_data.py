@@ -105,7 +105,7 @@ def test_a_separate_validation_source(here):
     assert corpus.sha256 != load_corpus("book.txt", BYTES).sha256
     with pytest.raises(ValueError, match=r"'other.txt' is too short: 16 tokens .* 16 needs 17"):
         load_corpus("book.txt", BYTES, validation="other.txt", block_size=16)
-    with pytest.raises(ValueError, match=r"'missing.txt' is no file"):
+    with pytest.raises(ValueError, match=r"'missing.txt' is not a file"):
         load_corpus("book.txt", BYTES, validation="missing.txt")
 
 

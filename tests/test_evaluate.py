@@ -512,9 +512,9 @@ def test_wrong_flags_are_one_line(capsys, models, tmp_path):
         (["--device", "mps"], "--device 'mps' is not on this machine"),
     ]:
         assert message in refused(capsys, path, "--model", folder, *argv)
-    assert "'nowhere' is no file" in refused(capsys, "nowhere", "--model", folder)
+    assert "'nowhere' is not a file" in refused(capsys, "nowhere", "--model", folder)
     assert "FILE is missing" in refused(capsys, "--model", folder)
-    assert "--model 'nothing' is no file" in refused(capsys, path, "--model", "nothing")
+    assert "--model 'nothing' is not a file" in refused(capsys, path, "--model", "nothing")
 
 
 def test_as_a_command(models, tmp_path):

@@ -20,9 +20,9 @@ from test_train_settings import stop_after
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import sample
-import train
 from nanogpt2.checkpoints.weights import load_model, load_tokenizer
 from nanogpt2.config import SampleConfig, parse
+from nanogpt2.data.loader import WindowBatches
 from nanogpt2.data.shards import write_shard
 from nanogpt2.generation.decoder import RowsDecoder
 from nanogpt2.model import GPT
@@ -64,7 +64,7 @@ def test_nanogpt_61_out_of_memory_halves_the_micro_batch(book, capsys, monkeypat
     """Out of memory, and no word on what to do: also nanoGPT 88, 208; gpt-2-simple 108, 291."""
     argv = [*BASE, "--batch_size", "8", "--steps", "12", "--dropout", "0"]
     assert run(*argv, "--out", "roomy") == 0
-    seen, rows = [], train.make_batches.__globals__["WindowBatches"].rows
+    seen, rows = [], WindowBatches.rows
 
     def watched(self, first, count):
         seen.append((first, count))

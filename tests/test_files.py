@@ -48,7 +48,7 @@ def test_a_named_file_or_a_globs_may_have_any_suffix(tmp_path, monkeypatch):
 def test_a_source_without_files_is_refused(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match=r"is no file|has no file to read \(.txt, .jsonl"):
+    with pytest.raises(ValueError, match=r"is not a file|has no file to read \(.txt, .jsonl"):
         check_data(source)
     with pytest.raises(ValueError):
         find_files(source)

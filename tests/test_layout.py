@@ -50,6 +50,7 @@ MAY_IMPORT = {
     ],
     "training.snapshot": ["generation"],
     "evaluation": ["classifier", "config", "data", "metrics", "model", "tokenizer", "evaluation"],
+    "training.prepare": ["data"],
     "evaluate": [
         "checkpoints",
         "classifier",

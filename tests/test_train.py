@@ -18,6 +18,7 @@ from nanogpt2.checkpoints.weights import load_model, load_tokenizer
 from nanogpt2.config import TrainConfig, parse
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
+from nanogpt2.training import prepare
 from nanogpt2.training.checkpoint import latest_checkpoint
 from nanogpt2.training.run_folder import RunFolder
 
@@ -168,18 +169,19 @@ def test_the_preview_is_of_the_next_steps_batch(book, monkeypatch):
     argv = ["chat.jsonl", "--task", "chat", *SMALL, "--block_size", "48", "--steps", "5"]
     argv += ["--grad_accum", "2", "--save_every", "1"]
     shown, trained = [], []
-    preview, backward = train.preview, train.Trainer.backward
+    preview, forward = prepare.preview, GPT.forward
 
     def recording_preview(x, y, *rest):
         shown.append((x, y))
         return preview(x, y, *rest)
 
-    def recording_backward(self, x, y, *rest, **last):
-        trained.append((x, y))
-        return backward(self, x, y, *rest, **last)
+    def recording_forward(self, idx, targets=None):
+        if self.training:
+            trained.append((idx, targets))
+        return forward(self, idx, targets)
 
-    monkeypatch.setattr(train, "preview", recording_preview)
-    monkeypatch.setattr(train.Trainer, "backward", recording_backward)
+    monkeypatch.setattr(prepare, "preview", recording_preview)
+    monkeypatch.setattr(GPT, "forward", recording_forward)
     assert run(*argv) == 0
     shutil.rmtree("out/checkpoints/step-5")
     assert run(*argv, "--resume") == 0
@@ -228,7 +230,10 @@ def test_damaged_checkpoints_are_not_thrown_away(capsys, book):
         state.write_text("")
     before = sorted(Path("out").rglob("*"))
     assert run(*argv, "--resume") == 2
-    assert "whole; none was removed" in capsys.readouterr().err
+    assert (
+        "found only damaged checkpoints in 'out/checkpoints'; none was deleted"
+        in capsys.readouterr().err
+    )
     assert sorted(Path("out").rglob("*")) == before
 
 

@@ -21,6 +21,7 @@ import train
 from nanogpt2.checkpoints.weights import load_model, new_model, save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, TrainConfig, parse
+from nanogpt2.data.loader import WindowBatches
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World
 from nanogpt2.training.run_folder import RunFolder
@@ -172,17 +173,12 @@ def test_what_is_not_restored_shows(inputs, tmp_path, monkeypatch, forgotten):
     elif forgotten == "generators":
         monkeypatch.setattr(Trainer, "restore", without("rng."))
     elif forgotten == "data position":
-        rows = train.make_batches
+        rows = WindowBatches.rows
 
-        class FromTheStart:
-            def __init__(self, *arguments):
-                self.batches = rows(*arguments)
-                self.sequences = self.batches.sequences
+        def from_the_start(self, first, count):
+            return rows(self, first - 25 * 2, count)
 
-            def rows(self, first, count):
-                return self.batches.rows(first - 25 * 2, count)
-
-        monkeypatch.setattr(train, "make_batches", FromTheStart)
+        monkeypatch.setattr(WindowBatches, "rows", from_the_start)
     else:
         rate = train.learning_rate
         monkeypatch.setattr(train, "learning_rate", lambda step, *others: rate(step - 25, *others))

@@ -1,12 +1,12 @@
-"""What a run is told: the model's shape, how to decode, what to show, how to train.
+"""Every option of a run: the model's shape, decoding, output, training.
 
-Frozen dataclasses whose fields are at once the Python options and the command-line flags: a field's
-type, default, range and help text stand in one place. A value out of range raises ValueError from
-the constructor. Nothing here knows what a tensor is.
+Options are fields of frozen dataclasses. A field is both a Python option and a command-line flag;
+its type, default, range and help text stand in one place. The constructor raises ValueError for a
+value out of range. Nothing here knows tensors.
 
-model.py: the shape of a GPT-2, and what may stand for one. generation.py: the options of
-generate(). sample.py and train.py: the scripts' command lines. flags.py, a floor below, declares,
-checks and reads a field of any of them. All names are to be imported from here.
+model.py: the shape of a GPT-2, and the names and files of models. generation.py: the options of
+generate(). sample.py and train.py: the scripts' command lines. flags.py, one floor below, declares,
+checks and reads the fields. Import every name from this package.
 """
 
 from nanogpt2.config.flags import MAX_SEED, fail, parse, usage_error, value_of

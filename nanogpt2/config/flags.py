@@ -1,9 +1,9 @@
 """Dataclass fields that are also command-line flags: declared, checked and read in one place.
 
-A field made by `flag` carries its help and its range. `check` holds a value to them, from Python
-and from the command line alike; `parse` turns `argv` into an instance, with one line of error and
-exit code 2 for what is wrong. No flag is known here, and only the standard library is imported, so
-that `--help` and a mistake answer at once.
+A field made by `flag` carries its help and its range. `check` compares values with them, from
+Python and from the command line alike. `parse` turns `argv` into an instance; a mistake gives one
+line of error and exit code 2. This file knows no particular flag. It imports the standard library
+only, so `--help` and a mistake answer at once.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 
 class FromFlags(Protocol):
-    """A configuration that a command line can make."""
+    """A configuration that can be built from a command line."""
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> Self:
-        """Build it from the flags that were given. Raises ValueError starting with a field."""
+        """Build it from the given flags. A ValueError's text starts with a field's name."""
 
 
-MOST = 2**31 - 1  # no number but a seed is larger
+MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
 
@@ -53,8 +53,8 @@ def flag(
 ) -> Any:
     """Return a dataclass field that is also a flag.
 
-    `low` and `high` are in its range, `above` and `below` are not. `json` describes a value with a
-    structure, which the command line takes as JSON; what it needs is checked where it is used.
+    `low` and `high` belong to its range, `above` and `below` do not. `json` describes a structured
+    value, given as JSON on the command line; its user checks the value.
     """
     limits = {">=": low, ">": above, "<=": high, "<": below}
     metadata = {
@@ -67,7 +67,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# the rules a value is held to
+# the rules for a value
 
 _RELATIONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -117,7 +117,7 @@ def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
 
 
 def _allowed(f: Field[Any]) -> str:
-    """What a field's value may be, in words."""
+    """Describe the allowed values of a field."""
     if f.metadata["json"]:
         return f"{f.metadata['json']} in JSON, or none"
     if f.metadata["choices"]:
@@ -131,7 +131,7 @@ def _allowed(f: Field[Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """Write a value for an error's line."""
+    """Format a value for an error message."""
     return _clip(repr(value))
 
 
@@ -142,23 +142,23 @@ def _clip(text: str) -> str:
 def parse(cls: type[T], argv: Sequence[str]) -> T:
     """Read `argv` (without the script's name) into a configuration.
 
-    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores; one that is
-    true or false is `--name` or `--no_name` too; the last of a repeated flag wins. Wrong use prints
-    one line that starts with `error:` and exits with 2; `--help` prints all flags and exits with 0.
+    Flags are `--name value` or `--name=value`, with hyphens accepted for underscores. A bool may
+    also be `--name` or `--no_name`. The last of a repeated flag wins. Wrong use prints one line
+    that starts with `error:` and exits with 2. `--help` prints all flags and exits with 0.
     """
     given = _read(cls, argv)
     try:
         return cls.from_flags(given)
     except ValueError as error:
-        # it starts with the field's name
+        # the text starts with the field's name
         fail(f"--{error}")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print `error: message` as one line of at most 200 characters on stderr and exit."""
     if os.environ.get("RANK", "0") != "0":
-        # torchrun's first process speaks for all, and its end ends the others; where it has nothing
-        # to say, this one has
+        # torchrun's first process reports for all, and its exit ends the others. Wait for it; if
+        # the first process has no error, this process reports its own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT)
     line = " ".join(f"error: {message}".split())
@@ -170,7 +170,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def usage_error(flag: str = "") -> Iterator[None]:
     """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2.
 
-    Without a flag the error starts with the name of one.
+    Without `flag`, the error's text must start with a flag's name.
     """
     try:
         yield
@@ -179,7 +179,7 @@ def usage_error(flag: str = "") -> Iterator[None]:
 
 
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
-    """Return {field name: value} for the flags that were given."""
+    """Return {field name: value} for the given flags."""
     known = _flags(cls)
     positional = next(f for f in known.values() if f.metadata["positional"])
     place = positional.name.upper()
@@ -206,10 +206,10 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_flag(known: dict[str, Field[Any]], word: str, words: deque[str]) -> tuple[str, Any]:
-    """Return the name and value of the flag `word`, taking its value from `words` if need be."""
+    """Return the name and value of the flag `word`, taking the value from `words` if needed."""
     name, equals, text = word[2:].partition("=")
     name = name.replace("-", "_")
-    # of a flag that is true or false the next word is the value only where it is one of these
+    # the word after a bool flag is its value only if that word is true or false
     takes_value = bool(equals) or (bool(words) and words[0].lower() in ("true", "false"))
     if name not in known or known[name].metadata["positional"]:
         return _negated(known, name, takes_value), False
@@ -227,7 +227,7 @@ def _read_flag(known: dict[str, Field[Any]], word: str, words: deque[str]) -> tu
 
 
 def _negated(known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
-    """Return the flag that `no_flag` turns off; say what is wrong with a name that is no flag."""
+    """Return the flag that `no_flag` turns off; for any other name, report an error and exit."""
     turned_off = name.removeprefix("no_")
     if turned_off != name and turned_off in known and known[turned_off].type is bool:
         if takes_value:
@@ -242,10 +242,10 @@ def _negated(known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
 
 
 def value_of(cls: type, name: str, text: str) -> Any:
-    """Read the value of the field `name` from text. Raises ValueError for neither."""
+    """Read the value of the field `name` from text. Raises ValueError for a bad name or value."""
     known = _flags(cls)
     if name not in known:
-        raise ValueError(f"{_clip(name)} is no option")
+        raise ValueError(f"{_clip(name)} is not an option")
     return _value(known[name], text)
 
 
@@ -257,7 +257,7 @@ def _value(f: Field[Any], text: str) -> Any:
 
 
 def _structure(text: str, kind: Any) -> Any:
-    """JSON, or none; a plain text where the field takes one and the text does not begin with [."""
+    """Read JSON or none. If the field takes a str, text without a leading [ is the value."""
     if text.lower() == "none":
         return None
     plain = str in _alternatives(kind) and not text.startswith("[")
@@ -276,7 +276,7 @@ def _convert(text: str, kind: Any) -> Any:
         return tuple(_convert(part, int) for part in text.split(","))
     if str in kinds:
         return text
-    # Python reads other scripts' digits too, and 1_0
+    # int() would accept other scripts' digits and 1_0
     if not text.isascii() or "_" in text:
         raise ValueError(text)
     if int in kinds and not text.removeprefix("-").isdigit():
@@ -285,7 +285,7 @@ def _convert(text: str, kind: Any) -> Any:
 
 
 def _flags(cls: type) -> dict[str, Field[Any]]:
-    """The fields of a configuration by name, those of a nested one included."""
+    """Return a configuration's fields by name, including a nested configuration's fields."""
     known: dict[str, Field[Any]] = {}
     for f in fields(cls):
         if f.metadata:

@@ -1,6 +1,6 @@
-"""How to decode: the options of generate(), with transformers' names, meanings and defaults.
+"""Decoding: the options of generate(), with transformers' names, meanings and defaults.
 
-This file does not know the command line: what its flags mean together is in sample.py.
+This file does not know the command line; sample.py checks combinations of flags.
 """
 
 from dataclasses import dataclass, fields
@@ -9,19 +9,19 @@ from typing import Any
 from nanogpt2.config.flags import MAX_SEED, check, flag, show
 from nanogpt2.config.model import TokenIds
 
-FROM_CHECKPOINT = -1  # an eos_token_id left out: the checkpoint's own
+FROM_CHECKPOINT = -1  # the default eos_token_id: take the checkpoint's
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How to decode: transformers' names, meanings and defaults."""
+    """The options of decoding: transformers' names, meanings and defaults."""
 
-    # how far
+    # length
     max_new_tokens: int | None = flag(None, "tokens to add; wins over max_length", low=1)
     max_length: int | None = flag(None, "tokens in all, the prompt included", low=1)
     min_length: int = flag(0, "no end before this many tokens, the prompt included", low=0)
     min_new_tokens: int | None = flag(None, "no end before this many new tokens", low=0)
-    max_time: float | None = flag(None, "seconds after which no new token is begun", above=0)
+    max_time: float | None = flag(None, "seconds after which to begin no new token", above=0)
     stop_strings: str | list[str] | None = flag(
         None, "texts that end a text; [ begins a list", json="a text, or a list of texts"
     )
@@ -29,7 +29,7 @@ class GenerationConfig:
         FROM_CHECKPOINT, "ids that end a text, as 1,2; none: never stop; -1: the model's", low=-1
     )
     pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
-    # which way
+    # search
     do_sample: bool = flag(False, "draw tokens at random instead of taking the likeliest")
     num_beams: int = flag(1, "texts to follow side by side; 1 is no beam search", low=1)
     early_stopping: bool | str = flag(
@@ -41,13 +41,15 @@ class GenerationConfig:
         1.0, "power of the length that divides a beam's score", low=-50, high=50
     )
     num_return_sequences: int = flag(1, "texts for each prompt", low=1)
-    num_beam_groups: int = flag(1, "groups of beams that avoid each other's tokens", low=1)
+    num_beam_groups: int = flag(
+        1, "groups of beams; later groups avoid earlier groups' tokens", low=1
+    )
     diversity_penalty: float = flag(
-        0.0, "taken off the score of a token for each beam of an earlier group that has it", low=0
+        0.0, "subtract from a token's score for each beam of an earlier group that chose it", low=0
     )
     force_words_ids: Any = flag(
         None,
-        "what the beams must write",
+        "tokens that the beams must write",
         json="a list of lists of token ids (all of them) or of lists of those (one of each)",
     )
     stochastic_beams: bool = flag(
@@ -55,35 +57,47 @@ class GenerationConfig:
     )
     prompt_lookup_num_tokens: int | None = flag(
         None,
-        "of one text: guess so many tokens from what came before; the same text, sooner",
+        "guess this many tokens from the text so far: the same single text, faster",
         low=1,
     )
     penalty_alpha: float | None = flag(
-        None, "contrastive search: the weight of being unlike the text so far", low=0, high=1
+        None, "contrastive search: weight of the difference from the text so far", low=0, high=1
     )
-    # what the draw is from
+    # the distribution to draw from
     temperature: float = flag(1.0, "flattens (> 1) or sharpens (< 1) the draw; 0 is greedy", low=0)
     top_h: float | None = flag(None, "keep this share of the entropy", above=0, high=1)
     top_k: int | None = flag(50, "draw among the k likeliest tokens; 0 is all", low=0)
-    top_p: float = flag(1.0, "draw among the likeliest tokens that hold this mass", low=0, high=1)
-    min_p: float | None = flag(None, "draw what has this share of the best's mass", low=0, high=1)
-    typical_p: float = flag(1.0, "draw among the most typical tokens of this mass", above=0, high=1)
-    epsilon_cutoff: float = flag(0.0, "never draw what is less probable", low=0, below=1)
-    eta_cutoff: float = flag(0.0, "the same, lower where all is uncertain", low=0, below=1)
-    # what is preferred or banned
-    repetition_penalty: float = flag(1.0, "divides the score of a token already seen", above=0)
+    top_p: float = flag(
+        1.0, "draw among the likeliest tokens of this total probability", low=0, high=1
+    )
+    min_p: float | None = flag(
+        None, "draw tokens with at least this share of the best's probability", low=0, high=1
+    )
+    typical_p: float = flag(
+        1.0, "draw among the most typical tokens of this total probability", above=0, high=1
+    )
+    epsilon_cutoff: float = flag(0.0, "never draw a token of lower probability", low=0, below=1)
+    eta_cutoff: float = flag(
+        0.0, "the same, but lower in an uncertain distribution", low=0, below=1
+    )
+    # preferred and banned tokens
+    repetition_penalty: float = flag(
+        1.0, "divides the score of a token already in the text", above=0
+    )
     no_repeat_ngram_size: int = flag(0, "never repeat a run of this many tokens; 0 is off", low=0)
-    sequence_bias: Any = flag(None, "added to scores", json="a list of [token ids, bias]")
-    bad_words_ids: Any = flag(None, "never written", json="a list of lists of token ids")
-    suppress_tokens: Any = flag(None, "never written", json="a list of token ids")
-    begin_suppress_tokens: Any = flag(None, "never written first", json="a list of token ids")
+    sequence_bias: Any = flag(
+        None, "add to the scores of tokens", json="a list of [token ids, bias]"
+    )
+    bad_words_ids: Any = flag(None, "never write these", json="a list of lists of token ids")
+    suppress_tokens: Any = flag(None, "never write these", json="a list of token ids")
+    begin_suppress_tokens: Any = flag(None, "never write these first", json="a list of token ids")
     forced_bos_token_id: int | None = flag(None, "the token after a lone first one", low=0)
-    forced_eos_token_id: TokenIds = flag(None, "the last token, where max_length is reached", low=0)
+    forced_eos_token_id: TokenIds = flag(None, "the last token at max_length", low=0)
     exponential_decay_length_penalty: Any = flag(
-        None, "raises the end's score after START new tokens", json="[START, FACTOR]"
+        None, "raise the end token's score after START new tokens", json="[START, FACTOR]"
     )
     renormalize_logits: bool = flag(False, "make the processed scores log-probabilities again")
-    # where chance comes from
+    # random numbers
     seed: int | None = flag(None, "makes the draws repeatable", low=0, high=MAX_SEED)
     noise: str = flag(
         "hf",
@@ -91,7 +105,7 @@ class GenerationConfig:
         choices=("hf", "counter"),
     )
     first_sample: int = flag(0, "with noise counter: the number of the first text", low=0)
-    output_scores: bool = False  # no flag: for generate() only
+    output_scores: bool = False  # for generate() only, not a flag
 
     def __post_init__(self) -> None:
         check(self)
@@ -160,7 +174,7 @@ class GenerationConfig:
         self._refuse("stochastic_beams", "length_penalty", "early_stopping")
 
     def _refuse(self, option: str, *others: str) -> None:
-        """Raise ValueError for the first of `others` that does not have its default."""
+        """Raise ValueError for the first of `others` with a value other than its default."""
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in others and value != f.default:
@@ -168,11 +182,11 @@ class GenerationConfig:
 
     @property
     def samples(self) -> bool:
-        """True where tokens are drawn; temperature 0 means greedy."""
+        """True if tokens are drawn; temperature 0 means greedy."""
         return self.do_sample and self.temperature > 0
 
 
-# used when no decoding flag is given: greedy decoding, the default of generate(), soon loops
+# the scripts' default without a decoding flag: greedy decoding, generate()'s default, soon loops
 SENSIBLE_SAMPLING: dict[str, Any] = {
     "do_sample": True,
     "temperature": 0.8,

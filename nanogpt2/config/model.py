@@ -1,6 +1,6 @@
-"""What a model is: its shape, the names of the released ones, and what may stand for one.
+"""Models by name: the shape of a GPT-2, the released models, and the files that hold a model.
 
-This file opens no file and does not know what a tensor is.
+This file opens no file and does not know tensors.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from nanogpt2.config.flags import check, flag, show
 
 TokenIds = int | tuple[int, ...] | None
 MOST_LAYERS = 1000
-MOST_PARAMETERS = 2**40  # whose bytes can still be counted and asked for
+MOST_PARAMETERS = 2**40  # their bytes still fit the integers of an allocation
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class GPTConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in the model: two embeddings, the blocks, the last layer norm."""
+        """Count the parameters: two embeddings, the blocks, the last layer norm."""
         C = self.n_embd
         block = 12 * C * C + 13 * C
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
@@ -64,16 +64,16 @@ SCHEMES = ("fp16", "int8")  # of narrow weights, on a CPU
 
 
 def check_model(name: str | Path) -> None:
-    """Raise ValueError where `name` cannot be a model; opens no file."""
+    """Raise ValueError if `name` cannot be a model. Opens no file."""
     path = Path(name)
     if name in MODEL_NAMES or (name and path.is_dir()):
         return
     if not name or not path.exists():
         known = ", ".join(MODEL_NAMES)
-        raise ValueError(f"{show(str(name))} is no file, no folder and no known model ({known})")
+        raise ValueError(f"{show(str(name))} is not a file, a folder or a known model ({known})")
     if path.suffix in PICKLES:
         raise ValueError(
             f"{show(str(name))} is a pickle, which can run code; only .safetensors are loaded"
         )
     if path.suffix != ".safetensors":
-        raise ValueError(f"{show(str(name))} is no .safetensors file")
+        raise ValueError(f"{show(str(name))} is not a .safetensors file")

@@ -1,6 +1,6 @@
-"""Tasks that GPT-2 was shown to do without training: a template for the prompt, sensible decoding.
+"""Zero-shot tasks for GPT-2: for each, a template for the prompt and sensible decoding options.
 
-Nothing here knows how decoding is done; the options are GenerationConfig's.
+The options are GenerationConfig's. This file does not know the decoding itself.
 Sources: Radford et al. 2019, section 3 (TL;DR: with top-k 2; pairs of sentences; Q and A).
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """What stands around the prompt, and how its continuation is decoded."""
+    """A template around the prompt, and the decoding options of its continuation."""
 
     about: str
     template: str
@@ -23,17 +23,17 @@ def _sampling(**options: Any) -> dict[str, Any]:
 
 TASKS: dict[str, Preset] = {
     "story": Preset(
-        "go on with a story",
+        "continue a story",
         "{}",
         _sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, max_new_tokens=300),
     ),
     "poem": Preset(
-        "a poem of this title",
+        "write a poem with this title",
         "{}\n\nA poem\n\n",
         _sampling(temperature=0.9, top_p=0.95, max_new_tokens=120, stop_strings=["\n\n\n"]),
     ),
     "dialogue": Preset(
-        "answer what You say; stops where You would speak",
+        "answer as Friend; stop at the next line of You",
         "You: {}\nFriend:",
         _sampling(temperature=0.8, top_p=0.9, max_new_tokens=80, stop_strings=["\nYou:"]),
     ),

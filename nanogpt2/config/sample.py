@@ -1,6 +1,6 @@
-"""The command line of sample.py: where the prompt comes from, how it is decoded, what is shown.
+"""The command line of sample.py: the prompt's source, the decoding, the output.
 
-This file knows which flags mean nothing beside others; a value's own range is in generation.py.
+This file refuses flags that have no effect beside others. generation.py holds each value's range.
 """
 
 from dataclasses import dataclass, field, fields
@@ -41,7 +41,7 @@ NEUTRAL_FLAGS = (
     "output_scores",
 )
 DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)
-# what means something to a classifier
+# the flags that have an effect with --classify
 CLASSIFY_FLAGS = (
     "classify",
     "prompt",
@@ -74,7 +74,7 @@ class SampleConfig:
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
     kernels: str = flag(
         "auto",
-        "what computes; auto: triton on a GPU; reference: ops.py's formulas",
+        "the implementation; auto: triton on a GPU; reference: ops.py's formulas",
         choices=KERNELS,
     )
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
@@ -84,13 +84,15 @@ class SampleConfig:
         None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
     )
     batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
-    unique: bool = flag(False, "with --prompts: no text twice for a prompt")
-    skip_bad: bool = flag(False, "with --prompts: go on without broken lines")
-    # another look
-    classify: bool = flag(False, "label the text, by a model that was trained to classify")
+    unique: bool = flag(False, "with --prompts: no repeated text for a prompt")
+    skip_bad: bool = flag(False, "with --prompts: skip broken lines")
+    # other modes
+    classify: bool = flag(False, "label the text with a trained classifier")
     interactive: bool = flag(False, "write together with the model; :help lists the commands")
-    compare: str | None = flag(None, "another model: the same prompt and chance through both")
-    explain: bool = flag(False, "for each token, what each option did to it and its rivals")
+    compare: str | None = flag(
+        None, "another model: run both on the same prompt and random numbers"
+    )
+    explain: bool = flag(False, "for each token, show each option's effect on it and its rivals")
     color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
     tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
     json: bool = flag(False, "print JSON: one object for each text")
@@ -118,7 +120,7 @@ class SampleConfig:
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
-        """Build the configuration from the flags that were given, filling in what they imply."""
+        """Build the configuration from the given flags; fill in the values that they imply."""
         if given.get("classify"):
             _check_classify(given)
         for name in ("unique", "skip_bad", "batch_size"):
@@ -156,7 +158,7 @@ class SampleConfig:
 
 
 def _check_classify(given: dict[str, Any]) -> None:
-    """Raise ValueError for a flag that would change nothing, and for what is no classifier."""
+    """Raise ValueError for a flag without effect or a model that is not a classifier."""
     for name in given:
         if name not in CLASSIFY_FLAGS:
             raise ValueError(f"{name} must be left out where --classify is given")
@@ -169,11 +171,11 @@ def _check_classify(given: dict[str, Any]) -> None:
 
 
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise ValueError for a flag that would change nothing beside the others."""
+    """Raise ValueError for a flag without effect beside the others."""
     if not options.get("do_sample"):
         contrastive = options.get("penalty_alpha") is not None
         for name in SAMPLING_FLAGS:
-            # contrastive search has candidates too
+            # contrastive search uses top_k too
             if name in given and (name, contrastive) != ("top_k", True):
                 raise ValueError(f"{name} must come with do_sample, not {given[name]!r} alone")
     for name in ("length_penalty", "early_stopping"):

@@ -1,6 +1,6 @@
-"""The command line of train.py: the data, where to start from, how long and how to train.
+"""The command line of train.py: the data, the initial model, the settings of training.
 
-None stands for a value that suits the model and the device, which train.py fills in. This file
+None means automatic: training/plan.py fills in a value for the model and the device. This file
 opens no file.
 """
 
@@ -35,13 +35,13 @@ class TrainConfig:
     text_column: str = flag("text", "of a .jsonl, .csv, .tsv or .parquet file")
     label_column: str = flag("label", "with --task classify")
     init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
-    # the folder
-    out: str = flag("out", "folder that receives the model")
+    # the run's folder
+    out: str = flag("out", "folder to write the model to")
     resume: bool = flag(False, "go on from the last checkpoint in --out")
-    overwrite: bool = flag(False, "replace the run that --out holds")
+    overwrite: bool = flag(False, "delete the run in --out and start a new one")
     dry_run: bool = flag(False, "print the plan: tokens, steps, memory, time; write nothing")
     keep: int = flag(2, "checkpoints to keep beside the best", low=1)
-    # how much
+    # length
     epochs: float = flag(3.0, "passes over the training text, unless --steps is given", above=0)
     steps: int | None = flag(None, "optimizer steps", low=1)
     batch_size: int | None = flag(
@@ -52,53 +52,57 @@ class TrainConfig:
         None, "tokens in a sequence (default: 256 on a CPU, else 1024, at most the model's)", low=8
     )
     patience: int | None = flag(
-        None, "evaluations without a better val_loss after which to stop", low=1
+        None, "stop after this many evaluations without a better val_loss", low=1
     )
-    # how
-    optimizer: str = flag("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"))
+    # optimization
+    optimizer: str = flag(
+        "adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon")
+    )
     lr: float | None = flag(None, "peak learning rate (default: by the model's width)", low=0)
     schedule: str = flag(
         "cosine",
-        "of the learning rate after the warm-up; wsd: falls in the last fifth",
+        "learning rate after the warm-up; wsd: constant, then falls in the last fifth",
         choices=("cosine", "linear", "constant", "wsd"),
     )
     warmup: int | None = flag(None, "steps of linear warm-up (default: 5 %, at most 100)", low=0)
     weight_decay: float = flag(0.1, "on matrices only", low=0)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 is no clipping", low=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping", low=0)
     dropout: float = flag(0.0, "share of activations dropped while training", low=0, below=1)
     ema: float = flag(
-        0.0, "decay of a moving average of the weights, which is kept", low=0, below=1
+        0.0,
+        "decay of a moving average of the weights; the average becomes the model",
+        low=0,
+        below=1,
     )
-    lora_rank: int = flag(0, "train low-rank adapters of this rank only; 0: all weights", low=0)
-    lora_alpha: float | None = flag(None, "their scale, alpha / rank (default: 2 rank)", above=0)
+    lora_rank: int = flag(0, "train only low-rank adapters of this rank; 0: all weights", low=0)
+    lora_alpha: float | None = flag(
+        None, "the adapters' scale is alpha / rank (default: 2 rank)", above=0
+    )
     # a new model
     n_layer: int = flag(4, "blocks, with --init scratch", low=1, high=MOST_LAYERS)
     n_head: int = flag(4, "attention heads, with --init scratch", low=1)
     n_embd: int = flag(128, "width, with --init scratch", low=1)
     tokenizer: str = flag("gpt2", "with --init scratch", choices=("gpt2", "bytes"))
     # where
-    seed: int = flag(1337, "of the weights, the data's order and dropout", low=0, high=MAX_SEED)
+    seed: int = flag(1337, "for the weights, the data's order and dropout", low=0, high=MAX_SEED)
     device: str = flag("auto", "where to run", choices=DEVICES)
-    dtype: str = flag("auto", "of the matrix products", choices=("auto", *DTYPES))
+    dtype: str = flag("auto", "precision of the matrix products", choices=("auto", *DTYPES))
     kernels: str = flag(
         "auto",
-        "what computes; auto: triton on a GPU; reference: ops.py's formulas",
+        "the implementation; auto: triton on a GPU; reference: ops.py's formulas",
         choices=KERNELS,
     )
-    compile: bool = flag(False, "by torch.compile: minutes to begin, faster steps")
-    activation_checkpointing: bool = flag(
-        False, "compute activations twice instead of keeping them"
-    )
-    fsdp: bool = flag(False, "with torchrun: share out the weights too, for gpt2-xl")
-    # what is seen of it
+    compile: bool = flag(False, "use torch.compile: minutes to start, faster steps")
+    activation_checkpointing: bool = flag(False, "recompute activations instead of keeping them")
+    fsdp: bool = flag(False, "with torchrun: shard the weights too, for gpt2-xl")
+    # evaluation and output
     eval_every: int | None = flag(None, "steps between evaluations (default: ten in a run)", low=1)
     save_every: int | None = flag(None, "steps between checkpoints (default: as eval_every)", low=1)
     sample_every: int | None = flag(None, "steps between samples (default: first and last)", low=1)
-    tensorboard: bool = flag(False, "write its event files to the folder too")
-    prompt: str = flag("", "of the samples (default: the validation text's start)")
-    given: tuple[str, ...] = field(
-        default=(), compare=False
-    )  # names of the flags on the command line
+    tensorboard: bool = flag(False, "also write TensorBoard's event files to --out")
+    prompt: str = flag("", "prompt of the samples (default: the start of the validation text)")
+    # names of the flags on the command line
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -120,7 +124,7 @@ class TrainConfig:
                 f"n_embd must be a multiple of n_head ({self.n_head}), not {self.n_embd}"
             )
         if self.lora_rank and self.init == "scratch":
-            raise ValueError("lora_rank must be 0 with --init scratch: there is nothing to adapt")
+            raise ValueError("lora_rank must be 0 with --init scratch: nothing to adapt")
         if self.fsdp:
             self._check_fsdp()
 
@@ -138,7 +142,7 @@ class TrainConfig:
             raise ValueError("dtype must be float32 or bfloat16 with --fsdp, not 'float16'")
 
     def shape(self, vocab_size: int, end_of_text: int) -> GPTConfig:
-        """The shape of a model from scratch, for a vocabulary and the id that ends its texts."""
+        """Return the shape of a new model, given the vocabulary and its end-of-text id."""
         return GPTConfig(
             vocab_size=vocab_size,
             block_size=self.block_size or 256,
@@ -152,7 +156,7 @@ class TrainConfig:
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "TrainConfig":
-        """Build the configuration from the flags that were given; those that clash are refused."""
+        """Build the configuration from the given flags. Raises ValueError for clashing flags."""
         if given.get("steps") is not None and "epochs" in given:
             raise ValueError(
                 f"epochs must be left out where steps is given, not {given['epochs']!r}"
@@ -188,15 +192,15 @@ class TrainConfig:
 
 
 def check_data(source: str) -> None:
-    """Raise ValueError where `source` cannot be data to train on; reads no text."""
+    """Raise ValueError if `source` cannot be training data. Reads no text."""
     if source not in (*DATA_NAMES, "-"):
         data_files(source)
 
 
 def data_files(source: str) -> list[Path]:
-    """The files of a path or a glob, in order of name: a folder's are those of a known kind.
+    """List the files of a path or a glob, sorted by name; of a folder, the files of known kinds.
 
-    Raises ValueError where there is none.
+    Raises ValueError if no file matches.
     """
     path = Path(source)
     if not source or "\0" in source:
@@ -210,16 +214,16 @@ def data_files(source: str) -> list[Path]:
     elif path.is_file():
         found = [path]
     else:
-        # Path.glob takes no absolute pattern
+        # Path.glob rejects absolute patterns
         names = glob.glob(source, recursive=True)  # noqa: PTH207
         found = [path for path in map(Path, names) if path.is_file()]
     if not found:
         known = ", ".join(DATA_NAMES)
-        raise ValueError(f"{show(source)} is no file, no folder and no known text ({known})")
+        raise ValueError(f"{show(source)} is not a file, a folder or a known text ({known})")
     return sorted(found)
 
 
 def data_kind(path: str | Path) -> str | None:
-    """How a file is read, which its suffix tells: one of DATA_KINDS, or None."""
+    """Return a file's kind by its suffix: one of DATA_KINDS, or None."""
     name = str(path).lower().removesuffix(".gz").removesuffix(".zst")
     return next((kind for kind in DATA_KINDS if name.endswith(kind)), None)

@@ -1,1 +1,1 @@
-"""The parts of a training run that are not its lesson: optimizer, checkpoints, figures."""
+"""The supporting parts of a training run: preparation, optimizers, checkpoints, reports."""

@@ -1,15 +1,14 @@
-"""An adapter: what LoRA learned, apart from the model it was learned on. PEFT's format.
+"""LoRA adapters on disk, without their base model, in PEFT's format.
 
-    adapter_config.json         rank, alpha, which layers, the name of the model it belongs to
+    adapter_config.json         rank, alpha, the layers, the name of the base model
     adapter_model.safetensors   base_model.model.NAME.lora_A.weight (r, in), lora_B (out, r), where
                                 NAME is the layer's in transformers; a classifier's score.weight
 
-At rank 8 it is 4.7 MB beside the 124M model's 498 MB. `PeftModel.from_pretrained` reads what is
-written here, and PEFT's own adapters of the same layers are read. Only settings that change what is
-computed count; any that is not known to be without effect is refused rather than ignored, and a
-dropout for training is not taken over.
+At rank 8 an adapter takes 4.7 MB, the 124M model 498 MB. `PeftModel.from_pretrained` reads these
+files, and `load_adapter` reads PEFT's own adapters of the same layers. A setting that may change
+the computation is an error, never ignored. The training dropout is not taken over.
 
-This file does not know how A and B came about.
+This file does not know how A and B were trained.
 """
 
 import json
@@ -27,11 +26,11 @@ from nanogpt2.training.lora import add_lora, lora_layers
 LAYERS = ("c_attn", "c_fc", "c_proj")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# what an adapter's settings must be where they are stated
+# the allowed values of settings, when adapter_config.json states them
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # the others change the weights of the model too
+    # other values also change the base model's weights
     "init_lora_weights": (True, False, "gaussian"),
     "modules_to_save": (None, ["score"], ["classifier", "score"]),
 }
@@ -52,15 +51,14 @@ WITHOUT_EFFECT = (
 def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
     """Write A and B, and a classifier's head.
 
-    `base_name` is the name or path of the model they belong to. Raises ValueError for a model
-    without LoRA.
+    `base_name` is the name or path of the base model. Raises ValueError for a model without LoRA.
     """
     layer = next(iter(lora_layers(model).values()), None)
     if layer is None:
-        raise ValueError("the model has no LoRA to save")
+        raise ValueError("the model has no LoRA layers to save")
     config = {
         "peft_type": "LORA",
-        # with SEQ_CLS PEFT takes the head too
+        # SEQ_CLS makes PEFT load the head too
         "task_type": "SEQ_CLS" if isinstance(model, GPTClassifier) else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": layer.rank,
@@ -79,16 +77,16 @@ def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
 
 
 def load_adapter(model: Model, folder: str | Path) -> None:
-    """Give a plain model the LoRA of a folder, ready to go on learning.
+    """Add the LoRA layers in a folder to a plain model, ready for further training.
 
-    Raises ValueError, leaving the model as it was, for an adapter of other layers, of another
-    model, or with settings that are unknown here; OSError for a file that cannot be read.
+    Raises ValueError, and leaves the model unchanged, for an adapter of other layers, of another
+    model, or with unknown settings. Raises OSError for an unreadable file.
     """
     rank, alpha = _read_config(Path(folder) / CONFIG)
     path = Path(folder) / TENSORS
     with tensor_file.opened(path) as file:
         stored = dict(file.read([entry.name for entry in file.entries]))
-    # the same model without numbers, to hold the file against
+    # the same model without weights: the names and shapes to expect in the file
     with torch.device("meta"):
         gpt = GPT(model.config)
         outline = GPTClassifier(gpt, model.labels) if isinstance(model, GPTClassifier) else gpt
@@ -103,7 +101,7 @@ def load_adapter(model: Model, folder: str | Path) -> None:
 
 
 def _tensors(model: Model) -> dict[str, Tensor]:
-    """All that an adapter of this model holds, by its names there."""
+    """Collect the tensors of this model's adapter, by their names in the file."""
     prefix = PREFIX if isinstance(model, GPTClassifier) else f"{PREFIX}transformer."
     found: dict[str, Tensor] = {}
     for name, layer in lora_layers(model).items():
@@ -115,13 +113,13 @@ def _tensors(model: Model) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path) -> tuple[int, float]:
-    """Return rank and alpha. Raises ValueError for a setting that means another computation."""
+    """Return rank and alpha. Raises ValueError for a setting that changes the computation."""
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}") from None
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(stated, dict):
-        raise ValueError(f"{str(path)!r} is no JSON object")
+        raise ValueError(f"{str(path)!r} is not a JSON object: {stated!r:.60}")
     rank, alpha, layers = (stated.pop(key, None) for key in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{str(path)!r}: r must be a whole number >= 1, not {rank!r}")
@@ -136,12 +134,12 @@ def _read_config(path: Path) -> tuple[int, float]:
                 f"{str(path)!r}: {key} must be {REQUIRED[key][0]!r}, not {value!r:.60}"
             )
         if key not in REQUIRED and key not in WITHOUT_EFFECT and value:
-            raise ValueError(f"{str(path)!r}: {key} is not known here: {value!r:.60}")
+            raise ValueError(f"{str(path)!r}: {key} is not supported: {value!r:.60}")
     return rank, alpha
 
 
 def _check_tensors(path: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError for the first tensor that is missing, unexpected or of a wrong shape."""
+    """Raise ValueError for the first missing, unexpected or wrongly shaped tensor."""
     for name, tensor in expected.items():
         if name not in stored:
             raise ValueError(f"{str(path)!r}: tensor {name} is missing")
@@ -150,4 +148,4 @@ def _check_tensors(path: Path, stored: dict[str, Tensor], expected: dict[str, Te
             raise ValueError(f"{str(path)!r}: tensor {name} must be {shapes}")
     for name in stored:
         if name not in expected:
-            raise ValueError(f"{str(path)!r}: tensor {name} has no place in this model")
+            raise ValueError(f"{str(path)!r}: tensor {name} is unexpected: this model lacks it")

@@ -1,18 +1,18 @@
-"""A run's state on disk: everything a resumed run needs, whole or not there at all.
+"""A run's checkpoints on disk: everything that a resumed run needs, complete or absent.
 
 A checkpoint is a folder `step-N`:
 
     model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
     training.safetensors                  the trainer's other tensors: optimizer, generators, ...
     state.json                            the rest
-    manifest.json                         {file: {size, sha256}} of all of these
+    manifest.json                         {file: {size, sha256}} of all these files
 
-It is written aside as `step-N.tmp`, the manifest last, synced to the disk, and only then renamed; a
-reader trusts a folder only if its manifest holds. Then `best` points at the best one, its model
-becomes the run's, and older checkpoints go. A resumed run does these three again, which makes up
-for a kill between them. Nothing is pickled.
+A save writes `step-N.tmp`, the manifest last, syncs every file to the disk, then renames the
+folder. A reader trusts a folder only if its files match its manifest. After the rename, `best`
+points at the best checkpoint, the new model replaces the run's model, and old checkpoints are
+deleted. A resumed run repeats these three, in case a kill came between them. Nothing is pickled.
 
-This file does not know the loop, the schedule or what the tensors mean.
+This file does not know the loop, the schedule or the tensors' meaning.
 """
 
 import hashlib
@@ -45,17 +45,17 @@ def commit(
     state: dict[str, Any],
     keep: int,
 ) -> None:
-    """Save a run under `out`/checkpoints as step-`state["step"]`; make its model the one of `out`.
+    """Save a run as `out`/checkpoints/step-`state["step"]`; publish its model in `out`.
 
-    Older checkpoints than the newest `keep` and the best are removed last. Raises OSError, leaving
-    every checkpoint committed before intact.
+    Deletes old checkpoints last, but keeps the newest `keep` and the best. Raises OSError, and
+    then leaves every earlier checkpoint intact.
     """
     save_checkpoint(out / "checkpoints", model, tokenizer, tensors, state)
     settle(out, state, keep)
 
 
 def settle(out: Path, state: dict[str, Any], keep: int) -> None:
-    """Do what follows from the checkpoint of `state` being there; once more changes nothing."""
+    """Finish a commit: mark the best, publish the model, prune. Repeating it changes nothing."""
     saved = out / "checkpoints" / f"step-{state['step']}"
     if state["is_best"]:
         mark_best(saved)
@@ -70,7 +70,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     state: dict[str, Any],
 ) -> Path:
-    """Commit `folder/step-N` and return it. Raises OSError, leaving the others as they were."""
+    """Write `folder/step-N` and return its path. Raises OSError; then the others are unchanged."""
     final = folder / f"step-{state['step']}"
     if is_whole(final):
         return final
@@ -81,7 +81,7 @@ def save_checkpoint(
     try:
         save_file(tensors, partial / TENSORS)
     except SafetensorError as error:
-        # the library's own name for a full disk
+        # safetensors reports a full disk by this error
         raise OSError(str(error)) from error
     (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
@@ -89,7 +89,7 @@ def save_checkpoint(
     for file in partial.iterdir():
         sync(file)
     sync(partial)
-    # a damaged folder of this step gives way
+    # replace a damaged folder of this step
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     sync(folder)
@@ -97,17 +97,17 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose manifest holds; None where there is none at all.
+    """Return the newest intact checkpoint; None without any checkpoint.
 
-    Says which ones it passes over. Raises ValueError where all are damaged.
+    Prints a note for each damaged checkpoint it skips. Raises ValueError when all are damaged.
     """
     found = checkpoints(folder)
     for path in reversed(found):
         if is_whole(path):
             return path
-        terminal.note(f"{path} is damaged: going on from the one before it")
+        terminal.note(f"{path} is damaged: trying the checkpoint before it")
     if found:
-        raise ValueError(f"finds no checkpoint in {str(folder)!r} whole; none was removed")
+        raise ValueError(f"found only damaged checkpoints in {str(folder)!r}; none was deleted")
     return None
 
 
@@ -118,7 +118,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """True where every file is there with the size and SHA-256 that the manifest states."""
+    """Return True if every file has the size and SHA-256 that the manifest states."""
     try:
         entries = read_manifest(path) or {}
         return (
@@ -131,15 +131,15 @@ def is_whole(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the trainer's tensors and state.json; the model is `load_model(path)`'s to read."""
+    """Return the trainer's tensors and state.json; `load_model(path)` reads the model."""
     return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def publish(path: Path, out: Path) -> None:
-    """Make a checkpoint's model files those of the folder `out`; each is replaced in one step.
+    """Put a checkpoint's model files into the folder `out`, each by one atomic replacement.
 
-    `out` has a manifest too, of what is the same at every step: the weights state their own digest,
-    so whoever loads them while they are replaced finds the old ones or the new ones whole.
+    `out` has a manifest too, of the files that are equal at every step. The weights file states its
+    own digest, so a reader finds either the old or the new weights, complete.
     """
     entries = read_manifest(path) or {}
     lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, TENSORS)}
@@ -151,19 +151,19 @@ def publish(path: Path, out: Path) -> None:
         if file.name in (MANIFEST, STATE, TENSORS):
             continue
         partial = out / f".{file.name}.tmp"
-        # what a killed run left may be a name of a checkpoint's file: not to be written to
+        # a killed run may have left a hard link to a checkpoint's file: never write through it
         partial.unlink(missing_ok=True)
-        # the weights are large; what a person may edit must not be the checkpoint's own
+        # link the large weights; copy the rest: a user may edit it, the checkpoint must not change
         (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
         sync(partial)
         partial.replace(out / file.name)
-        # two names of one file: then replacing does nothing
+        # replace() does nothing if both names already link to one file
         partial.unlink(missing_ok=True)
     sync(out)
 
 
 def _link(file: Path, target: Path) -> None:
-    """Give a file a second name; a copy, on a file system without hard links."""
+    """Hard-link a file; copy it on a file system without hard links."""
     try:
         os.link(file, target)
     except OSError:
@@ -171,7 +171,7 @@ def _link(file: Path, target: Path) -> None:
 
 
 def mark_best(path: Path) -> None:
-    """Point the link `best` beside a checkpoint at it, in one step."""
+    """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically."""
     partial = path.parent / "best.tmp"
     partial.unlink(missing_ok=True)
     partial.symlink_to(path.name)
@@ -180,9 +180,10 @@ def mark_best(path: Path) -> None:
 
 
 def prune(saved: Path, keep: int) -> None:
-    """Remove the checkpoints before the `keep` up to `saved`, but the best; and killed saves.
+    """Keep the newest `keep` checkpoints up to `saved`, and the best; delete older ones.
 
-    Those after `saved` are damaged, since the run went on from one before them: they do not count.
+    Ignores checkpoints after `saved`: the run resumed before them because they are damaged. Deletes
+    unfinished saves too.
     """
     folder = saved.parent
     best = (folder / "best").resolve()
@@ -195,7 +196,7 @@ def prune(saved: Path, keep: int) -> None:
 
 
 def _manifest_text(entries: dict[str, Any]) -> str:
-    """The one way to write a manifest, so that no bit of it can change unseen."""
+    """Format a manifest. `is_whole` compares the text, so a changed byte shows."""
     return json.dumps(entries, indent=1)
 
 

@@ -1,9 +1,9 @@
-"""One run on several devices: who takes part, and what they tell each other.
+"""One run on several devices: the processes and their collective operations.
 
-`torchrun --nproc_per_node=N train.py ...` starts N processes; `join` brings them together, and
-without torchrun makes a world of one, in which everything here does nothing. DDP gives every
-process the whole model and its share of the sequences; FSDP2 also shares out the weights, the
-gradients and the optimizer's state, block by block, for models that do not fit one device.
+`torchrun --nproc_per_node=N train.py ...` starts N processes, and `join` connects them. Without
+torchrun `join` makes a world of one process, where every operation here does nothing. DDP gives
+each process the whole model and a part of the sequences. FSDP2 also shards the weights, the
+gradients and the optimizer's state, block by block, for models too large for one device.
 
 This file does not know the data or the loop.
 Sources: Li et al. 2020 (DDP); Zhao et al. 2023 (FSDP); torch.distributed.
@@ -22,12 +22,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanogpt2.checkpoints.weights import choose_device
 
-_left: list[Any] = []  # groups that this process was in
+_left: list[Any] = []  # groups that this process has left
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one is number `rank` of `size` and computes on `device`."""
+    """The processes of a run: this process has number `rank` of `size` and computes on `device`."""
 
     device: str
     rank: int = 0
@@ -35,25 +35,25 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True for the one process that writes and speaks."""
+        """True for the one process that writes files and prints."""
         return self.rank == 0
 
     @property
     def device_type(self) -> str:
-        """The kind of device: cpu, cuda or mps."""
+        """The type of device: cpu, cuda or mps."""
         return self.device.partition(":")[0]
 
     def sum(self, *values: float) -> list[float]:
-        """Add each value up over all processes, in float64; each must call this."""
+        """Add up each value over all processes, in float64. Every process must call this."""
         if self.size == 1:
             return list(values)
-        # MPS has no float64, but no world of several either
+        # MPS lacks float64, but always runs a single process
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def largest(self, value: int) -> int:
-        """The largest value in any process; each must call this."""
+        """Return the largest value of all processes. Every process must call this."""
         if self.size == 1:
             return value
         most = torch.tensor(value, device=self.device)
@@ -61,7 +61,7 @@ class World:
         return int(most)
 
     def gather(self, tensor: Tensor) -> Sequence[Tensor]:
-        """The tensors of all processes, which have one shape, on the CPU; each must call this."""
+        """Return all processes' tensors, of one shape, on the CPU. Every process must call this."""
         if self.size == 1:
             return [tensor]
         found = [torch.empty_like(tensor, device=self.device) for _ in range(self.size)]
@@ -70,29 +70,29 @@ class World:
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """The others wait outside until the first process is through: they find what it made."""
+        """Let the first process run the body, and its downloads and caches, before the others."""
         if not self.is_first:
             dist.barrier()
         try:
             yield
         finally:
-            # what the first one could not do, the others try themselves
+            # release the others after an error too: each then reports the error itself
             if self.is_first and self.size > 1:
                 dist.barrier()
 
     def leave(self) -> None:
-        """Say goodbye, so that the others are not kept waiting."""
+        """Leave the process group, so that the others do not wait for this process."""
         if dist.is_initialized():
-            # DDP must not be the last to hold the group: ending it, it would keep the interpreter's
-            # lock, which the group's threads may need before they end
+            # keep a reference: if DDP held the last, its destructor would end the group under the
+            # interpreter's lock, which the group's threads may need to finish
             _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
 def join(device: str) -> World:
-    """Join the processes that torchrun started, each on a device of its own.
+    """Join the processes that torchrun started, each on its own device.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a missing device.
     """
     if not dist.is_torchelastic_launched():
         return World(choose_device(device))
@@ -107,9 +107,9 @@ def join(device: str) -> World:
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
-    """Share out a model's parameters, in place: each process keeps 1 / size of every tensor.
+    """Shard a model's parameters, in place: each process keeps 1 / size of every tensor.
 
-    A block's parameters are together only while it computes.
+    A block's parameters are gathered only while the block computes.
     """
     mesh = dist.init_device_mesh(world.device_type, (world.size,))
     for block in blocks:
@@ -118,12 +118,12 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be shared out; every process must call this."""
+    """Gather a tensor if it is sharded. Every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """Share a whole tensor out as `pattern` is; a pattern that is whole changes nothing."""
+    """Shard a whole tensor like `pattern`; if `pattern` is whole, return the tensor as it is."""
     if isinstance(pattern, DTensor) and tensor.shape == pattern.shape:
         return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements)
     return tensor

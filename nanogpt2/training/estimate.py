@@ -1,4 +1,4 @@
-"""What training will cost: memory before it begins, arithmetic while it runs.
+"""The cost of training: an estimate of the memory, and the arithmetic's speed.
 
 Axes as in model.py: C = n_embd, L = n_layer, H = n_head, V = vocabulary; P parameters, M = B T
 tokens in a micro-batch. The memory formula follows this model's autograd graph, not transformers'
@@ -44,7 +44,7 @@ def memory_estimate(
                                                          floats (two residuals C, q k v 3 C,
                                                          attention C, 4 C before GELU)
                      M L (64 C + 4 H)                    fp32 elsewhere: two normalised C and 4 C
-                                                         after GELU more, which are not made again
+                                                         after GELU more, which are not recomputed
                      M L (36 C + 4 H) + 24 L C^2         bf16: the residuals stay fp32; autocast's
                                                          copies of the blocks' matrices
         head         4 V C + 4 R V + 12 M C              the embedding's gradient; R rows of logits
@@ -52,20 +52,20 @@ def memory_estimate(
         gradients    4 T                                 kept through the forward pass only by
                                                          grad_accum > 1
 
-    The peak is where the loss is made (activations + head, + gradients with grad_accum > 1) or at
-    the backward pass's end (gradients, and on a GPU 8 V C: the embedding's from both its uses),
-    whichever is more. A frozen embedding (T < P) has no gradient, nor has a classifier's at the
-    loss, which has `labels` logits a token in place of V. Dropout adds its masks: 2 M L C on a GPU;
-    on a CPU M L (16 C + 12 H block_size), where they are floats and PyTorch has no fused attention
-    with dropout. On a CPU a third of all but weights and optimizer is added for malloc's holes,
-    which tensors of many sizes leave (an eighth in bf16). What --compile and several processes
-    change is not counted.
+    The peak is the larger of two: at the loss (activations + head, + gradients with grad_accum > 1)
+    or at the end of the backward pass (gradients, and on a GPU 8 V C: the embedding's gradient from
+    each of its two uses). A frozen embedding (T < P) has no gradient. A classifier's embedding has
+    none at the loss, and its loss has `labels` logits a token in place of V. Dropout adds its
+    masks: 2 M L C on a GPU; on a CPU M L (16 C + 12 H block_size), because they are floats and
+    PyTorch has no fused attention with dropout. On a CPU malloc leaves holes between tensors of
+    many sizes: they add a third (an eighth in bf16) of everything but weights and optimizer. The
+    effects of --compile and of several processes are not counted.
 
-    Measured as VmHWM on a CPU, above a process that has trained a tiny model, after three steps of
-    a `Trainer`, the estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
+    Measured as VmHWM on a CPU after three steps of a `Trainer`, above a process that had trained a
+    tiny model. The estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
     257, 32 x 256), 2 % (the same with dropout, 16 x 256), 14 % (a classifier of 30 M, 16 x 256),
-    and for 124 M at 4 x 256 by 2 % (2,256 MiB), 5 % in bf16, 10 % with LoRA; too high by 1 % with
-    grad_accum=2. Not compared on a GPU.
+    and for 124 M at 4 x 256 by 2 % (2,256 MiB), 5 % in bf16, 10 % with LoRA. It was too high by
+    1 % with grad_accum=2. Not compared on a GPU.
     """
     c = config
     params = count_parameters(c)
@@ -94,8 +94,8 @@ def memory_estimate(
 
 # ---- arithmetic
 
-# bf16 peak of the tensor cores without sparsity, FLOP/s, from NVIDIA's datasheets; by the beginning
-# of the device's name, the longer ones first
+# bf16 peak of the tensor cores without sparsity, FLOP/s, from NVIDIA's datasheets. Keys are
+# prefixes of the device's name, longer prefixes first
 DATASHEET = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
@@ -107,18 +107,18 @@ PROBE_SECONDS = 0.08
 
 @dataclass(frozen=True)
 class Rate:
-    """Matrix products that a device does, in FLOP/s, and where that number is from."""
+    """A device's rate of matrix products, in FLOP/s, and the source of that number."""
 
     flops: float
     source: str
 
 
 def model_flops(config: GPTConfig, tokens: int, block_size: int) -> float:
-    """Forward and backward pass over `tokens` in blocks: tokens (6 N + 12 L C T).
+    """Count the FLOP of a forward and backward pass over `tokens`: tokens (6 N + 12 L C T).
 
-    N is every parameter but the position embeddings, which are added and never multiplied; 12 L C T
-    is attention's two products, the masked half counted too (Chowdhery et al. 2022, appendix B).
-    Frozen weights and recomputation are not taken into account.
+    N is every parameter but the position embeddings, which are added and never multiplied. 12 L C T
+    is attention's two products, the masked half included (Chowdhery et al. 2022, appendix B).
+    Frozen weights and recomputation are ignored.
     """
     c = config
     multiplied = count_parameters(c) - c.block_size * c.n_embd
@@ -126,7 +126,7 @@ def model_flops(config: GPTConfig, tokens: int, block_size: int) -> float:
 
 
 def device_rate(device: str, dtype: str) -> Rate:
-    """What a share of the peak is a share of: the datasheet's where it is known, else measured."""
+    """Return the peak rate for mfu: a known GPU's bf16 datasheet, else a measurement."""
     if device == "cuda" and dtype == "bfloat16":
         name = torch.cuda.get_device_name()
         for beginning, flops in DATASHEET.items():
@@ -137,12 +137,12 @@ def device_rate(device: str, dtype: str) -> Rate:
 
 @cache
 def measure_matmul_rate(device: str, dtype: str) -> float:
-    """FLOP/s of square matrix products, the best of those that fit into about PROBE_SECONDS.
+    """Measure the FLOP/s of square matrix products, the best within about PROBE_SECONDS.
 
-    dtype: as in `--dtype`. Takes no number from the global random generator.
+    dtype: as in `--dtype`. The global random generator is not used.
     """
     size = 4096 if device == "cuda" else 512
-    # random numbers: a GPU is faster, and no truer, on constant ones
+    # random inputs: a GPU multiplies constants unrealistically fast
     own = torch.Generator(device).manual_seed(0)
     a = torch.rand(size, size, generator=own, device=device).to(getattr(torch, dtype))
 
@@ -156,7 +156,7 @@ def measure_matmul_rate(device: str, dtype: str) -> float:
 
     # the first product loads the library
     seconds(1)
-    # enough at once that starting and waiting do not count
+    # time many products at once, to hide the cost of launch and synchronization
     products = max(1, min(50, int(PROBE_SECONDS / 5 / max(seconds(1), 1e-6))))
     best, until = seconds(products), time.perf_counter() + PROBE_SECONDS / 2
     while time.perf_counter() < until:
@@ -165,12 +165,12 @@ def measure_matmul_rate(device: str, dtype: str) -> float:
 
 
 def memory_used(device: str) -> int:
-    """The most bytes that were in use at once: of the GPU's memory, or of this process."""
+    """Return the peak memory in bytes: the GPU's, or this process's."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
-        # getrusage's peak would be inherited from whoever started this process
+        # getrusage's peak includes the parent process's
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -1,25 +1,25 @@
-"""LoRA: fine-tuning by a small correction of each matrix instead of the matrix itself.
+"""LoRA: fine-tune a low-rank correction of each matrix, not the matrix itself.
 
-A linear layer y = x W^T + b of a trained model keeps W (out, in) and b. What it learns is a matrix
-of low rank r that is added to W:
+A linear layer y = x W^T + b of a trained model keeps W (out, in) and b. Training learns a matrix
+of low rank r, which is added to W:
 
     y = x W^T + b + s (x A^T) B^T  =  x (W + s B A)^T + b,    A (r, in),  B (out, r),  s = alpha / r
 
-- Why it is enough: the change that fine-tuning makes to a matrix is found to be near one of low
-  rank, so r = 8 out of 768 is often enough.
-- Start: A is random, B is zero. B A = 0, so training starts at the model as it was; and as A is not
-  zero, B has a gradient (dB = s dy^T (x A^T)) at once. Were both zero, both gradients would be, for
-  ever. A is drawn as torch's Linear is: uniform within 1 / sqrt(in).
+- Why low rank suffices: fine-tuning changes a matrix by nearly a low-rank matrix, so r = 8 out of
+  768 is often enough.
+- Start: A is random, B is zero. B A = 0, so training starts at the unchanged model. A is not zero,
+  so B has a gradient (dB = s dy^T (x A^T)) from the first step. If both were zero, both gradients
+  would stay zero. A is drawn like torch's Linear: uniform within 1 / sqrt(in).
 - Scale: with s = alpha / r another rank hardly needs another learning rate.
-- Memory: AdamW keeps a gradient and two moments, 12 bytes in fp32 for each parameter that learns:
+- Memory: AdamW keeps a gradient and two moments, 12 bytes in fp32 for each trained parameter:
   1.5 GB for the 124M model. At r = 8 the A and B of its 48 layers are 1.2 million numbers: 14 MB.
-  W's gradient is not even computed. The weights and the activations take what they took.
-- After training, W + s B A is a matrix like W (`merged`): the tuned model is no slower.
+  W's gradient is never computed. Weights and activations take as much memory as before.
+- After training, W + s B A is a matrix like W (`merged`), so the tuned model is as fast as before.
 
-The layers are those of every block: c_attn, c_proj (attention's and the MLP's) and c_fc. All other
-parameters are frozen, but for a classifier's new head.
+Every block's c_attn, c_fc and both c_proj (attention's and the MLP's) get an A and a B. All other
+parameters are frozen, except a classifier's new head.
 
-This file knows neither the loop nor files; `adapter.py` writes A and B down.
+This file knows neither the loop nor files; `adapter.py` saves A and B.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 """
@@ -38,11 +38,11 @@ M = TypeVar("M", bound=Model)
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer whose own weight and bias rest while A and B learn."""
+    """A linear layer with frozen weight and bias and trained A and B."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
-        """Take over the parameters of `linear`, so that their names and bits stay."""
-        # on meta nothing is drawn or stored
+        """Take over the parameters of `linear`: their names and values stay."""
+        # the meta device draws and stores nothing
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.alpha = rank, alpha
@@ -59,7 +59,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer that computes the same."""
+        """Return a plain layer that computes the same."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
         change = self.lora_b @ self.lora_a * (self.alpha / self.rank)  # (out, in)
         plain.weight = nn.Parameter(self.weight + change)
@@ -68,10 +68,10 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model: Model, rank: int, alpha: float) -> None:
-    """Give every linear layer of the blocks its A and B, and freeze everything else.
+    """Add A and B to every linear layer of the blocks; freeze everything else.
 
-    Rank 0 changes nothing. Raises ValueError for a rank above the model's width, for an alpha that
-    is not above 0, and for a model that has LoRA already.
+    Rank 0 changes nothing. Raises ValueError for a rank above the model's width, for alpha <= 0,
+    and for a model that already has LoRA layers.
     """
     if not 0 <= rank <= model.config.n_embd:
         raise ValueError(f"rank must be 0 to {model.config.n_embd}, the model's width, not {rank}")
@@ -92,14 +92,14 @@ def add_lora(model: Model, rank: int, alpha: float) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with A and B, by name; none for a plain model."""
+    """Return the layers with A and B, by name; an empty dict for a plain model."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 def merged(model: M) -> M:
-    """A copy without LoRA that computes the same: every weight is W + s B A.
+    """Return a copy without LoRA that computes the same: every weight is W + s B A.
 
-    `model` and the random generators are left as they are, so its training can go on.
+    `model` and the random generators do not change, so training can go on.
     """
     plain = deepcopy(model)
     for name, layer in lora_layers(plain).items():

@@ -1,8 +1,8 @@
-"""The optimizers and how their learning rate goes: AdamW or Muon; cosine, linear, constant or WSD.
+"""Optimizers (AdamW, Muon) and learning-rate schedules (cosine, linear, constant, WSD).
 
-AdamW steps along m / sqrt(v), the mean of the gradients over the root of their mean square. Muon
-(for the blocks' matrices; AdamW does the rest) makes the mean gradient's singular values all one,
-scaled so that its steps are as large as AdamW's: one learning rate serves both.
+AdamW steps along m / sqrt(v), the mean gradient over the root of the mean squared gradient. Muon
+updates the blocks' matrices, AdamW the rest. Muon sets every singular value of the mean gradient
+to one, then scales the step to AdamW's size, so one learning rate serves both.
 
 This file does not know the data or the loop.
 Sources: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon) and Liu et al. 2025 (its
@@ -20,7 +20,7 @@ DECAY_SHARE = 0.2  # of the steps, at the end of schedule wsd
 def make_optimizers(
     model: nn.Module, name: str, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers that together hold every trained parameter of the model, each once.
+    """Make the optimizers, which together hold every trained parameter exactly once.
 
     Matrices and embeddings decay, biases and layer norms do not. Frozen parameters are left out.
     """
@@ -46,10 +46,10 @@ def make_optimizers(
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, schedule: str) -> float:
-    """The rate of step 1, 2, ..., `steps`: up to `peak` in `warmup` steps, then by the schedule."""
+    """Return the rate of a step in 1..steps: up to `peak` in `warmup` steps, then the schedule."""
     if step <= warmup:
         return peak * step / warmup
-    # what falls would reach 0 one step after the last: every step learns
+    # a falling rate reaches 0 one step after the last, so every step learns
     left = (steps + 1 - step) / (steps + 1 - warmup)  # 1 down to 0
     if schedule == "constant":
         return peak

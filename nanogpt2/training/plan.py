@@ -1,6 +1,6 @@
-"""What a run is going to do: the settings that were left open, chosen from the data and the model.
+"""The plan of a run: choose the settings left open, from the data and the model; describe the run.
 
-This file does not know the loop, the files or where the data comes from.
+This file does not know the loop, the files or the source of the data.
 """
 
 import math
@@ -14,30 +14,35 @@ from nanogpt2.training.distributed import World
 from nanogpt2.training.estimate import memory_estimate
 from nanogpt2.training.trainer import Trainer
 
-# on a GPU a step takes more sequences where the data has enough for so many steps
+# on a GPU the batch grows to STEP_TOKENS, as long as the run keeps FEWEST_STEPS steps
 STEP_TOKENS = 2**15
 FEWEST_STEPS = 200
 FEWEST_TOKENS = 8  # in a sequence; shorter examples are padded
 
 
-def block_size(config: TrainConfig, model: GPTConfig, world: World, rooms: tuple[int, int]) -> int:
-    """Tokens in a sequence; rooms: those of the longest that can be trained and validated on.
+def block_size(
+    config: TrainConfig, model: GPTConfig, world: World, longest: tuple[int, int]
+) -> int:
+    """Choose the tokens in a sequence.
 
-    Raises ValueError where more are asked for than the model or a text has. A text of one's own to
-    validate on is too short, rather than that the sequences become as short.
+    longest: the longest sequences that the training and the validation data can fill. Raises
+    ValueError when config.block_size exceeds the model's context or these. A short --validation
+    text is an error; block_size is not shrunk to fit it.
     """
-    default = min(1024 if world.device_type == "cuda" else 256, model.block_size, rooms[0])
+    train_longest, validation_longest = longest
+    default = min(1024 if world.device_type == "cuda" else 256, model.block_size, train_longest)
     if config.validation is None and config.task == "lm":
-        default = min(default, rooms[1])
+        default = min(default, validation_longest)
     wanted = config.block_size or max(default, FEWEST_TOKENS)
     if wanted > model.block_size:
         raise ValueError(
             f"block_size must be <= {model.block_size}, the model's context, not {wanted}"
         )
-    if wanted > min(rooms) and config.task == "lm":
-        source = config.data if rooms[0] < rooms[1] else config.validation or config.data
+    if wanted > min(longest) and config.task == "lm":
+        train_is_shorter = train_longest < validation_longest
+        source = config.data if train_is_shorter else config.validation or config.data
         raise ValueError(
-            f"block_size must be <= {min(rooms)}, all that {source!r} can fill, not {wanted}"
+            f"block_size must be <= {min(longest)}, all that {source!r} can fill, not {wanted}"
         )
     return wanted
 
@@ -45,10 +50,10 @@ def block_size(config: TrainConfig, model: GPTConfig, world: World, rooms: tuple
 def fill_in(
     config: TrainConfig, model: GPTConfig, world: World, block_size: int, sequences: int
 ) -> TrainConfig:
-    """Replace the automatic values by those that suit the model, the device and the data's size.
+    """Replace every automatic value by one for this model, device and size of the data.
 
-    sequences: those of an epoch. Raises ValueError where a step's cannot be shared out among the
-    processes.
+    sequences: their number in an epoch. Raises ValueError when the processes cannot divide a
+    step's sequences evenly.
     """
     on_gpu = world.device_type == "cuda"
     batch_size = config.batch_size or -(-8 // world.size) * world.size
@@ -79,7 +84,7 @@ def fill_in(
 
 
 def _rate(config: TrainConfig, width: int) -> float:
-    """The learning rate: lower for wider models, higher for new ones and for adapters."""
+    """Choose the peak rate: lower for wider models, higher for new models and for LoRA."""
     if config.init == "scratch":
         return min(3e-3, 6e-4 * 768 / width)
     return (5e-4 if config.lora_rank else 1e-4) * 768 / width
@@ -91,9 +96,9 @@ def describe(
     sequences: int,
     figures: Mapping[str, Any] | None = None,
 ) -> str:
-    """Say what is about to run, and how long it takes where a step's figures are known.
+    """Describe the run: parameters, memory, steps; also its duration, given a step's `figures`.
 
-    sequences: those of an epoch.
+    sequences: their number in an epoch.
     """
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.parameters.values())

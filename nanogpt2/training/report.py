@@ -1,7 +1,7 @@
-"""What a run shows of itself: loss.png, TensorBoard, and the words at its end.
+"""Reports on a run: loss.png, TensorBoard, and the text at the end.
 
-Everything is made from figures that are there already; this file knows neither the model nor the
-loop. matplotlib and tensorboard are extras, imported where they are used.
+This file works from recorded figures and knows neither the model nor the loop. matplotlib and
+tensorboard are extras, imported where they are used.
 """
 
 import json
@@ -18,7 +18,7 @@ from nanogpt2.metrics import distinct_n, perplexity, repetition
 from nanogpt2.training.snapshot import Snapshot
 
 SPARKLINE_WIDTH = 60
-# n of the n-grams whose repetition is told: a loop of GPT-2 shows in four tokens
+# report the repetition of 4-grams: they show the loops that GPT-2 falls into
 REPEATED = 4
 
 
@@ -26,7 +26,7 @@ REPEATED = 4
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that was not written to its end is left out."""
+    """Read metrics.jsonl; skip a last line that was cut short."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):
@@ -35,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Exponential moving average over about `span` values; the first ones weigh no more."""
+    """Return the exponential moving average over about `span` values, without start-up bias."""
     decay, total, weight = 1 - 1 / max(1, span), 0.0, 0.0
     found = []
     for value in values:
@@ -45,10 +45,10 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def plot_losses(metrics_path: Path, png_path: Path) -> bool:
-    """Draw the losses and the learning rate of metrics.jsonl; the file appears whole or not at all.
+    """Draw the losses and the learning rate of metrics.jsonl, and write the file atomically.
 
-    Without matplotlib nothing is drawn, which is said once in a process. Returns True where a file
-    was written. Raises OSError.
+    Without matplotlib, draws nothing and prints one note per process. Returns True if the file was
+    written. Raises OSError.
     """
     figure_class = _matplotlib_figure()
     rows = read_metrics(metrics_path)
@@ -74,7 +74,7 @@ def plot_losses(metrics_path: Path, png_path: Path) -> bool:
         axes.grid(alpha=0.3)
     partial = png_path.with_name(f".{png_path.name}.tmp")
     try:
-        # no version of the drawing program: the same run gives the same bytes
+        # leave out matplotlib's version: the same run gives the same bytes
         figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
         partial.replace(png_path)
     finally:
@@ -84,7 +84,7 @@ def plot_losses(metrics_path: Path, png_path: Path) -> bool:
 
 @cache
 def _matplotlib_figure() -> Any:
-    """matplotlib's Figure class, which draws without a screen; None, and a note, without it."""
+    """Return matplotlib's Figure class, which needs no screen; None, and a note, without it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -94,12 +94,12 @@ def _matplotlib_figure() -> Any:
 
 
 class TensorBoard:
-    """Writes a run's figures where `tensorboard --logdir` finds them."""
+    """Writes a run's figures as event files for `tensorboard --logdir`."""
 
     def __init__(self, folder: Path, after_step: int = 0) -> None:
-        """after_step: of a resumed run; what was written for later steps is dropped.
+        """after_step: a resumed run's step; TensorBoard drops the figures of later steps.
 
-        Raises ValueError where the package tensorboard is missing.
+        Raises ValueError if the package tensorboard is missing.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -111,13 +111,13 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
 
     def log(self, figures: Mapping[str, Any]) -> None:
-        """Write the numbers of one step, which `figures` names under "step"."""
+        """Write the numbers of the step `figures["step"]`."""
         for name, value in figures.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, figures["step"])
 
     def close(self) -> None:
-        """Have everything written."""
+        """Write everything that is still buffered."""
         self._writer.close()
 
 
@@ -132,10 +132,10 @@ def final_report(
     folder: str | Path,
     task: str = "lm",
 ) -> str:
-    """Tell what training changed, and how to try the model in `folder`.
+    """Compare the model before and after training; say how to try the model in `folder`.
 
-    Both samples are from one prompt and one seed. `best` is the lowest validation loss;
-    `val_losses`, in order, are drawn as a line.
+    Both samples have the same prompt and seed. `best` is the lowest validation loss. A sparkline
+    shows `val_losses`, in order.
     """
     parts = []
     if before.sample or after.sample:
@@ -161,7 +161,7 @@ def finish(folder: Path, before: Snapshot, after: Snapshot, best: float, task: s
 def _comparison(
     before: Snapshot, after: Snapshot, best: float, task: str
 ) -> list[tuple[str, str, str, str]]:
-    """The rows of the table; a figure that is in neither snapshot has none."""
+    """Make the table's rows; leave out a figure that neither snapshot has."""
 
     def row(name: str, old: float | None, new: float | None, last: str = "") -> None:
         if old is not None or new is not None:

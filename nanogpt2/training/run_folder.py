@@ -1,11 +1,11 @@
-"""The folder of a run: who may write to it, what it was told, how it went.
+"""The folder of a run: its lock, its settings and its metrics.
 
     DIR/run.json        the configuration, its automatic values filled in
     DIR/metrics.jsonl   one JSON object a step
     DIR/checkpoints/    step-N/ and best
     DIR/model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
 
-Only the standard library is imported, so that a folder in use is refused before torch loads.
+Only the standard library is imported, to refuse a folder in use before torch loads.
 This file does not know models or batches.
 """
 
@@ -30,7 +30,7 @@ MODEL_FILES = (
     "manifest.json",
 )
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", *MODEL_FILES)
-# settings that change a run's numbers by no more than rounding; a resumed run may differ in them
+# settings that change a run's numbers by rounding at most: --resume may change them
 FREE_ON_RESUME = {
     "data",
     "out",
@@ -49,22 +49,22 @@ FREE_ON_RESUME = {
 
 
 class RunFolder:
-    """The folder `path` of one run; nothing is written before `start`."""
+    """The folder `path` of one run. Nothing but the lock is written before `start`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.writes = True  # False in all but one of several processes
-        self.loggers: list[Callable[[dict[str, Any]], None]] = []  # who else hears of each step
+        self.writes = True  # True in the first process only
+        self.loggers: list[Callable[[dict[str, Any]], None]] = []  # called at each step
         self._digests: dict[str, str] = {}
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
         self._open_files: list[TextIO] = []
 
     def check(self, config: TrainConfig) -> TrainConfig:
-        """Return `config`, with what a resumed run was told.
+        """Return `config`; for a resumed run, its recorded settings.
 
-        Raises ValueError where the folder already holds a run and neither resume nor overwrite is
-        given, where there is nothing to resume, and where a flag contradicts the run to resume.
+        Raises ValueError if the folder already holds a run and neither resume nor overwrite is
+        given, if the folder holds no run to resume, or if a flag contradicts that run.
         """
         held = [name for name in (*RUN_FILES, "checkpoints") if (self.path / name).exists()]
         where = repr(str(self.path))
@@ -88,7 +88,7 @@ class RunFolder:
 
     def _as_recorded(self, config: TrainConfig) -> TrainConfig:
         recorded = self.record()["config"]
-        # the text is held to its SHA-256, wherever it now lies
+        # DATA may have moved: hold_to() compares its SHA-256
         for name in set(config.given) - FREE_ON_RESUME:
             if getattr(config, name) != recorded.get(name):
                 raise ValueError(
@@ -103,7 +103,7 @@ class RunFolder:
             raise ValueError(f"{str(self.path / 'run.json')!r} is damaged") from None
 
     def record(self) -> dict[str, Any]:
-        """Return run.json. Raises ValueError where it is damaged."""
+        """Return run.json's contents. Raises ValueError for a damaged file."""
         try:
             record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             if (
@@ -117,9 +117,9 @@ class RunFolder:
         raise ValueError(f"{str(self.path / 'run.json')!r} is damaged")
 
     def lock(self) -> None:
-        """Keep other trainers out until `close`, or until this process ends, however it ends.
+        """Lock the folder until `close` or the end of this process, even by a kill.
 
-        Raises ValueError where another trainer is in.
+        Raises ValueError if another trainer holds the lock.
         """
         if not self.writes:
             return
@@ -133,15 +133,15 @@ class RunFolder:
         self._open_files.append(lock)
 
     def close(self) -> None:
-        """Let others in."""
+        """Release the lock and close the files."""
         for file in self._open_files:
             file.close()
         self._open_files, self._metrics = [], None
 
     def hold_to(self, config: TrainConfig, **digests: str) -> None:
-        """Remember what a new run is made from; hold a resumed one to what it was made from.
+        """Remember a new run's digests; compare a resumed run's digests with the recorded ones.
 
-        digests: by what they are of: data, init. Raises ValueError where one is another.
+        digests: the SHA-256 of `data` and `init`. Raises ValueError for a different one.
         """
         if config.resume:
             for what, digest in self.record()["digests"].items():
@@ -153,7 +153,7 @@ class RunFolder:
         self._digests = digests
 
     def start(self, config: TrainConfig, before: dict[str, Any]) -> None:
-        """Begin a new run here: drop an old one's files and write run.json."""
+        """Begin a new run: delete an old run's files and write run.json."""
         if not self.writes:
             return
         for folder in ("checkpoints", "adapter", "tensorboard"):
@@ -166,7 +166,7 @@ class RunFolder:
         sync(self.path.absolute().parent)
 
     def end(self, after: dict[str, Any]) -> None:
-        """Note that all is done: there is nothing to resume any more."""
+        """Record that the run is finished, so --resume has nothing to do."""
         self._replace("run.json", json.dumps(self.record() | {"after": after}, indent=2))
 
     def log(self, figures: dict[str, Any]) -> None:
@@ -182,22 +182,22 @@ class RunFolder:
             log(figures)
 
     def sync_metrics(self) -> None:
-        """Have the disk hold metrics.jsonl: to be called before a checkpoint commits."""
+        """Sync metrics.jsonl to the disk. Call this before committing a checkpoint."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
             sync(self.path)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, and one that a kill left unfinished."""
+        """Delete the lines after `step`, and a line that a kill cut short."""
         path = self.path / "metrics.jsonl"
         if not (self.writes and path.exists()):
             return
-        # a line that a kill left unfinished may end within a character
+        # a kill may cut a line within a character
         kept = path.read_bytes().decode("utf-8", "replace").splitlines()[:step]
         self._replace("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def _replace(self, name: str, text: str) -> None:
-        """Write a file in one step: what was there, or all of `text`."""
+        """Replace a file atomically: a reader finds the old text or the new text, complete."""
         partial = self.path / f".{name}.tmp"
         partial.write_text(text, encoding="utf-8")
         sync(partial)
@@ -206,7 +206,7 @@ class RunFolder:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file or a folder, not only the kernel."""
+    """Sync a file or a folder from the kernel's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""How a model is at one time: its figures, and what it writes.
+"""A snapshot of a model in training: its figures and a sample of its text.
 
-This file does not know what the model learns from, or when.
+This file does not know the training data or the loop.
 """
 
 import math
@@ -19,11 +19,11 @@ SAMPLE_TOKENS = 60
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a model wrote, and how it did on the validation data."""
+    """A model's sample and its figures on the validation data."""
 
     val_loss: float
-    sample: str = ""  # the prompt and what followed
-    ids: Sequence[int] = ()  # what followed, as tokens
+    sample: str = ""  # the prompt and its continuation
+    ids: Sequence[int] = ()  # the continuation's tokens
     accuracy: float | None = None  # of a classifier
     macro_f1: float | None = None
 
@@ -35,10 +35,10 @@ def take_snapshot(
     seed: int,
     figures: Mapping[str, float],
 ) -> Snapshot:
-    """Have the model go on from `prompt`, by a random generator of its own, seeded with `seed`.
+    """Continue `prompt` with the model; the draws have their own generator, seeded with `seed`.
 
-    Without a prompt it writes nothing, nor does a classifier. figures: val_loss, val_accuracy and
-    val_macro_f1, as far as they are known.
+    A classifier, or an empty prompt, gives no sample. figures: val_loss, val_accuracy and
+    val_macro_f1, each if known.
     """
     loss = figures.get("val_loss", math.nan)
     if isinstance(model, GPTClassifier) or not prompt:

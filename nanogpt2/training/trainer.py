@@ -15,7 +15,7 @@ This file does not know the data, the files or the schedule.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -98,8 +98,8 @@ class Trainer:
         with self._exchanging(last):
             with self.precision():
                 loss = self.forward(x, y) * loss_weight
-            # the exchange averages over the processes, but a step needs the sum
-            self.scaler.scale(loss * self.world.size).backward()
+            # the exchange takes the mean over the processes; theirs is a sum
+            self.scaled(loss).backward()
         return loss.detach()
 
     @contextmanager
@@ -129,11 +129,18 @@ class Trainer:
                 group["lr"] = lr
             if apply:
                 self.scaler.step(optimizer)
+        self.finish_step(updated=apply)
+
+    def finish_step(self, updated: bool) -> None:
+        """Drop the gradients; if `updated`, let the average follow. Adapt float16's loss scale.
+
+        Raises FloatingPointError when float16's loss scale falls below 1.
+        """
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise FloatingPointError("float16's loss scale fell below 1: try --dtype bfloat16")
         self.drop_gradients()
-        if self.average is not None and apply:
+        if self.average is not None and updated:
             self.average.update_parameters(self.model)
 
     def make_room(self, error: RuntimeError) -> None:
@@ -254,6 +261,23 @@ class Trainer:
             for kind, state in states.items()
             for rank, each in enumerate(self.world.gather(state))
         }
+
+    # ---- the parts of one step, which take_step in train.py puts together
+
+    def exchanging_gradients(self, exchange: bool) -> AbstractContextManager[None]:
+        """Run forward and backward inside; the processes add up their gradients if `exchange`."""
+        return self._exchanging(exchange)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Scale a loss for backward: by float16's loss scale and the number of processes.
+
+        The exchange averages the gradients over the processes, but a step needs their sum.
+        """
+        return self.scaler.scale(loss * self.world.size)
+
+    def clip_gradients(self) -> float:
+        """Clip the gradients to config.grad_clip; return their norm before."""
+        return self.gradient_norm()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""How good the model is on data it does not learn from.
+"""Validation: the model's loss, and a classifier's accuracy, on held-out data.
 
-This file does not know where the batches come from, and draws no random number.
+This file does not know the source of the batches and draws no random number.
 """
 
 import math
@@ -17,29 +17,29 @@ from nanogpt2.training.trainer import Trainer
 
 
 class BatchList(Protocol):
-    """Batches by number, so that processes can share them."""
+    """Batches by index, so that processes can divide them."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of batches."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Return number i: inputs and targets, both int64 (B, T)."""
+        """Return batch i: inputs and targets, both int64 (B, T)."""
 
 
 @torch.no_grad()
 def validate(trainer: Trainer, batches: BatchList) -> dict[str, float]:
     """Return the mean cross-entropy over all targets, in nats, as val_loss.
 
-    A classifier's accuracy and macro F1 are there too, as val_accuracy and val_macro_f1. The
-    processes share the batches, int64 (B, T) inputs and targets; each must call this. Raises
-    FloatingPointError for a loss that is not finite.
+    A classifier adds val_accuracy and val_macro_f1. The processes divide the batches (int64 (B, T)
+    inputs and targets); every process must call this. Raises FloatingPointError when the loss is
+    not finite.
     """
     world, model = trainer.world, trainer.eval_model.eval()
     labels = len(model.labels) if isinstance(model, GPTClassifier) else 0
     total, count = 0.0, 0
-    answers = torch.zeros(labels * labels)  # how often label i was taken for label j
+    answers = torch.zeros(labels * labels)  # count of label i predicted as label j
     for start in range(0, len(batches), world.size):
-        # weights that are shared out need every process; one without a batch left repeats the last
+        # sharded weights need every process: a process out of batches repeats the last one
         mine = start + world.rank
         x, y = (ids.to(world.device) for ids in batches[min(mine, len(batches) - 1)])
         with trainer.precision():

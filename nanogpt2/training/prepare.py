@@ -1,0 +1,141 @@
+"""Everything before the first step: join the processes, load the model, read the data, check.
+
+Each `usage_error` below turns a wrong flag into one line of error and exit code 2. Nothing is
+written to the run's folder here. This file does not know the loop.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt2 import ops, terminal
+from nanogpt2.checkpoints import weights
+from nanogpt2.checkpoints.folder import model_digest
+from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.config import TrainConfig, fail, usage_error
+from nanogpt2.data.corpus import Columns, Corpus, load_corpus
+from nanogpt2.data.examples import Examples
+from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
+from nanogpt2.data.preview import preview
+from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
+from nanogpt2.training import checkpoint as store
+from nanogpt2.training import distributed, plan
+from nanogpt2.training.distributed import World
+from nanogpt2.training.run_folder import RunFolder
+from nanogpt2.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run works with."""
+
+    config: TrainConfig  # every automatic value filled in
+    folder: RunFolder
+    trainer: Trainer
+    tokenizer: Tokenizer
+    batches: Batches
+    validation: ValidationBatches
+    prompt: list[int]  # the samples continue this prompt
+    state: dict[str, Any]  # state.json of the checkpoint to resume; empty for a new run
+    tensors: dict[str, Tensor]  # the trainer's tensors in that checkpoint
+
+    def take_over(self) -> None:
+        """Lock the folder, then restore the trainer from the checkpoint, if any."""
+        with usage_error("--out"):
+            self.folder.lock()
+        if self.state:
+            self.trainer.restore(self.tensors, self.state["micro_batch"])
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[tuple[RunFolder, World]]:
+    """Join the processes of the run; at the end, unlock the folder and leave them.
+
+    An error that stops the run in between becomes one line on stderr and exit code 1.
+    """
+    folder = RunFolder(Path(config.out))
+    with usage_error("--device"):
+        world = distributed.join(config.device)
+    folder.writes = world.is_first
+    terminal.enable_output(world.is_first)
+    try:
+        yield folder, world
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        fail(str(error), code=1)
+    finally:
+        folder.close()
+        world.leave()
+
+
+def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
+    """Load everything that the run needs. Return None when the run to resume is finished.
+
+    Wrong use exits with code 2 and writes nothing. With records for DATA, prints a preview of the
+    next batch.
+    """
+    with usage_error("--resume"):
+        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+    if state.get("finished") and "after" in folder.record():
+        terminal.note(f"the run in {folder.path} is finished: nothing to resume")
+        return None
+    with usage_error():
+        ops.choose_kernels(config.kernels, world.device)
+    with usage_error("--init"):
+        model, tokenizer = make_model(config, checkpoint, world.device)
+        model.use_kernels(config.kernels, world.device)
+    with usage_error("DATA"), world.first_before_others():
+        corpus = read_data(config, model, tokenizer)
+    with usage_error("--resume"):
+        init = {"init": model_digest(config.init)} if config.lora_rank else {}
+        folder.hold_to(config, data=corpus.sha256, **init)
+    if config.task == "classify" and not isinstance(model, GPTClassifier):
+        model = GPTClassifier(model, corpus.labels)
+    with usage_error():
+        block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
+        batches = make_batches(corpus.train, block_size, config.seed)
+        config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
+    validation = validation_batches(corpus.validation, config.batch_size, block_size)
+    trainer = Trainer(config, model, world)
+    prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
+    if isinstance(corpus.train, Examples):
+        first = state.get("step", 0) * config.batch_size * config.grad_accum
+        x, y = batches.rows(first, min(2, config.batch_size))
+        terminal.note(preview(x, y, tokenizer, corpus.labels))
+    return Run(config, folder, trainer, tokenizer, batches, validation, prompt, state, tensors)
+
+
+def make_model(
+    config: TrainConfig, checkpoint: Path | None, device: str
+) -> tuple[Model, Tokenizer]:
+    """Load the model to start from, or draw a new one, and load its tokenizer."""
+    torch.manual_seed(config.seed)
+    # FSDP shards the weights from the CPU
+    device = "cpu" if config.fsdp else device
+    if config.init == "scratch" and checkpoint is None:
+        tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
+        shape = config.shape(tokenizer.vocab_size, tokenizer.end_of_text)
+        return weights.new_model(shape, device), tokenizer
+    # LoRA keeps the initial weights; the checkpoint's A and B are restored later
+    source = config.init if checkpoint is None or config.lora_rank else checkpoint
+    has_head = config.task == "classify" and weights.is_classifier(source)
+    load = weights.load_classifier if has_head else weights.load_model
+    return load(source, device, dropout=config.dropout), weights.load_tokenizer(source)
+
+
+def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
+    """Read the task's data. A model with labels accepts its own labels only."""
+    return load_corpus(
+        config.data,
+        tokenizer,
+        config.task,
+        validation=config.validation,
+        columns=Columns(config.text_column, config.label_column),
+        vocab_size=model.config.vocab_size,
+        labels=getattr(model, "labels", None),
+    )
