@@ -605,14 +605,16 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "cache reordered from the wrong position",
-            "start=self._shared)",
-            "start=self._shared + 1)",
+            "start=self._shared_length)",
+            "start=self._shared_length + 1)",
             (DECODER,),
         ),
+    ],
+    "cpu/decoder.py": [
         Mutant(
             "the two parts of attention weigh the wrong way round",
-            "(more_lse - lse)",
-            "(lse - more_lse)",
+            "(shared_lse - lse)",
+            "(lse - shared_lse)",
             (DECODER,),
         ),
         Mutant(
@@ -648,27 +650,33 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "more room, and nothing in it",
-            "                self._own[n][..., : self._W, :] = own[..., : self._W, :]\n",
+            "                self._own[n][..., :W, :] = own[..., :W, :]\n",
             "",
             (DECODER,),
         ),
         Mutant(
             "a prompt's padding is seen by what follows it",
-            "seen = None if mask is None else mask[:: self._rows, :, :, :S]",
-            "seen = None",
+            "shared_mask = None if mask is None else mask[:: self._rows, :, :, :S]",
+            "shared_mask = None",
             (DECODER,),
         ),
         Mutant(
             "anew, with what was before",
-            "        self._S = self._W = 0\n        self._origin = self._origin[:, :0]\n",
-            "        self._S = 0\n",
+            "        self._shared_length = self._own_length = 0\n        self._origin = self._origin[:, :0]\n",
+            "        self._shared_length = 0\n",
             (DECODER,),
         ),
         Mutant(
             "adapters are not seen",
-            "type(m) is Linear or isinstance(m, PrepackedLinear)",
-            "isinstance(m, Linear.__base__ | PrepackedLinear)",
+            ' and parameters == {"weight", "bias"}',
+            "",
             (DECODER,),
+        ),
+        Mutant(
+            "the MLP's output takes the place of the residual stream",
+            "layer.mlp_c_proj.plus(layer.c_fc.gelu(layer.ln_2(x)), x)",
+            "layer.mlp_c_proj(layer.c_fc.gelu(layer.ln_2(x)))",
+            (f"{DECODER}::test_every_layer_is_model_pys",),
         ),
         Mutant(
             "several tokens see what comes after them",
