@@ -649,7 +649,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             (DECODER,),
         ),
         Mutant(
-            "more room, and nothing in it",
+            "more capacity, and nothing in it",
             "                self._own[n][..., :W, :] = own[..., :W, :]\n",
             "",
             (DECODER,),
@@ -662,7 +662,8 @@ MUTANTS: dict[str, list[Mutant]] = {
         ),
         Mutant(
             "anew, with what was before",
-            "        self._shared_length = self._own_length = 0\n        self._origin = self._origin[:, :0]\n",
+            "        self._shared_length = self._own_length = 0\n"
+            "        self._origin = self._origin[:, :0]\n",
             "        self._shared_length = 0\n",
             (DECODER,),
         ),
