@@ -9,8 +9,9 @@ from reference import TINY, twins
 
 from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation import diverse, generate
+from nanogpt2.generation import generate
 from nanogpt2.generation.request import prepare
+from nanogpt2.generation.search import diverse
 from nanogpt2.tokenizer import byte_tokenizer
 
 

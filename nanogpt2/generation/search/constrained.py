@@ -232,7 +232,9 @@ def _words(value: Any, request: Request) -> list[list[list[int]]]:
     for alternatives in constraints:
         for word in alternatives:
             if any(word == [*other][: len(word)] for other in alternatives if other is not word):
-                raise ValueError(f"force_words_ids must not hold {word!r} and a longer form of it")
+                raise ValueError(
+                    f"force_words_ids must not hold both {word!r} and a word that begins with it"
+                )
             if eos & {*word}:
                 raise ValueError(f"force_words_ids must not hold an end token, as {word!r} does")
     return [[[*word] for word in alternatives] for alternatives in constraints]
