@@ -112,7 +112,7 @@ class Layers:
 
 @torch.no_grad()
 def walk(decoder):
-    """Read padded prompts, fork, read more, reorder, read more: (ids, masks) from a seed."""
+    """Read padded prompts, fork, then read tokens and reorder in turn."""
     ids, mask = left_padded(B, 6, 3, vocab_size=TINY.vocab_size)
     seen = mask.bool()
     square = torch.ones(6, 6, dtype=torch.bool).tril()

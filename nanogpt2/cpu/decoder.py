@@ -117,7 +117,10 @@ class CPUDecoder:
         return self._model.ln_f(x)
 
     def _add_attention(self, n: int, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Block.forward's first line, in layer n: (R, T, C) -> (R, T, C). mask: added to scores."""
+        """Block.forward's first line with CausalSelfAttention.forward: (R, T, C) -> (R, T, C).
+
+        n: the layer. mask: added to the scores, 0 where a query may look.
+        """
         layer, (R, T, _), S = self._layers[n], x.shape, self._shared_length
         qkv = layer.c_attn(layer.ln_1(x)).view(R, T, 3, self._H, self._D)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, R, H, T, D)
@@ -135,7 +138,7 @@ class CPUDecoder:
         return layer.attn_c_proj.plus(y, x)
 
     def _add_mlp(self, n: int, x: Tensor) -> Tensor:
-        """Block.forward's second line, in layer n: (R, T, C) -> (R, T, C)."""
+        """Block.forward's second line with MLP.forward, in layer n: (R, T, C) -> (R, T, C)."""
         layer = self._layers[n]
         return layer.mlp_c_proj.plus(layer.c_fc.gelu(layer.ln_2(x)), x)
 
@@ -222,7 +225,7 @@ def _matrices(block: Any) -> tuple[nn.Module, ...]:
 
 
 def _is_product(layer: nn.Module) -> bool:
-    """Tell whether a layer computes x W^T + b and nothing more, as LoRA's layers do."""
+    """Tell whether a layer computes x W^T + b and nothing more; LoRA's layers add a product."""
     if isinstance(layer, PrepackedLinear):
         return True
     parameters = {name for name, _ in layer.named_parameters()}

@@ -1,8 +1,8 @@
 """The lesson: GPT-2 writes one token after the other, greedily or by chance.
 
 Each step reads only the new token: the cache keeps the keys and values of all tokens before it.
-`generate` of this package gives the same tokens for the same seed, with transformers' many options,
-padding, beams and longer texts on top. This file knows none of them, nor text.
+`generate` of this package gives the same tokens for the same seed. It adds transformers' options,
+padding, beams, end tokens and texts longer than the context, which this file does not know.
 """
 
 import torch
