@@ -220,8 +220,8 @@ def test_what_is_no_word_is_said(model, value):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([[[1, 2], [1, 2, 3]]], "what begins with it"),
-        ([[[1, 2], [1, 2]]], "what begins with it"),
+        ([[[1, 2], [1, 2, 3]]], "a word that begins with it"),
+        ([[[1, 2], [1, 2]]], "a word that begins with it"),
         ([[1, 9]], "an end token"),
     ],
 )

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 import sample
 from nanogpt2.checkpoints.weights import load_model, load_tokenizer
 from nanogpt2.config import SampleConfig, parse
+from nanogpt2.cpu.decoder import CPUDecoder
 from nanogpt2.data.loader import WindowBatches
 from nanogpt2.data.shards import write_shard
-from nanogpt2.generation.decoder import RowsDecoder
 from nanogpt2.model import GPT
 
 __all__ = ["book"]  # the fixture
@@ -241,13 +241,13 @@ def test_mingpt_128_checkpoints_with_masks_and_prefixes(book):
 def test_nanogpt_76_every_token_is_read_once(book, capsys, monkeypatch, flags):
     """Generation reads the whole text again for each token: 81.6 s in place of 11.0."""
     assert run(*BASE, "--block_size", "64", "--steps", "2") == 0
-    read, positions = RowsDecoder.read, []
+    read, positions = CPUDecoder.read, []
 
     def counted(self, ids, *args):
         positions.append(ids.shape[1])
         return read(self, ids, *args)
 
-    monkeypatch.setattr(RowsDecoder, "read", counted)
+    monkeypatch.setattr(CPUDecoder, "read", counted)
     argv = ["7 sheep", "--model", "out", "--max_new_tokens", "40", "--eos_token_id=none", *flags]
     (found,) = generate(capsys, *argv, "--seed", "1")
     assert len(found["token_ids"]) == 40

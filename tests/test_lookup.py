@@ -5,8 +5,10 @@ import torch
 from reference import TINY, prompts, twins
 
 from nanogpt2.config import GenerationConfig
+from nanogpt2.cpu.decoder import CPUDecoder
 from nanogpt2.cpu.inference_model import pack
-from nanogpt2.generation import decoder, generate
+from nanogpt2.generation import generate
+from nanogpt2.generation.decoder import ModelDecoder
 from nanogpt2.generation.lookup import look_up
 from nanogpt2.model import GPT
 
@@ -32,7 +34,7 @@ def parrot():
 def seen(monkeypatch):
     """How many tokens each reading took, and how many each drop."""
     reads, drops = [], []
-    for kind in (decoder.ModelDecoder, decoder.RowsDecoder):
+    for kind in (ModelDecoder, CPUDecoder):
         read, drop = kind.read, kind.drop
 
         def counted(self, ids, positions, mask, read=read):

@@ -8,9 +8,10 @@ import torch
 from reference import TINY, twins
 
 from nanogpt2.config import GenerationConfig
-from nanogpt2.generation import generate, stochastic
+from nanogpt2.generation import generate
 from nanogpt2.generation.noise import CounterNoise
 from nanogpt2.generation.request import prepare
+from nanogpt2.generation.search import stochastic
 from nanogpt2.generation.search.stochastic import stochastic_search
 
 # texts of at most three tokens out of four, of which 3 ends: 3 + 9 + 27 longest, 1 + 3 + 9 ended

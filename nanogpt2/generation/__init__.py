@@ -1,9 +1,15 @@
 """generate(): from a prompt to its continuations, with transformers' options and results.
 
-The steps and who does them: request.py checks what is asked for, engine.py scores the next token,
-processors.py changes the scores, sampling.py or beam.py chooses with what noise.py draws,
-stopping.py ends a text. Other ways to choose: contrastive.py instead of sampling.py; diverse.py,
-constrained.py and stochastic.py instead of beam.py. None of it knows training.
+Start with plain.py: greedy decoding and sampling in 25 lines. This package adds the options:
+
+- request.py checks the prompt and the options.
+- engine.py scores the next token; decoder.py runs the model for it.
+- processors.py changes the scores.
+- sampling.py or beam.py chooses tokens, with random numbers from noise.py.
+- stopping.py ends a text.
+
+lookup.py reads several tokens at once. search/contrastive.py replaces sampling.py; diverse.py,
+constrained.py and stochastic.py in search/ replace beam.py. No file here knows training.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +34,12 @@ from nanogpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What generate() returns. N = B * num_return_sequences, the texts of a prompt side by side.
+    """The result of generate(). N = B * num_return_sequences, the texts of a prompt side by side.
 
     sequences: int64 (N, T), prompts included, on the prompts' device; rows that ended earlier are
-    filled up. sequences_scores: float32 (N,) for beams, else None. scores: with output_scores, the
-    processed scores of every step, each float32 (rows, V). beam_indices: with output_scores and
-    beams, int32 (N, new), the row that each new token was added to, -1 past the end.
+    padded on the right. sequences_scores: float32 (N,) for beams, else None. scores: with
+    output_scores, the processed scores of every step, each float32 (rows, V). beam_indices: with
+    output_scores and beams, int32 (N, new), the row that got each new token, -1 past the end.
     """
 
     sequences: Tensor
@@ -56,14 +62,15 @@ def generate(
 
     input_ids: int64 (B, T), left-padded where lengths differ; T = 0 starts from the model's
     bos_token_id. attention_mask: (B, T), 0 at padding; None infers it as transformers does.
-    tokenizer: needed by stop_strings. logits_processor: functions of (ids, scores) of your own.
+    tokenizer: needed by stop_strings. logits_processor: your own functions of (ids, scores).
     prefix_allowed_tokens_fn: (the prompt's number, ids so far) -> the ids allowed next. options:
     the fields of GenerationConfig.
 
-    The model runs in eval mode and is left as it was. Draws come from torch's global generator, or
-    from one of their own where `seed` is given; both give transformers' tokens for the same seed.
-    Raises ValueError for an unusable prompt or value, TypeError for an option that does not exist,
-    FloatingPointError for a model whose scores are no numbers.
+    The model runs in eval mode; its own mode is restored afterwards. Draws come from torch's global
+    generator, or from a generator seeded with `seed`. Both give transformers' tokens for the same
+    seed.
+    Raises ValueError for an unusable prompt or value, TypeError for an unknown option,
+    FloatingPointError for a model whose scores are not finite.
     """
     request = prepare(
         model.config,
@@ -81,13 +88,13 @@ def generate(
 
 
 def steps(model: GPT, request: Request) -> Iterator[Step]:
-    """Decode row by row, the way that the request asks for."""
+    """Decode row by row: contrastive search, greedy decoding or sampling."""
     contrastive = request.config.penalty_alpha is not None
     return contrastive_search(model, request) if contrastive else decode(model, request)
 
 
 def search(model: GPT, request: Request) -> Iterator[Beams]:
-    """Decode with beams, the way that the request asks for."""
+    """Decode with beams, by the search that the request names."""
     config = request.config
     if config.num_beam_groups > 1:
         return diverse_search(model, request)

@@ -1,13 +1,14 @@
-"""Beam search and beam sampling: K texts side by side, of which the best continuations survive.
+"""Beam search and beam sampling: K texts side by side, whose best continuations survive.
 
-Each step scores K V continuations a prompt and takes N = max(2, 1 + E) K of them as candidates, so
-that K remain even where E end tokens crowd the top: the N best, or, when sampling, N drawn without
-replacement and then sorted, best first. Of the first K candidates, those that end the text compete,
-length-normalised, for the K finished places; the best K of the others run on. A text's score is the
-sum of its processed log-probabilities divided by (new tokens) ^ length_penalty.
+Each step scores the K V continuations of a prompt and takes N = max(2, 1 + E) K candidates, so that
+K remain even if all E end tokens score best. The candidates are the N best or, when sampling, N
+drawn without replacement and then sorted, best first. Those of the first K candidates that end the
+text compete for the K finished places by their length-normalised scores. The best K of the others
+run on. A text's score is the sum of its processed log-probabilities / (new tokens) ^
+length_penalty.
 
-The arithmetic, the -1e9 that stands for "not in the running" included, is transformers', because
-ties are settled by it. This file does not know the model's inside, nor text.
+The arithmetic is transformers', because it settles ties; so is -1e9, the score of a text that is
+out of the search. This file does not know the model's inside, nor text.
 """
 
 from collections.abc import Iterator
@@ -24,15 +25,15 @@ from nanogpt2.generation.sampling import make_noise
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
 
-OUT = -1.0e9
+OUT = -1.0e9  # the score of a text that is out of the search
 
 
 @dataclass
 class Group:
-    """Texts with their scores: `running` ones or `finished` ones, K for each of B prompts.
+    """The running or the finished texts with their scores, K for each of B prompts.
 
-    ids: int64 (B, K, T); scores: float32 (B, K); beams: int32 (B, K, T - prompt), the row that each
-    new token was added to, -1 where there is none.
+    ids: int64 (B, K, T); scores: float32 (B, K); beams: int32 (B, K, T - prompt), the row that got
+    each new token, -1 past a text's end.
     """
 
     ids: Tensor
@@ -51,7 +52,7 @@ class Group:
         return Group(ids, self.scores, beams)
 
     def join(self, other: "Group") -> "Group":
-        """Put the others behind these."""
+        """Append the texts of another group."""
         return Group(
             torch.cat([self.ids, other.ids], dim=1),
             torch.cat([self.scores, other.scores], dim=1),
@@ -69,7 +70,7 @@ class Beams:
     improvable: Tensor  # bool (B, 1): a running text may still beat a finished one
     done: bool = False
     scores: list[Tensor] = field(default_factory=list)  # each (B * K, V), if asked for
-    # of groups: the tokens that each step chose, int64 (B, K), those of ended searches too
+    # diverse search: the tokens that each step chose, int64 (B, K), in ended searches as well
     chosen: list[Tensor] = field(default_factory=list)
 
 
@@ -103,13 +104,13 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
 
 
 def begin(request: Request, K: int) -> Beams:
-    """K texts for each prompt, all of them the prompt itself."""
+    """Start with K texts for each prompt, each the prompt itself."""
     B, device = len(request.ids), request.ids.device
     ids = request.ids[:, None].expand(-1, K, -1)
     scores = torch.full((B, K), OUT, device=device)
     nothing = torch.empty(B, K, 0, dtype=torch.int32, device=device)
     first = scores.clone()
-    # the texts of a prompt are all the same: only one may be continued
+    # the texts of a prompt are equal, so only the first is continued
     first[:, 0] = 0.0
     return Beams(
         running=Group(ids, first, nothing),
@@ -122,7 +123,7 @@ def begin(request: Request, K: int) -> Beams:
 def _candidates(
     request: Request, running: Group, scores: Tensor, rows: Tensor, noise: Noise
 ) -> Group:
-    """The N continuations that go on to the next round."""
+    """Choose N continuations to finish or run on."""
     total = totals(running, scores)  # (B, K * V)
     N = width(request, running)
     if request.config.samples:
@@ -143,10 +144,10 @@ def totals(running: Group, scores: Tensor) -> Tensor:
 
 
 def largest(total: Tensor, N: int, K: int) -> Tensor:
-    """Find the N largest as topk would: total (B, K * V) -> their places, int64 (B, N)."""
+    """Find the N largest as topk does: total (B, K * V) -> their places, int64 (B, N)."""
     B, V = len(total), total.size(1) // K
     if total.device.type == "cpu":
-        # among the V of each text first: less time and memory, and the same unless two are equal
+        # each text's own largest first: less time and memory, and equal results without ties
         more = min(N + 1, V)
         values, places = total.view(B, K, V).topk(more)
         places += V * torch.arange(K)[:, None]
@@ -157,12 +158,12 @@ def largest(total: Tensor, N: int, K: int) -> Tensor:
 
 
 def width(request: Request, running: Group) -> int:
-    """N: so many candidates that K of them run on, however many end."""
+    """N, enough candidates for K to run on, however many end."""
     return max(2, 1 + len(request.eos)) * running.scores.size(1)
 
 
 def continuations(running: Group, total: Tensor, places: Tensor, rows: Tensor) -> Group:
-    """The texts at `places`, int64 (B, N), of all the continuations scored by total (B, K * V).
+    """Make the texts at `places`, int64 (B, N), among the continuations scored by total (B, K * V).
 
     rows: int64 (B, K), the engine's row of each running text.
     """
@@ -173,7 +174,7 @@ def continuations(running: Group, total: Tensor, places: Tensor, rows: Tensor) -
 
 
 def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
-    """Let the candidates that ended, of the first K, compete for the finished places."""
+    """Let those of the first K candidates that ended compete for the finished places."""
     config, K = request.config, request.config.num_beams
     length = candidates.ids.size(2) - request.prompt_length
     now = ended.clone()
@@ -189,7 +190,7 @@ def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) ->
 
 
 def _run_on(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
-    """Let the best candidates that did not end run on, and see whether it is worth it."""
+    """Let the best candidates that did not end run on; decide whether the search is done."""
     config = request.config
     scores = candidates.scores + ended * OUT
     places = scores.topk(config.num_beams)[1]
@@ -207,7 +208,7 @@ def _run_on(request: Request, beams: Beams, candidates: Group, ended: Tensor) ->
 
 
 def best(request: Request, beams: Beams) -> Group:
-    """The texts to return, num_return_sequences for each prompt: (B, R, T), cut to the longest."""
+    """Return num_return_sequences texts for each prompt: (B, R, T), cut to the longest."""
     R = request.config.num_return_sequences
     group = beams.finished
     lengths = (group.beams[:, :R] >= 0).sum(dim=2)
@@ -217,7 +218,7 @@ def best(request: Request, beams: Beams) -> Group:
 
 
 def _filler(request: Request) -> int:
-    """What transformers fills short texts with: never a pad of 0, and -1 where nothing ends."""
+    """transformers' filler of short texts: never a pad of 0, and -1 without an end token."""
     if len(request.eos) == 0:
         return -1
     return request.pad or int(request.eos[0])

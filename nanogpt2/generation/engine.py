@@ -1,4 +1,4 @@
-"""One decoding step: the tokens so far -> the scores of the next one, computing only what is new.
+"""One decoding step: the tokens so far -> the scores of the next token. Reads only new tokens.
 
 This file does not know how a token is chosen.
 """
@@ -18,37 +18,37 @@ from nanogpt2.model import GPT
 class Engine:
     """Runs a model over rows of tokens that grow at their right end: N = B prompts x rows each.
 
-    The rows of a prompt share its reading: it is computed once. A row longer than block_size
-    slides: its oldest tokens are dropped, and the rest is read again, with room for half a context
-    of new ones. When that happens depends on the row alone, not on what it is batched with.
+    The model reads a prompt once for all of its rows. A row longer than block_size slides: the
+    engine drops its oldest tokens and reads the rest again, which leaves half a context for new
+    tokens. The time of a slide depends on the row alone, not on the rest of its batch.
     """
 
     def __init__(self, model: GPT, request: Request, rows: int | None = None) -> None:
-        """rows: those of each prompt, by default as many as the request is decoded with."""
+        """rows: those of each prompt, by default the request's."""
         self.rows = request.rows if rows is None else rows
         self.max_length = request.max_length
         self.block_size = model.config.block_size
-        # padding of prompts, then all the tokens to come: bool (N, max_length)
+        # bool (N, max_length), False at the prompts' padding
         mask = request.mask.repeat_interleave(self.rows, dim=0)
         new = request.max_length - request.prompt_length
         self.mask = torch.nn.functional.pad(mask, (0, new), value=True)
         self.holes = not bool(request.mask.all())
-        # the first token of each row that is in the context, and the cache's first position
+        # each row's first token within the context, and the cache's first position
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
         length = min(self.block_size, self.max_length)
-        # whether what is masked is nothing but padding before a prompt's first token
+        # whether the mask hides padding before the prompts' first tokens, and nothing else
         left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
         self.decoder = decoder_for(model, len(request.ids), self.rows, length, bool(left))
-        # what the model knew at the tokens it read last: (B or N, T, C), T of them
+        # the hidden states of the last reading: (B or N, T, C) for its T tokens
         self.hidden = torch.empty(0)
 
     def next_scores(self, ids: Tensor) -> Tensor:
-        """Score what follows: int64 (N, T), all tokens so far -> float32 (N, V).
+        """Score the next token: int64 (N, T), all tokens so far -> float32 (N, V).
 
-        Raises FloatingPointError where the model's best score is no finite number.
+        Raises FloatingPointError where the model's best score is not finite.
         """
-        # until the first token is chosen the rows of a prompt are one
+        # until the first choice, the rows of a prompt are equal, and the model reads one of them
         one = not self.decoder.forked
         scores = self._scores(self._read(ids)[:, -1])  # (B, V) or (N, V)
         if one:
@@ -57,7 +57,7 @@ class Engine:
         return scores
 
     def _read(self, ids: Tensor) -> Tensor:
-        """Read the tokens that are new: int64 (N, T), all so far -> (B or N, new, C)."""
+        """Read the new tokens: int64 (N, T), all tokens so far -> (B or N, new, C)."""
         length = ids.size(1)
         if length - self.base > self.block_size:
             self._slide(length)
@@ -78,7 +78,7 @@ class Engine:
         return scores
 
     def _slide(self, length: int) -> None:
-        """Drop the oldest tokens of the rows that have outgrown the context; read all again."""
+        """Drop the oldest tokens of the rows longer than the context; forget what was read."""
         start = context_start(length, self.max_length, self.block_size)
         self.starts = [s if length - s <= self.block_size else start for s in self.starts]
         for row, first in enumerate(self.starts):
@@ -94,30 +94,33 @@ class Engine:
     def _positions_and_mask(
         self, known: int, length: int, rows: slice
     ) -> tuple[Tensor | None, Tensor | None]:
-        """For tokens [known, length): positions (B, T) that skip padding, and mask (B, 1, T, S)."""
+        """For tokens [known, length): positions (B, T) that skip padding, and mask (B, 1, T, S).
+
+        Both are None without padding.
+        """
         if not self.holes:
             return None, None
         keys = self.mask[rows, self.base : length]  # (B, S)
         positions = (keys.cumsum(1) - 1).clamp(min=0)[:, known - self.base :]  # (B, T)
         T, S = length - known, length - self.base
         square = torch.ones(T, S, dtype=torch.bool, device=keys.device)
-        # padding sees itself: a row of attention that is masked whole would be 0 / 0
+        # padding sees itself: attention to nothing would compute 0 / 0
         itself = square.tril(S - T).triu(S - T)
         return positions, square.tril(S - T) & (keys[:, None, None, :] | itself)
 
 
 def context_start(length: int, max_length: int, block_size: int) -> int:
-    """The first of `length` tokens that a model still sees, with room for the tokens to come."""
+    """The first of `length` tokens to keep; new tokens get at most half of the context."""
     if length <= block_size:
         return 0
     return length - block_size + min(max_length - length, block_size // 2)
 
 
 def check_memory(model: GPT, request: Request) -> None:
-    """Raise ValueError where a request surely needs more memory than its device has.
+    """Raise ValueError where a request certainly needs more memory than its device has.
 
-    Counts what grows with the rows: the new tokens' keys and values, the scores and two copies of
-    them. A system that promises more memory than there is would kill the process without a word.
+    Counts the memory that grows with the rows: the new tokens' keys and values, the scores and two
+    copies of them. A system that overcommits memory would kill the process without a message.
     """
     config, shape = request.config, model.config
     name, number = "num_return_sequences", request.rows
@@ -131,19 +134,19 @@ def check_memory(model: GPT, request: Request) -> None:
     needed = rows * (cache + 3 * 4 * shape.vocab_size + request.max_length)
     device = request.ids.device
     if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
     else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
         raise ValueError(
             f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of {length} "
-            f"tokens, more than the {there / 2**30:,.0f} GiB there are; lower it or max_new_tokens"
+            f"tokens, more than the device's {total / 2**30:,.0f} GiB; lower it or max_new_tokens"
         )
 
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """Eval mode inside; the mode before it afterwards."""
+    """Run the model in eval mode inside; restore each module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()

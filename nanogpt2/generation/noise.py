@@ -1,17 +1,17 @@
-"""Where chance comes from: torch's stream, as transformers draws, or a counter.
+"""The source of random numbers: torch's stream, as transformers draws, or a counter.
 
-A draw of token i with probability p_i is argmax p_i / q_i, where the q_i are independent
-exponential variables: torch.multinomial does this inside. All that differs is where q comes from.
-Stochastic beams take q itself: -log q is Gumbel noise.
+argmax p_i / q_i draws token i with probability p_i, where the q_i are independent exponential
+variables. torch.multinomial does this inside. The sources differ only in how they make q.
+Stochastic beams use q itself: -log q is Gumbel noise.
 
-- `StreamNoise` takes the next numbers of a torch generator. A text depends on all that was drawn
-  before it, on its batch too.
-- `CounterNoise` computes q from (seed, sample, step, token) by a hash, so that text number 7 of 64
-  can be made again alone.
+- `StreamNoise` takes the next numbers of a torch generator. A text depends on all earlier draws,
+  so on its batch as well.
+- `CounterNoise` computes q from (seed, sample, step, token) by a hash. So text 7 of 64 can be made
+  again alone.
 
-Most columns cannot be drawn where there is a top_k, and a q is made only for those that can. In
-torch's stream too: on a CPU its exponential variables are -log(1 - u) of uniform ones, which cost a
-fifth of them, and that is checked once before it is relied upon.
+After top_k most probabilities are 0, and q is computed only for the others. This works in torch's
+stream as well: on a CPU its exponential variables are -log(1 - u) of its uniform variables u, which
+cost a fifth of them. `_stream_is_uniform` checks this once before a draw relies on it.
 
 Source of the hash: Steele, Lea and Flood 2014, SplitMix64's finaliser.
 """
@@ -22,41 +22,43 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-# columns a row that must be ruled out, on average, for the others to be worth picking out
-FEW = 1 / 8
+# take the sparse path when at most this part of the probabilities is nonzero
+SPARSE = 1 / 8
 
 
 class Noise(Protocol):
     """Draws from rows of probabilities."""
 
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """Return int64 (R, count): different columns of each row of (R, N), in draw order."""
+        """Return int64 (R, count): different columns of each row of (R, N), in draw order.
+
+        Where a probability is NaN, raises ValueError at step 0, when the options are to blame, and
+        FloatingPointError later. StreamNoise also raises them where a row has fewer than `count`
+        probabilities above 0.
+        """
 
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
         """Return q itself, positive float64 (R, N)."""
 
 
 def nothing_left(step: int) -> Exception:
-    """What a draw raises where it has nothing to draw from."""
+    """Make the error of a draw without possible tokens."""
     return (FloatingPointError if step else ValueError)(
-        "do_sample must have tokens left to draw, which the other options do not leave"
+        "do_sample must have tokens left to draw; the other options leave none"
     )
 
 
-class StreamNoise:
-    """torch.multinomial with the global generator, or with one of its own where a seed is given."""
+class StreamNoise(Noise):
+    """torch.multinomial with the global generator, or with a new generator if a seed is given."""
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
         self._generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         self._device = device
 
+    @override
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise.
-
-        Where too few columns are possible or one is no number, raises ValueError at the first step,
-        which is for the options to blame, and FloatingPointError after it.
-        """
         few = _possible(probabilities, count)
         if few is not None and _stream_is_uniform():
             uniform = torch.rand(
@@ -69,58 +71,59 @@ class StreamNoise:
         except RuntimeError as error:
             raise nothing_left(step) from error
 
+    @override
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
-        """See Noise."""
         q = torch.empty(shape, dtype=torch.float64, device=self._device)
         return q.exponential_(generator=self._generator)
 
 
-class CounterNoise:
+class CounterNoise(Noise):
     """Draws that are functions of the seed, the row's sample number, the step and the column."""
 
     def __init__(self, seed: int, samples: Tensor) -> None:
         """samples: int64 (R,), the number of each row's text among those of its prompt."""
         self.seed, self.samples = seed, samples
 
+    @override
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
-        """See Noise; raises what StreamNoise does where a row's are no numbers."""
         few = _possible(probabilities, count)
         if few is not None:
             keys = self._keys(step)
             return few.best(lambda rows, columns: _hashed(keys[rows] + columns), count)
         if probabilities.isnan().any():
             raise nothing_left(step)
-        # a token of probability 0 is never preferred to one that is possible
+        # 0 / q is 0, so a token of probability 0 never comes before a possible token
         q = self.exponential((len(probabilities), probabilities.size(1)), step)
         return (probabilities.double() / q).topk(count, dim=1).indices
 
+    @override
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
-        """See Noise."""
         columns = torch.arange(shape[1], device=self.samples.device)
         return _hashed(self._keys(step)[:, None] + columns)
 
     def _keys(self, step: int) -> Tensor:
-        """One for each row, int64 (R,), mixed before the columns come in."""
+        """A key for each row, int64 (R,), before a column is added."""
         return _mix(_mix(self.samples + _mix_int(self.seed)) + step)
 
 
 class _Possible:
-    """The entries above 0 of probabilities (R, N), of which there are few: M in all."""
+    """The M probabilities above 0 among (R, N), where M is small."""
 
     def __init__(
         self, probabilities: Tensor, rows: Tensor, columns: Tensor, counts: Tensor
     ) -> None:
-        """rows, columns: int64 (M,), in order; counts: those of each row, int64 (R,)."""
+        """rows, columns: int64 (M,), in order; counts: how many in each row, int64 (R,)."""
         self._p = probabilities[rows, columns]  # (M,)
         self._rows, self._columns = rows, columns
-        # each one's place in a table with a line for each row
+        # each entry's place in a table with a line for each row
         first = counts.cumsum(0) - counts
         self._places = torch.arange(len(rows), device=rows.device) - first[rows]
         self._shape = (len(counts), int(counts.max()))
 
     def best(self, noise: Callable[[Tensor, Tensor], Tensor], count: int) -> Tensor:
-        """The columns, int64 (R, count), with the largest p / q; noise(rows, columns) is q, in the
-        type that they are compared in.
+        """Return the columns, int64 (R, count), with the largest p / q.
+
+        noise(rows, columns) is q, in the dtype to compare in.
         """
         q = noise(self._rows, self._columns)
         ratio = self._p.to(q.dtype) / q
@@ -132,26 +135,27 @@ class _Possible:
 
 
 def _possible(probabilities: Tensor, count: int) -> _Possible | None:
-    """None where most are possible, a row has fewer than `count`, or something is no probability.
+    """Return the entries above 0, or None where the draw must look at all columns.
 
-    On a GPU as well: to know how many there are it would have to be waited for.
+    None if too many are above 0, a row has fewer than `count` of them, or a value is no
+    probability. None on a GPU as well: the CPU would have to wait for the count.
     """
     if probabilities.device.type != "cpu":
         return None
     low, high = (float(x) for x in torch.aminmax(probabilities))
-    # not a number is neither
+    # False for NaN
     if not (low >= 0 and high < float("inf")):
         return None
     rows, columns = probabilities.nonzero(as_tuple=True)
     counts = rows.bincount(minlength=len(probabilities))
-    if len(rows) > FEW * probabilities.numel() or int(counts.min()) < count:
+    if len(rows) > SPARSE * probabilities.numel() or int(counts.min()) < count:
         return None
     return _Possible(probabilities, rows, columns, counts)
 
 
 @cache
 def _stream_is_uniform() -> bool:
-    """Whether torch's exponential variables are made of its uniform ones, number by number."""
+    """Tell whether torch makes each exponential variable from one uniform variable, as we do."""
     a, b = (torch.Generator().manual_seed(0) for _ in range(2))
     exponential = torch.empty(64).exponential_(generator=a)
     uniform = torch.rand(64, dtype=torch.float64, generator=b)
@@ -161,12 +165,12 @@ def _stream_is_uniform() -> bool:
 
 
 def _exponential(uniform: Tensor) -> Tensor:
-    """Exponential variables of uniform ones in [0, 1)."""
+    """Turn uniform variables in [0, 1) into exponential variables."""
     return -torch.log1p(-uniform)
 
 
 def _hashed(x: Tensor) -> Tensor:
-    """Exponential variables, float64, of int64 numbers."""
+    """Turn int64 numbers into exponential variables, float64."""
     bits = _mix(x)
     # 53 random bits in (0, 1): never 0, so the logarithm is finite
     uniform = ((bits >> 11 & (2**53 - 1)).double() + 0.5) * 2.0**-53
@@ -178,7 +182,7 @@ _M1, _M2 = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x9
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, whose products wrap: every bit of x moves half of them."""
+    """SplitMix64's finaliser on int64, whose products wrap: each bit of x flips half of them."""
     x = x * _GOLDEN
     x = (x ^ (x >> 30 & (2**34 - 1))) * _M1
     x = (x ^ (x >> 27 & (2**37 - 1))) * _M2

@@ -1,9 +1,10 @@
-"""Scores in, scores out: what changes a model's opinion before a token is chosen.
+"""Processors: functions that change the model's scores before a token is chosen.
 
 A processor is a function of (ids, scores): int64 (N, T), all tokens so far, and float32 (N, V),
-logits when sampling and log-probabilities with beams. It returns new scores and leaves its input as
-it was; -inf bans a token. `processors_for` puts them in transformers' order. Nothing here loops
-over rows, tokens or the vocabulary, but for the user's own `prefix_allowed_tokens_fn`.
+logits when sampling and log-probabilities with beams. A processor returns new scores and does not
+write to its input; -inf bans a token. `processors_for` puts the processors in transformers' order.
+No processor loops over rows, tokens or the vocabulary, except for the user's
+`prefix_allowed_tokens_fn`.
 """
 
 import math
@@ -17,15 +18,15 @@ from torch import Tensor
 from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request
 
 INF = float("inf")
-# tokens that top_p looks at before it sorts them all, and what a sum of float32 may be off by
+# tokens that top_p examines before it sorts all, and the error allowed in a sum of float32
 TOP_P_CANDIDATES = 1024
 ROUNDING = 1e-5
 
 
 def processors_for(request: Request, rows: int | None = None) -> list[tuple[str, Processor]]:
-    """Return the processors that a request asks for, by the names of their options.
+    """Return the processors that a request asks for, with the names of their options.
 
-    rows: how many rows of a prompt they are given at once, by default all.
+    rows: how many rows of a prompt a call gives them, by default all.
     """
     chain = _preferences(request, request.rows if rows is None else rows)
     _check_forced(request)
@@ -38,7 +39,7 @@ def processors_for(request: Request, rows: int | None = None) -> list[tuple[str,
 
 
 def _preferences(request: Request, rows: int) -> list[tuple[str, Processor]]:
-    """What prefers and bans tokens, whether they are drawn or not."""
+    """Make the processors that prefer or ban tokens, with or without sampling."""
     c, eos, T = request.config, request.eos, request.prompt_length
     chain: list[tuple[str, Processor]] = []
     if c.sequence_bias is not None:
@@ -57,7 +58,7 @@ def _preferences(request: Request, rows: int) -> list[tuple[str, Processor]]:
         biases = {tuple(word): -INF for word in words if word not in ends}
         chain.append(("bad_words_ids", SequenceBias(biases, request)))
     if c.min_new_tokens is not None:
-        # it wins over min_length
+        # min_new_tokens overrides min_length
         wait = partial(ban_before, length=T + c.min_new_tokens, tokens=eos)
         chain.append(("min_new_tokens", wait))
     elif c.min_length > 0:
@@ -81,17 +82,17 @@ def _preferences(request: Request, rows: int) -> list[tuple[str, Processor]]:
         chain.append(("suppress_tokens", partial(ban, tokens=tokens)))
     if c.begin_suppress_tokens is not None:
         tokens = _ids("begin_suppress_tokens", c.begin_suppress_tokens, request)
-        # a forced first token is not what the text begins with
+        # the text begins after a forced first token
         begin = T + 1 if T == 1 and c.forced_bos_token_id is not None else T
         chain.append(("begin_suppress_tokens", partial(ban_at, length=begin, tokens=tokens)))
     return chain
 
 
 def _warpers(request: Request) -> list[tuple[str, Processor]]:
-    """What shapes the distribution that tokens are drawn from."""
+    """Make the processors that shape the distribution to draw from."""
     c = request.config
-    # beams need a token that does not end the text beside all those that do; what is drawn whole
-    # texts from is the distribution as it is
+    # beams need a token beside all end tokens, so that a text can run on; stochastic beams draw
+    # whole texts from plain sampling's distribution
     keep = max(1, len(request.eos)) + 1 if c.num_beams > 1 and not c.stochastic_beams else 1
     chain: list[tuple[str, Processor]] = []
     if c.temperature != 1:
@@ -117,7 +118,7 @@ def _warpers(request: Request) -> list[tuple[str, Processor]]:
 
 
 class SequenceBias:
-    """Adds a bias to the token that would complete a sequence; -inf bans it."""
+    """Adds a bias to the token that would complete a sequence; -inf bans the token."""
 
     def __init__(self, biases: Mapping[tuple[int, ...], float], request: Request) -> None:
         device = request.ids.device
@@ -144,7 +145,7 @@ class SequenceBias:
         ]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """See the module."""
+        """Process scores, as every processor does."""
         bias = self._single.expand_as(scores).clone()  # (N, V)
         for prefixes, last, biases in self._groups:
             length = prefixes.size(1)
@@ -160,14 +161,14 @@ def penalise_repetition(ids: Tensor, scores: Tensor, penalty: float, first: Tens
     A positive score is divided by the penalty, a negative one multiplied.
     """
     seen = torch.arange(ids.size(1), device=ids.device) >= first[:, None]  # (N, T)
-    # padding repeats the row's last token, which counts anyway
+    # replace padding by the row's last token, which the penalty covers anyway
     ids = ids.where(seen, ids[:, -1:])
     score = scores.gather(1, ids)  # (N, T)
     return scores.scatter(1, ids, torch.where(score < 0, score * penalty, score / penalty))
 
 
 def ban_repeated_ngrams(ids: Tensor, scores: Tensor, n: int) -> Tensor:
-    """Ban each token that would complete an n-gram which the row (padding included) already has."""
+    """Ban each token that would complete an n-gram of the row, padding included."""
     if ids.size(1) < n:
         return scores
     ngrams = ids.unfold(1, n, 1)  # (N, T - n + 1, n)
@@ -194,7 +195,7 @@ def ban_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor:
 
 
 def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor:
-    """Allow only these tokens, all alike, in rows of this length."""
+    """Allow only these tokens, with equal scores, in rows of this length."""
     if ids.size(1) != length:
         return scores
     return torch.full_like(scores, -INF).index_fill(1, tokens, 0.0)
@@ -203,13 +204,13 @@ def force_at(ids: Tensor, scores: Tensor, length: int, tokens: Tensor) -> Tensor
 def allow_only(ids: Tensor, scores: Tensor, fn: PrefixAllowedTokens, rows: int) -> Tensor:
     """Allow the tokens that `fn(prompt's number, row)` returns; each prompt has `rows` rows.
 
-    Where every row of a prompt has nothing left, its allowed tokens all score 0.
+    If no row of a prompt has a token left, all its allowed tokens score 0.
     """
     mask = torch.full_like(scores, -INF)
     for row, tokens in enumerate(ids):
         allowed = fn(row // rows, tokens)
         if len(allowed) == 0:
-            raise ValueError(f"prefix_allowed_tokens_fn must allow a token in row {row}, not none")
+            raise ValueError(f"prefix_allowed_tokens_fn must allow a token in row {row}, not 0")
         mask[row, allowed] = 0.0
     result = scores + mask
     none = result.amax(dim=1).isneginf().view(-1, rows).all(dim=1)  # (N / rows,)
@@ -221,14 +222,14 @@ def raise_end(ids: Tensor, scores: Tensor, start: int, factor: float, eos: Tenso
     if ids.size(1) <= start:
         return scores
     ends, past = scores[:, eos], ids.size(1) - start  # (N, E)
-    # beyond e^69 float32 ends soon, and nothing else has a chance
+    # from 1e30 on the end is certain, and float32 would overflow soon
     gain = ends.abs() * (factor**past - 1 if past * math.log(factor) < 69 else 1e30)
     gain = gain.where(ends.isfinite(), 0.0)
     return scores + torch.zeros_like(scores).index_copy(1, eos, gain)
 
 
 def renormalise(ids: Tensor, scores: Tensor) -> Tensor:
-    """Make the scores log-probabilities."""
+    """Turn the scores into log-probabilities."""
     return scores.log_softmax(dim=1)
 
 
@@ -241,7 +242,7 @@ def scale_temperature(ids: Tensor, scores: Tensor, temperature: float) -> Tensor
 
 
 def keep_top_h(ids: Tensor, scores: Tensor, h: float) -> Tensor:
-    """Keep the likeliest of the 100 best tokens, as long as they hold `h` of the 100's entropy."""
+    """Keep the likeliest of the 100 best tokens, up to `h` of the entropy of the 100."""
     best = scores.topk(min(100, scores.size(1)), dim=1)
     p, entropy = _distribution(best.values)  # (N, 100), (N, 1)
     kept = (-p * p.log()).cumsum(dim=1) <= entropy * h
@@ -251,13 +252,13 @@ def keep_top_h(ids: Tensor, scores: Tensor, h: float) -> Tensor:
 
 
 def keep_top_k(ids: Tensor, scores: Tensor, k: int) -> Tensor:
-    """Ban what scores below the k-th best; ties with it stay."""
+    """Ban tokens that score below the k-th best; ties with the k-th stay."""
     kth = scores.topk(min(k, scores.size(1)), dim=1).values[:, -1:]  # (N, 1)
     return torch.where(scores < kth, -INF, scores)
 
 
 def keep_top_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """Ban the unlikeliest tokens, whose probabilities add up to 1 - p at most; `keep` best stay."""
+    """Ban the least likely tokens, up to a total of 1 - p; the `keep` best stay."""
     banned_at_once = _outside_top_p(scores, p, keep)
     if banned_at_once is not None:
         return scores.masked_fill(banned_at_once, -INF)
@@ -268,17 +269,17 @@ def keep_top_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
 
 
 def _outside_top_p(scores: Tensor, p: float, keep: int) -> Tensor | None:
-    """What keep_top_p bans, bool (N, V), without a sort of the whole vocabulary.
+    """Return what keep_top_p bans, bool (N, V), without a sort of the whole vocabulary.
 
-    None where the best tokens do not hold enough, and where which is banned hangs on rounding or on
-    the order of two that are alike: then only the same sums in the same order tell.
+    None where the best tokens do not hold enough probability. None as well where rounding or the
+    order of equal tokens decides: only the same sums in the same order give the same answer.
     """
     if scores.size(1) <= TOP_P_CANDIDATES or scores.device.type != "cpu":
         return None
     best = scores.softmax(dim=1).topk(TOP_P_CANDIDATES, dim=1)  # descending
     masses = best.values.double()
     rest = 1 - masses.sum(dim=1, keepdim=True)
-    # what each one and all below it hold
+    # the probability of each token and all less likely ones
     tails = rest + masses.flip(1).cumsum(dim=1).flip(1)
     near = (tails - (1 - p)).abs() < ROUNDING
     last = (tails > 1 - p).sum(dim=1, keepdim=True).clamp(min=keep)  # kept, (N, 1)
@@ -291,7 +292,7 @@ def _outside_top_p(scores: Tensor, p: float, keep: int) -> Tensor | None:
 
 
 def keep_min_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """Ban what has less than `p` of the likeliest token's probability; the `keep` best stay."""
+    """Ban tokens below `p` times the greatest probability; the `keep` best stay."""
     probabilities = scores.softmax(dim=1)
     banned = probabilities < p * probabilities.amax(dim=1, keepdim=True)
     best = probabilities.topk(min(keep, scores.size(1)), dim=1).indices
@@ -299,7 +300,7 @@ def keep_min_p(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
 
 
 def keep_typical(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the entropy, until they hold the mass `p`."""
+    """Keep the tokens whose -log p is nearest to the entropy, until their total reaches `p`."""
     logp = scores.log_softmax(dim=1)
     entropy = -(logp * logp.exp()).nansum(dim=1, keepdim=True)
     distance, order = (-logp - entropy).abs().sort(dim=1)
@@ -311,12 +312,12 @@ def keep_typical(ids: Tensor, scores: Tensor, p: float, keep: int = 1) -> Tensor
 
 
 def cut_epsilon(ids: Tensor, scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
-    """Ban what is less probable than epsilon; the `keep` best stay."""
+    """Ban tokens less probable than epsilon; the `keep` best stay."""
     return _cut_below(scores, scores.softmax(dim=1), epsilon, keep)
 
 
 def cut_eta(ids: Tensor, scores: Tensor, epsilon: float, keep: int = 1) -> Tensor:
-    """Ban what is less probable than min(epsilon, sqrt(epsilon) exp(-entropy))."""
+    """Ban tokens less probable than min(epsilon, sqrt(epsilon) exp(-entropy))."""
     _, entropy = _distribution(scores)  # (N, 1)
     most = scores.new_tensor(epsilon)
     eta = torch.minimum(most, most.sqrt() * (-entropy).exp())  # (N, 1)
@@ -326,11 +327,11 @@ def cut_eta(ids: Tensor, scores: Tensor, epsilon: float, keep: int = 1) -> Tenso
 def _distribution(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(N, V) -> probabilities (N, V) and entropy (N, 1), in nats.
 
-    Computed in the order of torch.distributions.Categorical: a threshold is a matter of one bit.
+    Computes in the order of torch.distributions.Categorical: one bit can decide at a threshold.
     """
     logp = scores - scores.logsumexp(dim=1, keepdim=True)
     p = logp.softmax(dim=1)
-    # a banned token has no surprise: 0 log 0 = 0
+    # a banned token adds 0 to the entropy: 0 log 0 = 0
     terms = logp.clamp(min=torch.finfo(logp.dtype).min) * p
     return p, -terms.sum(dim=1, keepdim=True)
 
@@ -340,11 +341,11 @@ def _cut_below(scores: Tensor, p: Tensor, least: Tensor | float, keep: int) -> T
     return scores.masked_fill((p < least) & (scores < kth), -INF)
 
 
-# ---- what options may hold
+# ---- checks of the options' values
 
 
 def _ids(name: str, value: Any, request: Request) -> Tensor:
-    """One id or several -> int64 (n,). Raises ValueError for what is no id of the vocabulary."""
+    """One id or several -> int64 (n,). Raises ValueError for an id outside the vocabulary."""
     ids, V = _listed(value), request.vocab_size
     if not isinstance(ids, list | tuple) or not all(type(i) is int and 0 <= i < V for i in ids):
         raise ValueError(f"{name} must be ids from 0 to {V - 1}, not {value!r}")
@@ -352,7 +353,7 @@ def _ids(name: str, value: Any, request: Request) -> Tensor:
 
 
 def _listed(value: Any) -> Any:
-    """None -> [], an id -> [id], several as they are."""
+    """None -> [], an id -> [id], several ids unchanged."""
     return [] if value is None else [value] if isinstance(value, int) else value
 
 
@@ -375,7 +376,7 @@ def _biases(value: Any) -> dict[tuple[int, ...], float]:
         biases = {tuple(ids): bias for ids, bias in pairs}
     except (TypeError, ValueError):
         biases = {}
-    # in float32, and -inf bans
+    # biases become float32; -inf bans
     if not biases or not all(
         type(bias) in (int, float)
         and (abs(bias) < 3e38 or bias == -INF)
@@ -387,7 +388,7 @@ def _biases(value: Any) -> dict[tuple[int, ...], float]:
 
 
 def _check_forced(request: Request) -> None:
-    """Raise ValueError where a token is forced that is never to be written."""
+    """Raise ValueError where an option forces a token that suppress_tokens bans."""
     c = request.config
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(c, name)

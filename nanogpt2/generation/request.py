@@ -1,4 +1,4 @@
-"""A prompt with its options, checked: everything that decoding needs to know about its task.
+"""A prompt with its options, checked: all that decoding needs to know about its task.
 
 This file does not know how tokens are scored or chosen.
 """
@@ -20,7 +20,7 @@ PrefixAllowedTokens = Callable[[int, Tensor], list[int]]
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue and how. Axes: B prompts, T tokens in the longest."""
+    """The prompts and how to continue them. Axes: B prompts, T tokens in the longest."""
 
     config: GenerationConfig
     ids: Tensor  # int64 (B, T), T >= 1
@@ -29,7 +29,7 @@ class Request:
     pad: int | None
     max_length: int
     vocab_size: int
-    rows: int  # that are decoded side by side for each prompt
+    rows: int  # decoded side by side for each prompt
     tokenizer: Tokenizer | None = None
     user_processors: tuple[Processor, ...] = ()
     prefix_allowed_tokens: PrefixAllowedTokens | None = None
@@ -50,9 +50,9 @@ def prepare(
     user_processors: tuple[Processor, ...] = (),
     prefix_allowed_tokens: PrefixAllowedTokens | None = None,
 ) -> Request:
-    """Check a prompt, int64 (B, T), and fill in what the checkpoint says.
+    """Check prompts, int64 (B, T), and fill in the checkpoint's end and pad tokens.
 
-    Raises ValueError for a wrong shape, an id outside the vocabulary, a prompt that leaves no room.
+    Raises ValueError for a wrong shape, an id outside the vocabulary, a prompt of max_length.
     """
     ids = _start_ids(model_config, input_ids).to(device)
     eos = (
@@ -61,7 +61,7 @@ def prepare(
     eos = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
     pad = model_config.pad_token_id if config.pad_token_id is None else config.pad_token_id
     if config.stop_strings is not None and tokenizer is None:
-        raise ValueError("stop_strings must come with tokenizer=, which says what ids stand for")
+        raise ValueError("stop_strings must come with tokenizer=, which turns ids into text")
     V = model_config.vocab_size
     if config.eos_token_id != FROM_CHECKPOINT and any(i >= V for i in eos):
         raise ValueError(f"eos_token_id must be below {V}, not {eos}")
@@ -105,7 +105,7 @@ def _start_ids(model_config: GPTConfig, ids: Tensor) -> Tensor:
 def _prompt_mask(
     ids: Tensor, attention_mask: Tensor | None, eos: tuple[int, ...], pad: int | None
 ) -> Tensor:
-    """Bool (B, T), False at padding. Pads are told from the ids only where no pad ends a text."""
+    """Bool (B, T), False at padding: without a mask, the pad tokens, unless a pad ends texts."""
     if attention_mask is not None and attention_mask.numel():
         if attention_mask.shape != ids.shape:
             raise ValueError(
@@ -140,9 +140,9 @@ def _check_draw(config: GenerationConfig, vocab_size: int) -> None:
 
 
 def check_least(request: Request) -> None:
-    """Raise ValueError where a text cannot get as long as it must before it may end.
+    """Raise ValueError where the least length of a text is above its greatest.
 
-    generate() goes as far as it can then, as transformers does, with a warning there.
+    generate() accepts this, as transformers does with a warning, and stops at the greatest.
     """
     config, most = request.config, request.max_length
     if config.min_new_tokens is not None:
@@ -150,4 +150,4 @@ def check_least(request: Request) -> None:
     else:
         name, least = "min_length", config.min_length
     if least > most:
-        raise ValueError(f"{name} must be <= {most}, as long as this text may get, not {least}")
+        raise ValueError(f"{name} must be <= {most}, the most tokens of this text, not {least}")

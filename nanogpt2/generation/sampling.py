@@ -1,8 +1,8 @@
-"""Greedy decoding and sampling: one token a row and step, until every row has ended.
+"""Greedy decoding and sampling: one token for each row and step, until every row has ended.
 
-With Triton's kernels a draw by noise "counter" from scores that nothing but FUSED changes is one
-kernel. The noise is CounterNoise's to the bit, so the token is the same, except where the chances
-of two are as near as rounding; on a GPU the scores may differ in their last bit.
+With Triton's kernels, noise "counter" and no processors but FUSED, a single kernel draws the token.
+Its noise equals CounterNoise's to the bit. So its token is the same, except where two tokens are
+equally likely up to rounding; on a GPU the scores may differ in their last bit.
 
 This file does not know the model's inside, nor text.
 """
@@ -24,7 +24,7 @@ from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
 
-# the processors that the kernel of the draw has in it
+# the processors that the sampling kernel computes itself
 FUSED = {"no_repeat_ngram_size", "temperature", "top_k"}
 
 
@@ -32,14 +32,14 @@ FUSED = {"no_repeat_ngram_size", "temperature", "top_k"}
 class Step:
     """One token for each of N rows."""
 
-    tokens: Tensor  # int64 (N,), the filler in rows that had ended before
-    running: Tensor  # bool (N,), False in rows that had ended before
+    tokens: Tensor  # int64 (N,), the filler in rows that ended before
+    running: Tensor  # bool (N,), False in rows that ended before
     scores: Tensor  # float32 (N, V), processed
 
 
 @torch.no_grad()
 def decode(model: GPT, request: Request) -> Iterator[Step]:
-    """Yield step after step; N = B * num_return_sequences, the rows of a prompt side by side."""
+    """Yield a Step for each token; N = B * num_return_sequences, a prompt's rows side by side."""
     device = request.ids.device
     ids = request.ids.repeat_interleave(request.rows, dim=0)  # (N, T)
     looks_up = request.config.prompt_lookup_num_tokens is not None and len(ids) == 1
@@ -59,7 +59,7 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
 
 
 def chooser(model: GPT, request: Request) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """The way from (ids (N, T), scores (N, V), step) to tokens (N,) and the processed scores."""
+    """Return the function (ids (N, T), scores (N, V), step) -> tokens (N,), processed scores."""
     config, chain, noise = request.config, processors_for(request), make_noise(request)
     fuses = model.kernels == "triton" and {name for name, _ in chain} <= FUSED
     if fuses and config.samples and isinstance(noise, CounterNoise):
@@ -78,7 +78,7 @@ def _choose(
     for process in chain:
         scores = process(ids, scores)
     if config.samples:
-        # rows that ended draw too: transformers' random stream counts them
+        # ended rows draw as well, as in transformers' random stream
         return noise.draw(scores.softmax(dim=1), 1, step).squeeze(1), scores
     return scores.argmax(dim=1), scores
 
@@ -102,19 +102,19 @@ def _draw_fused(
 
 
 def make_noise(request: Request) -> Noise:
-    """The source of chance that a request asks for."""
+    """Make the source of random numbers that a request asks for."""
     config, device = request.config, request.ids.device
     if config.noise == "hf" or config.seed is None:
         return StreamNoise(config.seed, device)
     samples = torch.arange(config.first_sample, config.first_sample + request.rows, device=device)
     if config.num_beams > 1:
-        # the beams of a prompt draw together, as one row
+        # the beams of a prompt draw together, as a single row
         samples = samples[:1]
     return CounterNoise(config.seed, samples.repeat(len(request.ids)))
 
 
 def filler_token(request: Request) -> int:
-    """What rows that ended are filled up with."""
+    """The token that pads rows after their end."""
     if request.pad is not None:
         return request.pad
     return int(request.eos[0]) if len(request.eos) else 0

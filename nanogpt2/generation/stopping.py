@@ -1,8 +1,9 @@
 """When a text ends: an end token, its length, a string, the clock.
 
-A string ends a text at the token that completes it, and the text is cut where it begins. This is
-decided on bytes, here alone: a string may begin in one token and end within another, and half a
-character is no obstacle. This file does not know how tokens are chosen.
+A string ends a text at the token that completes the string; the text is cut at the string's start.
+Only this file decides where. It compares bytes, because a string may begin within one token and end
+within another, and a token may hold half a character. This file does not know how tokens are
+chosen.
 """
 
 import time
@@ -16,10 +17,10 @@ from nanogpt2.tokenizer import Tokenizer
 
 
 class Stopping:
-    """Tells, after each token, which rows have come to their end."""
+    """Tells, after each token, which rows have ended."""
 
     def __init__(self, request: Request) -> None:
-        """Raise ValueError for stop strings that are none."""
+        """Raise ValueError for invalid stop strings."""
         self._eos = request.eos
         self._max_length = request.max_length
         self._deadline = None
@@ -42,20 +43,20 @@ class Stopping:
         return ended
 
     def must_stop(self, length: int) -> bool:
-        """Tell whether all rows, of this length, have come to their end."""
+        """Tell whether all rows, of this length, must end now."""
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         return length >= self._max_length or out_of_time
 
 
 class StopStrings:
-    """Ends a row whose last token completes one of the strings, wherever in the token that is."""
+    """Ends a row whose last token completes one of the strings, anywhere within the token."""
 
     def __init__(self, strings: str | list[str], tokenizer: Tokenizer) -> None:
-        """Raise ValueError for an empty string, or for no list of strings."""
+        """Raise ValueError for an empty string, or for anything but strings."""
         self._strings = stop_bytes(strings)
         self._longest = max(map(len, self._strings))
         self._tokenizer = tokenizer
-        # a token can end a string only if it holds the string's last byte
+        # only a token that holds a string's last byte can complete the string
         last_bytes = {string[-1] for string in self._strings}
         self._may_end = torch.tensor(
             [bool(last_bytes & {*tokenizer.decode_bytes([i])}) for i in range(tokenizer.vocab_size)]
@@ -65,7 +66,7 @@ class StopStrings:
         """Int64 (N, T) -> bool (N,)."""
         ended = self._may_end.to(ids.device)[ids[:, -1]]
         for row in ended.nonzero().flatten().tolist():
-            # every token has a byte at least
+            # a token has at least one byte, so these tokens hold the longest string
             last_ids = ids[row, -self._longest - 1 :].tolist()
             last = len(self._tokenizer.decode_bytes(last_ids[-1:]))
             text = self._tokenizer.decode_bytes(last_ids)
@@ -74,25 +75,25 @@ class StopStrings:
 
 
 def stop_bytes(strings: str | Sequence[str]) -> list[bytes]:
-    """The strings as the bytes that a text is searched for.
+    """Encode the stop strings as the bytes to search for.
 
-    Raises ValueError for an empty string, for no list of strings, for half a surrogate pair.
+    Raises ValueError for an empty string, for anything but strings, for half a surrogate pair.
     """
     listed = [strings] if isinstance(strings, str) else strings
     texts = isinstance(listed, list | tuple) and all(isinstance(each, str) for each in listed)
     if not texts or not all(listed) or not listed:
         raise ValueError(
-            f"stop_strings must be a text or a list of texts, none of them empty, not {strings!r}"
+            f"stop_strings must be a text or a list of texts, none empty, not {strings!r}"
         )
     try:
         return [each.encode("utf-8") for each in listed]
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"stop_strings must be text that UTF-8 can write, not {error.object!r}"
+            f"stop_strings must be text that UTF-8 can encode, not {error.object!r}"
         ) from None
 
 
 def stop_start(text: bytes, last: int, strings: Sequence[bytes]) -> int | None:
-    """Where the first of the strings begins that end within the `last` bytes of a text, if any."""
+    """Find the first start of a string that ends within the `last` bytes of a text, if any."""
     starts = [text.find(each, max(0, len(text) - last - len(each) + 1)) for each in strings]
     return min((start for start in starts if start >= 0), default=None)

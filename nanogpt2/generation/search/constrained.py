@@ -1,22 +1,23 @@
-"""Constrained beam search: texts that hold given words, wherever they fit best.
+"""Constrained beam search: texts that contain given words, wherever the words fit best.
 
-A constraint is a word, a list of token ids, or several alternatives of which one is enough. All
-words of all constraints make one forest: node e is a token, reached from `parent[e]`, or from
-nowhere where a word begins; a leaf completes its constraint. A text's progress is which constraints
-it has met and at which node it stands. A text is within one constraint at a time; a token that does
-not lead on loses what was begun (and is not tried as a new beginning), and that constraint comes
-last when the next one is chosen.
+A constraint is a word, that is a list of token ids, or a list of alternative words of which one is
+enough. All words of all constraints form a forest. Node e is a token that follows `parent[e]`; a
+word's first token follows NOWHERE; a leaf completes its constraint. A text's progress is the set of
+constraints it has met and its current node. A text is within one constraint at a time. A token that
+does not continue the constraint loses its begun part, and is not tried as a new beginning. A lost
+constraint comes last when the next constraint is chosen.
 
-In a step, the K best continuations by score are joined by all that make progress. Each goes to a
-bank, numbered by the constraints met, the begun one in part; the next K are the best of each bank,
-then the second best of each, and so on, banks that are further on first. So there are always some
-that are about to meet the constraints, however unlikely. Only a text that has met them all may end;
-where fewer than num_return_sequences of the texts still running at the last step have, all of those
-compete, as 4.x has it: too short a max_length may give texts without the words (hypotheses.py has
-the other rules).
+A step takes the K best continuations by score, and all continuations that make progress. Each goes
+to a bank, numbered by the tokens of the met constraints and of the begun constraint. The next K
+texts are the best of each bank, then the second best of each, and so on, from the most advanced
+bank down. So the search always follows texts close to meeting the constraints, however unlikely.
 
-Tokens are transformers' 4.x, the last version that had this built in: the prompt counts, padding
-included, and banks are told apart by 100 nats.
+Only a text that has met all constraints may end. If fewer than num_return_sequences of the running
+texts have met all at the last step, all running texts compete, as in 4.x. So a short max_length may
+give texts without the words. hypotheses.py holds the other rules.
+
+The tokens are those of transformers 4.x, the last version with this search built in: the prompt
+counts, padding included, and 100 nats separate the banks.
 
 Sources: Post and Vilar 2018, "Fast Lexically Constrained Decoding with Dynamic Beam Allocation";
 transformers 4.49, ConstrainedBeamSearchScorer and ConstraintListState, but for its mistake of
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from nanogpt2.generation.beam import Beams, continuations, pick, totals, width
 from nanogpt2.generation.engine import Engine, evaluating
-from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.processors import INF, processors_for
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.sampling import filler_token
 from nanogpt2.generation.search.hypotheses import close, finish, ranked, start
@@ -40,31 +41,31 @@ from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
 
 BANK = 100  # nats between banks
-NOWHERE = -1  # the node of a text that is within no constraint
+NOWHERE = -1  # the node of a text outside any constraint
 
 
 @dataclass
 class Progress:
-    """How far each of N texts for each of B prompts is. W constraints."""
+    """The progress of N texts for each of B prompts. W constraints."""
 
     met: Tensor  # bool (B, N, W)
-    order: Tensor  # int64 (B, N, W): of the constraints that a token could begin, the least is
-    node: Tensor  # int64 (B, N), where the text is within a constraint, or NOWHERE
+    order: Tensor  # int64 (B, N, W): a token that could begin several constraints begins the least
+    node: Tensor  # int64 (B, N), the text's place within a constraint, or NOWHERE
 
     def pick(self, places: Tensor) -> "Progress":
         """Take the texts at `places`, int64 (B, M)."""
         return Progress(*(pick(getattr(self, f.name), places) for f in fields(self)))
 
     def complete(self) -> Tensor:
-        """Bool (B, N): nothing is left to meet."""
+        """Bool (B, N): the text has met all constraints."""
         return self.met.all(dim=2)
 
 
 class Constraints:
-    """The forest of all words: E nodes, the constraint `owner[e]` each is of."""
+    """The forest of all words: E nodes; node e belongs to constraint `owner[e]`."""
 
     def __init__(self, words: list[list[list[int]]], device: torch.device) -> None:
-        """words: for each constraint its alternatives, each a list of ids."""
+        """words: the alternatives of each constraint, each a list of ids."""
         nodes: dict[tuple[int, int, int], int] = {}  # (owner, parent, token) -> node
         depths = []
         for owner, alternatives in enumerate(words):
@@ -95,11 +96,11 @@ class Constraints:
         return progress.pick(torch.zeros(B, count, dtype=torch.int64, device=device))
 
     def ahead(self, progress: Progress) -> Tensor:
-        """Bool (B, N, E): this node is one token away."""
+        """Bool (B, N, E): the text can reach this node with the next token."""
         return (self.parent == progress.node[:, :, None]) & ~progress.met[:, :, self.owner]
 
     def advance(self, progress: Progress, tokens: Tensor) -> Progress:
-        """Read one token, int64 (B, N), a text."""
+        """Append a token to each text, int64 (B, N)."""
         reached = self.ahead(progress) & (self.token == tokens[:, :, None])  # (B, N, E)
         order = progress.order[:, :, self.owner]
         node = order.masked_fill(~reached, torch.iinfo(order.dtype).max).argmin(dim=2)  # (B, N)
@@ -114,12 +115,12 @@ class Constraints:
         )
 
     def bank(self, progress: Progress) -> Tensor:
-        """Int64 (B, N): the number of constraints met, the begun one in part, in tokens."""
+        """Int64 (B, N): the progress in tokens, of the met constraints and of the begun one."""
         begun = (self.longest - self._remaining[progress.node]) * (progress.node >= 0)
         return progress.met.sum(dim=2) * self.longest + begun
 
     def _of(self, node: Tensor, where: Tensor) -> Tensor:
-        """Bool (B, N, W): this constraint is the node's, and `where` holds."""
+        """Bool (B, N, W): this constraint owns the text's node, and `where` holds."""
         W = torch.arange(self._count, device=node.device)
         return (self.owner[node][:, :, None] == W) & where[:, :, None]
 
@@ -128,7 +129,7 @@ class Constraints:
 def constrained_search(model: GPT, request: Request) -> Iterator[Beams]:
     """Yield the state after every step; the last one is `done`.
 
-    Raises ValueError for words that are none.
+    Raises ValueError for invalid force_words_ids.
     """
     config, B, K = request.config, len(request.ids), request.config.num_beams
     device, filler = request.ids.device, filler_token(request)
@@ -166,13 +167,13 @@ def _step(
     stopping: Stopping,
     filler: int,
 ) -> Progress:
-    """Lengthen the texts, by scores (B * K, V); return the progress of those that run on."""
+    """Lengthen the texts, by scores (B * K, V); return the progress of the new running texts."""
     before, V = beams.running, scores.size(1)
     total = totals(before, scores)  # (B, K * V)
     likeliest = total.topk(width(request, before))[1]  # (B, N)
     candidates = continuations(before, total, likeliest, rows)
     ended = stopping.ended_by_token(candidates.ids.flatten(0, 1)).view(likeliest.shape)
-    # an end token makes no progress
+    # the progress before the end token, which adds none
     complete = progress.pick(likeliest // V).complete()
     finish(request, beams, candidates, ended & complete, filler)
 
@@ -189,8 +190,8 @@ def _step(
 
 
 def _repeated(ids: Tensor, places: Tensor, valid: Tensor, vocab_size: int) -> Tensor:
-    """Bool (B, M): a valid place before it leads to the same text. ids: (B, K, T)."""
-    # at the first step the running texts are all the same
+    """Bool (B, M): an earlier valid place leads to the same text. ids: (B, K, T)."""
+    # at the first step all running texts are equal
     same = (ids[:, :, None] == ids[:, None]).all(dim=3)  # (B, K, K)
     first = same.int().argmax(dim=2)  # (B, K)
     text = first.gather(1, places // vocab_size) * vocab_size + places % vocab_size  # (B, M)
@@ -199,22 +200,22 @@ def _repeated(ids: Tensor, places: Tensor, valid: Tensor, vocab_size: int) -> Te
 
 
 def _by_banks(scores: Tensor, banks: Tensor, valid: Tensor, count: int) -> Tensor:
-    """Return int64 (B, count): the best of each bank, the second best of each, ...; all (B, M)."""
+    """Return int64 (B, count): each bank's best, then each bank's second best; inputs (B, M)."""
     key = (banks * BANK + scores).clamp(min=torch.finfo(scores.dtype).min)
-    order = key.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    order = key.masked_fill(~valid, -INF).argsort(dim=1, descending=True, stable=True)
     banks, valid = banks.gather(1, order), valid.gather(1, order)
     place = torch.arange(order.size(1), device=order.device).expand_as(order)
-    # where a bank's run begins, carried on to its end
+    # a text's rank is its distance from the first text of its bank
     begins = torch.ones_like(valid)
     begins[:, 1:] = banks[:, 1:] != banks[:, :-1]
     rank = place - (place * begins).cummax(dim=1).values
-    # what is not valid comes after all that is
+    # invalid places come after all valid places
     rank = rank.masked_fill(~valid, order.size(1))
     return order.gather(1, rank.argsort(dim=1, stable=True)[:, :count])
 
 
 def _words(value: Any, request: Request) -> list[list[list[int]]]:
-    """Return for each constraint its alternatives. Raises ValueError for what is neither form."""
+    """Return the alternatives of each constraint. Raises ValueError for any other form."""
     V, eos = request.vocab_size, set(request.eos.tolist())
 
     def is_word(ids: Any) -> bool:
@@ -231,7 +232,9 @@ def _words(value: Any, request: Request) -> list[list[list[int]]]:
     for alternatives in constraints:
         for word in alternatives:
             if any(word == [*other][: len(word)] for other in alternatives if other is not word):
-                raise ValueError(f"force_words_ids must not hold {word!r} and what begins with it")
+                raise ValueError(
+                    f"force_words_ids must not hold both {word!r} and a word that begins with it"
+                )
             if eos & {*word}:
                 raise ValueError(f"force_words_ids must not hold an end token, as {word!r} does")
     return [[[*word] for word in alternatives] for alternatives in constraints]

@@ -1,15 +1,15 @@
-"""Contrastive search: what is likely, and unlike what has been said.
+"""Contrastive search: tokens that are likely, yet unlike the text so far.
 
-Of the k likeliest tokens v the one is taken with the greatest
+Of the k likeliest tokens v, each step takes the token with the greatest
 
     (1 - alpha) p(v) - alpha max_j cos(h_v, h_j)
 
-where h_v is the model's last hidden state at v, once v is written, and h_j are those of the tokens
-before it, padding left out. A text that turns in circles has hidden states that are all alike.
+where h_v is the model's last hidden state at v, once v is written, and h_j are the hidden states of
+the tokens before v, without padding. The hidden states of a text that repeats itself are alike.
 
-The step reads all k candidates, k rows a prompt; the one taken gives the next step its scores, so
-a token costs one reading. Past block_size a hidden state stays what it was when its token was
-chosen. This file does not know the model's inside, nor text.
+A step reads all k candidates, as k rows for each prompt. The chosen row also gives the scores of
+the next step, so a token costs one reading. Past block_size a token keeps the hidden state from
+when it was chosen. This file does not know the model's inside, nor text.
 
 Sources: Su et al. 2022, "A Contrastive Framework for Neural Text Generation"; transformers 4.49,
 _contrastive_search.
@@ -31,9 +31,9 @@ from nanogpt2.model import GPT
 
 @torch.no_grad()
 def contrastive_search(model: GPT, request: Request) -> Iterator[Step]:
-    """Yield step after step, one row a prompt."""
+    """Yield a Step for each token, one row for each prompt."""
     config, device, ids = request.config, request.ids.device, request.ids
-    # the configuration has seen to it that there is a top_k
+    # the configuration has checked that top_k is given; 0 means the whole vocabulary
     B, k = len(ids), min(config.top_k or request.vocab_size, request.vocab_size)
     engine, stopping = Engine(model, request, rows=k), Stopping(request)
     chain = [process for _, process in processors_for(request)]
@@ -53,7 +53,7 @@ def contrastive_search(model: GPT, request: Request) -> Iterator[Step]:
             hidden = _unit(engine.hidden[:, -1]).view(B, k, -1)  # (B, k, C)
             places = _choose(p, hidden, context, mask, config.penalty_alpha or 0.0)  # (B,)
 
-            chosen = places + torch.arange(B, device=device) * k  # (B,), of the engine's rows
+            chosen = places + torch.arange(B, device=device) * k  # (B,), rows of the engine
             engine.reorder(chosen.repeat_interleave(k))
             next_scores = following[chosen]
             context = torch.cat([context, hidden.flatten(0, 1)[chosen][:, None]], dim=1)

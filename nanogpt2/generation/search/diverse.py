@@ -1,16 +1,17 @@
-"""Diverse beam search: groups of beams that keep away from each other's tokens.
+"""Diverse beam search: groups of beams that avoid each other's tokens.
 
 The K beams of a prompt are G groups of S = K / G. In a step the groups choose one after the other,
-each by beam search of its own on scores from which what the earlier groups just chose is taken off:
+each by its own beam search. The scores of a group are lowered at the tokens that earlier groups
+chose in this step:
 
     score(token) = log p(token) - diversity_penalty * (beams of earlier groups that chose token)
 
-The Hamming distance between the groups thus enters the objective. The penalised scores add up to a
-text's score. The texts returned are the best of all groups together.
+So the Hamming distance between the groups enters the objective. A text's score is the sum of its
+penalised scores. The search returns the best texts of all groups together.
 
-Tokens are transformers' 4.x, the last version that had this built in; so a group whose search is
-over counts as one that chooses the pad token. The penalty comes after sequence_bias and before the
-other processors. hypotheses.py has the rules by which texts end.
+The tokens are those of transformers 4.x, the last version with this search built in. As there, a
+group whose search is over counts as choosing the pad token. The penalty comes after sequence_bias
+and before the other processors. hypotheses.py holds the rules by which texts end.
 
 Sources: Vijayakumar et al. 2016, "Diverse Beam Search"; transformers 4.49, _group_beam_search and
 HammingDiversityLogitsProcessor.
@@ -27,6 +28,7 @@ from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.sampling import filler_token
 from nanogpt2.generation.search.hypotheses import (
+    NONE,
     close,
     finish,
     pad_what_is_over,
@@ -55,7 +57,7 @@ class Diversity:
         self._counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float32))
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """A processor, for a group: (B * S, V)."""
+        """Process the scores of a group: (B * S, V)."""
         return scores - self._penalty * self._counts.repeat_interleave(
             len(scores) // len(self._counts), dim=0
         )
@@ -97,7 +99,7 @@ def diverse_search(model: GPT, request: Request) -> Iterator[Beams]:
 def chain_with(
     diversity: Diversity, chain: list[tuple[str, Processor]]
 ) -> list[tuple[str, Processor]]:
-    """The processors with the penalty in its place."""
+    """Insert the penalty into the processors, after sequence_bias."""
     first = [each for each in chain if each[0] == "sequence_bias"]
     others = [each for each in chain if each[0] != "sequence_bias"]
     return [*first, ("diversity_penalty", diversity), *others]
@@ -111,7 +113,7 @@ def _step(
     chain: list[Processor],
     stopping: Stopping,
 ) -> Tensor:
-    """Lengthen one group's texts, by scores (B, S, V); return the processed ones."""
+    """Lengthen a group's texts, by scores (B, S, V); return the processed scores."""
     over, filler = ~group.improvable, filler_token(request)
     ids, processed = group.running.ids.flatten(0, 1), scores.flatten(0, 1)
     for process in chain:
@@ -127,7 +129,7 @@ def _step(
 
 
 def _together(groups: list[Beams], history: list[Tensor], chosen: list[Tensor]) -> Beams:
-    """The groups of a prompt side by side; the finished texts best first, whoever found them."""
+    """Put the groups of a prompt side by side; sort all finished texts together, best first."""
     running, finished = groups[0].running, groups[0].finished
     for group in groups[1:]:
         running, finished = running.join(group.running), finished.join(group.finished)
@@ -135,7 +137,7 @@ def _together(groups: list[Beams], history: list[Tensor], chosen: list[Tensor]) 
     return Beams(
         running=running,
         finished=finished,
-        is_finished=finished.scores > float("-inf"),
+        is_finished=finished.scores > NONE,
         improvable=torch.stack([group.improvable for group in groups]).any(dim=0),
         done=all(group.done for group in groups),
         scores=history,
@@ -144,9 +146,9 @@ def _together(groups: list[Beams], history: list[Tensor], chosen: list[Tensor]) 
 
 
 def avoided(request: Request, beams: Beams, rows: Tensor) -> tuple[list[int], ...]:
-    """What the groups before a text's own chose at each of its steps; () where there are no groups.
+    """Return the tokens that groups before a text's own chose at each step; () without groups.
 
-    rows: int32 (new,), the row that each of its tokens was added to, -1 past its end.
+    rows: int32 (new,), the row that got each of the text's tokens, -1 past the text's end.
     """
     K, S = request.config.num_beams, request.config.num_beams // request.config.num_beam_groups
     steps = zip(beams.chosen, rows[rows >= 0].tolist(), strict=False)

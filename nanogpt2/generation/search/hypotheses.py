@@ -1,16 +1,16 @@
-"""How beams end under transformers 4.x, whose diverse and constrained searches keep its rules.
+"""Finished hypotheses: how beams end in diverse and constrained search, as in transformers 4.x.
 
-K texts are followed for each prompt, and the K best that ended are kept, by their sum of processed
-log-probabilities / (new tokens, the end included) ^ length_penalty. Where this is not what beam.py
-does:
+A search follows K texts for each prompt and keeps the K best texts that ended, its hypotheses. A
+text's score is its sum of processed log-probabilities / (new tokens, the end included) ^
+length_penalty. The rules that differ from beam.py's:
 
-- a search is over for a prompt, for good, when its K places are taken and early_stopping is true
-  or no candidate of the step, one that ends included, scores better than the worst of them;
-- texts still running at the last step compete for the places then, unless the search is over;
-- an end token is written as the first of the end ids, whichever it was.
+- A prompt's search is over for good once its K places are taken and either early_stopping is true
+  or no candidate of the step, ended candidates included, scores better than the worst hypothesis.
+- At the last step the running texts compete for the places too, unless the search is over.
+- Any end token is written as the first of the end ids.
 
-One rule of 4.x is not kept: there a stop string ended nothing until all rows had one; here it ends
-a text as an end token does.
+This file changes a rule of 4.x: there, a stop string ends nothing until all rows hold a stop
+string; here, a stop string ends a text as an end token does.
 
 Source: transformers 4.49, BeamSearchScorer and BeamHypotheses.
 """
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from nanogpt2.generation.beam import Beams, Group, begin
+from nanogpt2.generation.processors import INF
 from nanogpt2.generation.request import Request
 
-NONE = float("-inf")  # the score of an empty place
+NONE = -INF  # the score of an empty place
 
 
 def start(request: Request, K: int) -> Beams:
-    """Begin a search of K texts for each prompt, its places all empty."""
+    """Begin a search of K texts for each prompt, with K empty places."""
     beams = begin(request, K)
     beams.finished.scores = torch.full_like(beams.finished.scores, NONE)
     return beams
@@ -34,7 +35,7 @@ def start(request: Request, K: int) -> Beams:
 def finish(request: Request, beams: Beams, candidates: Group, ended: Tensor, filler: int) -> None:
     """Let those of the first K candidates that `ended`, bool (B, N), compete for the places.
 
-    `candidates` come best first; `filler` lengthens the texts that finished before.
+    `candidates` are sorted, best first; `filler` lengthens the texts that finished earlier.
     """
     beams.finished = beams.finished.extend(filler, -1)
     now = ended & beams.improvable
@@ -73,26 +74,26 @@ def close(request: Request, beams: Beams, allowed: Tensor | None = None) -> None
 
 
 def ranked(finished: Group) -> Group:
-    """Best first, and of equals the newest first."""
+    """Sort finished texts, best first; of equal scores the newest first."""
     order = finished.scores.flip(1).argsort(dim=1, descending=True, stable=True)
     return finished.pick(finished.scores.size(1) - 1 - order)
 
 
 def pad_what_is_over(beams: Beams, over: Tensor, filler: int) -> None:
-    """Let the running texts of searches that were `over`, bool (B, 1), before this step rest."""
+    """Fill the new token where a search was `over`, bool (B, 1), before this step."""
     ids = beams.running.ids
     last = ids[:, :, -1:].masked_fill(over[:, :, None], filler)
     beams.running.ids = torch.cat([ids[:, :, :-1], last], dim=2)
 
 
 def _compete(request: Request, beams: Beams, texts: Group, now: Tensor) -> None:
-    """Keep the best K of the finished texts and of those of `texts` where `now`, best first."""
+    """Keep the K best of the finished texts and of the `texts` where `now`, best first."""
     length = texts.ids.size(2) - request.prompt_length
     scores = texts.scores / length**request.config.length_penalty
-    # an impossible text still takes a place that is empty
+    # a text of score -inf still takes an empty place
     scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~now, NONE)
     contest = beams.finished.join(Group(texts.ids, scores, texts.beams))
-    # stable: a text must be better to take the place of an older one
+    # stable: a text of equal score does not displace an older text
     order = contest.scores.argsort(dim=1, descending=True, stable=True)
     beams.finished = contest.pick(order[:, : beams.is_finished.size(1)])
     beams.is_finished = beams.finished.scores > NONE

@@ -1,23 +1,24 @@
 """Stochastic beam search: K different texts, drawn without replacement.
 
-Give each of all possible texts y its log-probability plus noise of its own,
+Give every possible text y its log-probability plus independent noise,
 
     g(y) = log p(y) + Gumbel noise
 
-then the K texts of greatest g are K draws without replacement, in draw order. The greatest g among
-all texts that begin alike is itself Gumbel noise about the log-probability of that beginning, so
-there is no need to see all texts. From the top down, a beginning x whose greatest g is known gives
-each continuation v one of its own, drawn on the condition that their greatest is g(x):
+then the K texts with the greatest g are K draws without replacement, in draw order. The greatest g
+among all texts with the same beginning is itself Gumbel noise plus the log-probability of that
+beginning, so the search need not see all texts. It works from the top down. A beginning x with
+greatest value g(x) gives each continuation v its own value, drawn so that the greatest is g(x):
 
     G(xv) = log p(xv) + Gumbel noise,   Z = max_v G(xv)
     g(xv) = -log(exp(-g(x)) - exp(-Z) + exp(-G(xv)))
 
-and only the K beginnings of greatest g can lead to the K texts. A text that ended keeps its g.
+and only the K beginnings with the greatest g can lead to the K texts. A text that ended keeps its
+g.
 
-p is the distribution that plain sampling draws from: of the processed scores, the sampling options'
-included where do_sample is set, each step's made to sum to 1. A text's score is log p(y). Where
-fewer than K texts are possible, the others' is -1e9. Computed in fp64: what counts is the noise's
-far tail. This file does not know the model's inside, nor text.
+p is the distribution of plain sampling: the softmax of the processed scores, with the sampling
+options' processors if do_sample is set. A text's score is log p(y). Where fewer than K texts are
+possible, the other texts' score is -1e9. The search computes in fp64, because the noise's far tail
+decides. This file does not know the model's inside, nor text.
 
 Source: Kool, van Hoof and Welling 2019, "Stochastic Beams and Where to Find Them", appendix B.3 for
 the formula without cancellation.
@@ -32,13 +33,13 @@ from torch import Tensor
 from nanogpt2.generation.beam import OUT, Beams, Group, begin, continuations
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.noise import Noise
-from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.processors import INF, processors_for
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.sampling import filler_token, make_noise
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
 
-NEVER = float("-inf")
+NEVER = -INF  # the score of an impossible text
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def stochastic_search(model: GPT, request: Request) -> Iterator[Beams]:
     chain = [process for _, process in processors_for(request)]
     rows = torch.arange(B * K, device=device).view(B, K)
     texts = begin(request, K).running
-    # their scores are log p, and those that ended are among them; one of them is all there is
+    # scores are log p; ended texts stay among these; at first, each prompt has a single text
     g = texts.scores = texts.scores.double().masked_fill(texts.scores < 0, NEVER)  # (B, K)
     ended = torch.zeros(B, K, dtype=torch.bool, device=device)
     history: list[Tensor] = []
@@ -79,7 +80,7 @@ def stochastic_search(model: GPT, request: Request) -> Iterator[Beams]:
 def _perturb(
     logp: Tensor, g: Tensor, next_logp: Tensor, noise: Noise, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return log p and g of all continuations, (B, K, V), of texts whose they are, (B, K)."""
+    """Return log p and g of all continuations, each (B, K, V), from the texts' own, each (B, K)."""
     B, K, V = next_logp.shape
     total = logp[:, :, None] + next_logp  # (B, K, V)
     q = noise.exponential((B, K * V), step).view(B, K, V)
@@ -101,7 +102,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 def _keep(
     total: Tensor, perturbed: Tensor, logp: Tensor, g: Tensor, ended: Tensor, filler: int
 ) -> None:
-    """Give each text that ended one continuation, the filler, with the text's own log p and g."""
+    """Give each ended text a single continuation, the filler, with the text's own log p and g."""
     for every, own in ((total, logp), (perturbed, g)):
         every.masked_fill_(ended[:, :, None], NEVER)
         every[:, :, filler] = own.where(ended, every[:, :, filler])
