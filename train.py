@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from nanogpt2 import ops
-from nanogpt2.checkpoints import weights
+from nanogpt2.checkpoints import load as weights
 from nanogpt2.checkpoints.folder import model_digest
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus

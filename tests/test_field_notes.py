@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import sample
 import train
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer
+from nanogpt2.checkpoints.load import load_model, load_tokenizer
 from nanogpt2.config import SampleConfig, parse
 from nanogpt2.data.shards import write_shard
 from nanogpt2.generation.decoder import RowsDecoder

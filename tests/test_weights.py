@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from nanogpt2 import hub
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer, save_model
+from nanogpt2.checkpoints.load import load_model, load_tokenizer
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GPTConfig
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer

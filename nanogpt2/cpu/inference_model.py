@@ -82,8 +82,7 @@ class InferenceGPT(GPT):
         self.h, self.wte, self.wpe, self.ln_f = model.h, model.wte, model.wpe, model.ln_f
         rest = {n: t for n, t in state.items() if not n.removesuffix(SCALE).endswith(MATRICES)}
         self.load_state_dict(rest, strict=False, assign=True)
-        with malloc.pages_of_their_own():
-            self._make_products(state, release)
+        self._make_products(state, release)
         malloc.return_free()
         self.requires_grad_(False).eval()
 

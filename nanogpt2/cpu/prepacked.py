@@ -303,6 +303,11 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def runs_prepacked(kernels: str, device: str, dtype: torch.dtype) -> bool:
+    """Return True where few rows are multiplied fastest by prepacked layers."""
+    return kernels == "torch" and device == "cpu" and dtype == torch.float32 and can_multiply()
+
+
 def can_multiply() -> bool:
-    """Whether this PyTorch has the products, which are no part of its stable interface."""
+    """Return True for a PyTorch with these products, which its stable interface lacks."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

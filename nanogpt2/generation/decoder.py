@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, can_multiply
+from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, runs_prepacked
 from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT, Linear
 
@@ -76,13 +76,10 @@ def decoder_for(
     weight = model.wpe.weight
     linears = [m for block in model.h for m in _linears(block)]
     few = (
-        model.kernels == "torch"
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        runs_prepacked(model.kernels, weight.device.type, weight.dtype)
         # neither sharded nor adapted
         and type(weight) in (nn.Parameter, Tensor)
         and all(type(m) is Linear or isinstance(m, PrepackedLinear) for m in linears)
-        and can_multiply()
     )
     if few:
         return RowsDecoder(model, prompts, rows, max_length)
