@@ -192,6 +192,15 @@ def test_importing_the_package_imports_no_torch():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
 
 
+def test_digesting_ahead_imports_no_torch():
+    """sample.py calls it while torch loads, so it must come without torch."""
+    code = (
+        "import sys; from nanogpt2.checkpoints.folder import digest_ahead; digest_ahead('demo');"
+        "assert not {'torch', 'numpy', 'triton', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+
+
 def test_every_public_name_is_there():
     import nanogpt2
 
