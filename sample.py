@@ -1,7 +1,7 @@
 """Continue a text with a GPT-2: python sample.py "Once upon a time".
 
-The command line -> the model and its tokenizer -> the prompt -> text, as it is made. What is not
-the lesson (streaming beams, many prompts, the prompt loop) is in nanogpt2/cli/.
+The command line -> the model and its tokenizer -> the prompt -> text, printed token by token.
+Supporting code (streaming beams, many prompts, the prompt loop) lives in nanogpt2/cli/.
 """
 
 import os
@@ -27,7 +27,7 @@ if __name__ == "__main__":
         digest_ahead(CONFIG.model)  # while torch loads
 
 from nanogpt2 import ops
-from nanogpt2.checkpoints.weights import choose_device, load_generator, load_tokenizer
+from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import compare, text
 from nanogpt2.cli.classify import show_labels
 from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown, request_for
@@ -35,6 +35,8 @@ from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.prompts import Job, read_prompt, read_prompts, run_prompts
 from nanogpt2.cli.tree import BeamTree
+from nanogpt2.cpu.malloc import large_blocks_apart
+from nanogpt2.devices import choose_device
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -53,15 +55,14 @@ def main(config: SampleConfig) -> None:
     if config.classify:
         show_labels(config, device, [*lines.values()] or [prompt])
         return
-    with usage_error("--model"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_generator(config.model, device, config.dtype, config.quantize, config.kernels)
+    how = (device, config.dtype, config.quantize, config.kernels)
+    with usage_error("--model"), open_checkpoint(config.model) as checkpoint, large_blocks_apart():
+        tokenizer, model = checkpoint.tokenizer, checkpoint.generator(*how)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
-    # a seed of our own where none is given, so that any text can be made again
-    seed = config.generation.seed
-    options = replace(
-        config.generation, seed=int.from_bytes(os.urandom(7)) if seed is None else seed
-    )
+    # without --seed draw one, so that every text can be reproduced
+    options = config.generation
+    if options.seed is None:
+        options = replace(options, seed=int.from_bytes(os.urandom(7)))
     config = replace(config, generation=options)
     template = TASKS[config.preset].template if config.preset else "{}"
     try:
@@ -73,26 +74,25 @@ def main(config: SampleConfig) -> None:
             for found in run_prompts(model, tokenizer, lines, options, job):
                 terminal.write(text.as_line(found))
         elif config.compare is not None:
-            with usage_error("--compare"):
-                other = load_generator(
-                    config.compare, device, config.dtype, config.quantize, config.kernels
-                )
-                if load_tokenizer(config.compare) is not tokenizer:
+            with usage_error("--compare"), open_checkpoint(config.compare) as checkpoint:
+                with large_blocks_apart():
+                    other = checkpoint.generator(*how)
+                if checkpoint.tokenizer is not tokenizer:
                     raise ValueError(f"{config.compare!r} has another vocabulary than --model")
             show_comparison(config, model, other, tokenizer, template.format(prompt))
         else:
             show_texts(config, model, tokenizer, template.format(prompt))
     except ValueError as error:
-        # what is wrong is said before anything is shown
+        # the request is checked before anything is printed
         fail(f"--{error}")
     except (MemoryError, FloatingPointError) as error:
         fail(str(error), code=1)
 
 
 def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
-    """Print the prompt and its texts: the first one as it is made, the others after it.
+    """Print the prompt and its texts: stream the first one, then print the others.
 
-    Raises ValueError for a prompt that leaves no room, and for an option that cannot be.
+    Raises ValueError for a prompt that leaves no room for new tokens, and for a wrong option.
     """
     request = request_for(model, tokenizer, [prompt], config.generation)
     note_dropped(request, model.config.block_size)
@@ -135,7 +135,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
 def show_comparison(
     config: SampleConfig, model: GPT, other: GPT, tokenizer: Tokenizer, prompt: str
 ) -> None:
-    """Print what both models make of the prompt, and what each thinks of both texts."""
+    """Print both models' texts for the prompt, and each model's scores of both texts."""
     names = (f"A: {config.model}", f"B: {config.compare}")
     texts = compare.compare(model, other, tokenizer, prompt, config.generation)
     if config.json:

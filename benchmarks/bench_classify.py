@@ -27,7 +27,7 @@ import torch
 import train
 from benchmarks import harness, peers
 from nanogpt2 import GPT, load_model, load_tokenizer, save_model
-from nanogpt2.checkpoints.weights import load_classifier
+from nanogpt2.checkpoints.load import load_classifier
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import PRESETS, TrainConfig
 from nanogpt2.data.corpus import load_corpus

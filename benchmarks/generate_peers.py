@@ -107,8 +107,10 @@ class Ours:
         noise: str = "hf",
     ) -> None:
         from nanogpt2 import load_generator
+        from nanogpt2.cpu.malloc import large_blocks_apart
 
-        self.model = load_generator(folder, device, dtype, quantize)
+        with large_blocks_apart():  # as sample.py does
+            self.model = load_generator(folder, device, dtype, quantize)
         self.noise = noise
 
     def generate(self, prompt: list[int], new: int, seed: int = 0, **options) -> list[int]:

@@ -1,4 +1,4 @@
-"""nanogpt2: GPT-2 by hand. The public names, each loaded when it is first used.
+"""nanogpt2: GPT-2 by hand. Each public name is imported on first use.
 
 Importing the package imports neither torch nor any other dependency.
 """
@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanogpt2.checkpoints.weights import load_classifier as load_classifier
-    from nanogpt2.checkpoints.weights import load_generator as load_generator
-    from nanogpt2.checkpoints.weights import load_model as load_model
-    from nanogpt2.checkpoints.weights import load_tokenizer as load_tokenizer
-    from nanogpt2.checkpoints.weights import save_model as save_model
+    from nanogpt2.checkpoints.load import load_classifier as load_classifier
+    from nanogpt2.checkpoints.load import load_generator as load_generator
+    from nanogpt2.checkpoints.load import load_model as load_model
+    from nanogpt2.checkpoints.load import load_tokenizer as load_tokenizer
+    from nanogpt2.checkpoints.load import open_checkpoint as open_checkpoint
+    from nanogpt2.checkpoints.save import save_model as save_model
     from nanogpt2.classifier import GPTClassifier as GPTClassifier
     from nanogpt2.config import GenerationConfig as GenerationConfig
     from nanogpt2.config import GPTConfig as GPTConfig
@@ -26,11 +27,12 @@ _HOME = {
     "GenerationConfig": "config",
     "Tokenizer": "tokenizer",
     "generate": "generation",
-    "load_classifier": "checkpoints.weights",
-    "load_generator": "checkpoints.weights",
-    "load_model": "checkpoints.weights",
-    "load_tokenizer": "checkpoints.weights",
-    "save_model": "checkpoints.weights",
+    "load_classifier": "checkpoints.load",
+    "load_generator": "checkpoints.load",
+    "load_model": "checkpoints.load",
+    "load_tokenizer": "checkpoints.load",
+    "open_checkpoint": "checkpoints.load",
+    "save_model": "checkpoints.save",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"

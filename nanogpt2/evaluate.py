@@ -1,7 +1,7 @@
 """Measure a model: python -m nanogpt2.evaluate --model gpt2 --task lambada lambada_test.jsonl.
 
-The command line -> the file -> the model -> the figures, beside the published ones where the model
-is an official one. What each figure means is said at the top of its task's file in evaluation/.
+The command line -> the file -> the model -> the figures, beside the published ones of an official
+model. The top of each task's file in evaluation/ defines its figures.
 """
 
 import dataclasses
@@ -85,7 +85,8 @@ if __name__ == "__main__":
     CONFIG = parse(EvaluateConfig, sys.argv[1:])
 
 from nanogpt2 import ops
-from nanogpt2.checkpoints.weights import choose_device, load_classifier, load_model, load_tokenizer
+from nanogpt2.checkpoints.load import open_checkpoint
+from nanogpt2.devices import choose_device
 from nanogpt2.evaluation.classification import measure_classification
 from nanogpt2.evaluation.examples import read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
@@ -95,7 +96,7 @@ from nanogpt2.evaluation.published import published
 from nanogpt2.tokenizer import Tokenizer
 
 Advance = Callable[[int], object]
-# how much there is to do, and how a model, which sees that many tokens, is measured
+# the number of examples, and a function that measures a model with a block size
 Job = tuple[int, Callable[[Any, int, Advance], Mapping[str, Any]]]
 
 
@@ -107,20 +108,16 @@ def main(config: EvaluateConfig) -> None:
     with usage_error():
         ops.choose_kernels(config.kernels, device)
     with usage_error("--model"):
-        tokenizer = load_tokenizer(config.model)
+        checkpoint = open_checkpoint(config.model)
+        tokenizer = checkpoint.tokenizer
     with usage_error("FILE"):
         count, measure = JOBS[config.task](config, tokenizer)
-    with usage_error("--model"):
+    with usage_error("--model"), checkpoint:
+        kernels, quantize = config.kernels, config.quantize
         if config.task == "classify":
-            model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
+            model = checkpoint.classifier(device, config.dtype, kernels=kernels)
         else:
-            model = load_model(
-                config.model,
-                device,
-                config.dtype,
-                quantize=config.quantize,
-                kernels=config.kernels,
-            )
+            model = checkpoint.model(device, config.dtype, quantize=quantize, kernels=kernels)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     longest = model.config.block_size
     block_size = config.block_size or longest
@@ -204,7 +201,7 @@ JOBS = {
 
 
 def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -> str:
-    """Write the figures as one JSON object, or as a table with the published ones beside."""
+    """Write the figures as one JSON object, or as a table followed by the published ones."""
     others = published(config.task, config.model)
     if config.json:
         head = {"task": config.task, "model": config.model, "file": config.file}

@@ -1,13 +1,11 @@
 """A name -> a file on disk: OpenAI's weights and tiny Shakespeare, downloaded once and checked.
 
 Weights go through huggingface-hub, into its cache and by its settings (HF_HOME, HF_HUB_OFFLINE).
-Each file's SHA-256 is known beforehand and is checked when the file arrives and whenever its size
-or its time of change is another.
-This file does not know what the bytes mean.
+Each file's SHA-256 is fixed here. It is checked after the download and again whenever the file's
+size or modification time changes. This file does not interpret the bytes.
 """
 
 import hashlib
-import os
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from nanogpt2 import terminal
+from nanogpt2.atomic import whole_file
 
 CACHE = Path("~/.cache/nanogpt2")
 WEIGHTS = "model.safetensors"
@@ -30,7 +29,7 @@ class Release:
     sha256: str
 
 
-# the sizes of large and xl are computed from the layout: their SHA-256 decides
+# the sizes of large and xl are computed from the layout; the SHA-256 decides
 RELEASES = {
     "gpt2": Release(
         "openai-community/gpt2",
@@ -68,8 +67,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def fetch_weights(name: str) -> Path:
     """Return the path of an official model.safetensors, downloading it the first time.
 
-    Raises OSError where it is neither on disk nor to be had, ValueError where its bytes are not
-    OpenAI's; both say what to do.
+    Raises OSError for a file that is neither on disk nor downloadable, ValueError for bytes that
+    are not OpenAI's. Both messages name the remedy.
     """
     import huggingface_hub as hub
 
@@ -80,12 +79,12 @@ def fetch_weights(name: str) -> Path:
         path = Path(cached)
     else:
         try:
-            # asks once; the download itself would try for half a minute before it gives up
+            # this asks once; hf_hub_download alone would retry for half a minute
             hub.get_hf_file_metadata(hub.hf_hub_url(repo, WEIGHTS, revision=revision))
             path = Path(hub.hf_hub_download(repo, WEIGHTS, revision=revision))
         except Exception as error:
-            # no narrower class holds: requests', httpx's, httpx2's or xet's, by huggingface-hub's
-            # version, and all that a wrong HF_ENDPOINT brings
+            # the class depends on huggingface-hub's version (requests, httpx, httpx2, xet) and on
+            # how HF_ENDPOINT is wrong, so catch them all
             raise OSError(
                 f"{name!r} is not on this machine and cannot be downloaded "
                 f"({type(error).__name__}); go online once, give a folder or .safetensors file, "
@@ -99,8 +98,7 @@ def fetch_weights(name: str) -> Path:
 def fetch_shakespeare() -> Path:
     """Return the path of tiny Shakespeare, downloading it the first time.
 
-    Raises OSError where it cannot be had, ValueError where its bytes are not the known ones, today
-    or when it was kept.
+    Raises OSError for a failed download, ValueError for other bytes, downloaded or kept on disk.
     """
     path = CACHE.expanduser() / "shakespeare.txt"
     if not path.exists():
@@ -116,16 +114,15 @@ def fetch_shakespeare() -> Path:
         if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
             raise ValueError("the file downloaded for 'shakespeare' is not tiny Shakespeare")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_bytes(data)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
     elif hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{str(path)!r} is not tiny Shakespeare: delete it and download again")
     return path
 
 
 def _verified(path: Path, sha256: str) -> bool:
-    """True where the file's SHA-256 is as expected; read only once for each state of the file."""
+    """Return True for the expected SHA-256. Read the file once for each size and mtime."""
     state = path.stat()
     marker = CACHE.expanduser() / "verified" / f"{sha256}-{state.st_size}-{state.st_mtime_ns}"
     if marker.exists():
@@ -134,7 +131,7 @@ def _verified(path: Path, sha256: str) -> bool:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             return False
     with suppress(OSError):
-        # without the marker the next use reads the file again
+        # without the marker, the next call reads the file again
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     return True

@@ -1,8 +1,8 @@
 """Narrow a model's weights: python -m nanogpt2.quantize gpt2 --quantize int8 --out gpt2-int8.
 
 The command line -> the model -> a folder of about half or a quarter of the size, for generating
-on a CPU, and what it costs: with --text, how much worse a text is predicted and how often the
-likeliest token stays the same. What is done to the weights is said at the top of prepacked.py.
+on a CPU. --text measures the cost: the perplexity of a text before and after, and how often the
+likeliest token stays the same. The formats of the weights are at the top of prepacked.py.
 """
 
 import json
@@ -56,7 +56,8 @@ if __name__ == "__main__":
 
 import torch
 
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer, save_model
+from nanogpt2.checkpoints.load import open_checkpoint
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.evaluation.examples import read_texts
 from nanogpt2.evaluation.perplexity import joined, windows
@@ -66,7 +67,7 @@ from nanogpt2.model import GPT
 
 @dataclass(frozen=True)
 class Cost:
-    """What narrow weights change on a text."""
+    """The effect of narrow weights on a text."""
 
     tokens: int
     perplexity_before: float
@@ -76,12 +77,11 @@ class Cost:
 
 def main(config: QuantizeConfig) -> None:
     """Narrow, compare, save."""
-    with usage_error("MODEL"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model)
+    with usage_error("MODEL"), open_checkpoint(config.model) as checkpoint:
+        tokenizer, model = checkpoint.tokenizer, checkpoint.model()
         if isinstance(model, InferenceGPT):
             raise ValueError(f"{config.model!r} is narrow already")
-        narrow = load_model(config.model, quantize=config.quantize)
+        narrow = checkpoint.model(quantize=config.quantize)
     figures: dict[str, Any] = {"model": config.model, "quantize": config.quantize}
     if config.text is not None:
         with usage_error("--text"):

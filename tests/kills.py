@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from nanogpt2 import terminal  # noqa: E402
-from nanogpt2.checkpoints.weights import load_model  # noqa: E402
+from nanogpt2.checkpoints.load import load_model  # noqa: E402
 from nanogpt2.config import GPTConfig, TrainConfig, parse  # noqa: E402
 from nanogpt2.model import GPT  # noqa: E402
 from nanogpt2.tokenizer import byte_tokenizer  # noqa: E402

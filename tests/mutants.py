@@ -738,7 +738,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "torch.multinomial(probabilities, count, True, generator",
         ),
     ],
-    "malloc.py": [
+    "cpu/malloc.py": [
         Mutant(
             "what malloc holds free is kept",
             '    _call("malloc_trim", 0)\n',
@@ -752,7 +752,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             (MAPPED,),
         ),
     ],
-    "inference_model.py": [
+    "cpu/inference_model.py": [
         Mutant(
             "the head left wide",
             "self.head = prepacked_linear_for(table, scale, None, self.scheme, after, release)",
@@ -787,7 +787,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "a loss that counts all", "(targets != -100).sum()", "targets.numel() / 2", (PACKED,)
         ),
     ],
-    "prepacked.py": [
+    "cpu/prepacked.py": [
         Mutant(
             "int8: the middle left out",
             "low.add(d, alpha=self.middle)",
@@ -850,7 +850,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             (PACKED,),
         ),
     ],
-    "header.py": [
+    "checkpoints/header.py": [
         Mutant(
             "ahead: whatever the file is by now",
             "return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns",
@@ -870,7 +870,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             ("test_tensors.py",),
         ),
     ],
-    "tensors.py": [
+    "checkpoints/tensors.py": [
         Mutant(
             "mapped: from the data's start, not the file's",
             "start, size = len(head) + entry.start, entry.end - entry.start",
@@ -890,17 +890,17 @@ MUTANTS: dict[str, list[Mutant]] = {
             (MAPPED,),
         ),
     ],
-    "weights.py": [
+    "checkpoints/load.py": [
         Mutant(
             "what only generates is copied",
-            "state = _map_state(source, opened, stored)",
-            'state = _read_state(source, opened, stored, "cpu", torch.float32)',
+            "state = map_state(self._source, self._opened, self.tensors)",
+            "state = read_state(self._source, self._opened, self.tensors, device, wanted)",
             (MAPPED,),
         ),
         Mutant(
             "what is trained is mapped",
-            "few = generates and model.kernels",
-            "few = model.kernels",
+            "generates and runs_prepacked(",
+            "runs_prepacked(",
             ("test_weights.py",),
         ),
     ],

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 from transformers.utils import logging
 
-from nanogpt2.checkpoints.weights import load_model
+from nanogpt2.checkpoints.load import load_model
 from nanogpt2.config import PRESETS, GPTConfig, TrainConfig
 from nanogpt2.generation import GenerationOutput, generate
 from nanogpt2.model import GPT

@@ -10,7 +10,7 @@ from reference import TINY, prompts, twins
 from safetensors.torch import load_file, save_file
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from nanogpt2.checkpoints.weights import load_model
+from nanogpt2.checkpoints.load import load_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.model import GPT
 from nanogpt2.training.adapter import load_adapter, save_adapter

@@ -11,7 +11,8 @@ from reference import TINY, hf_model, settings
 
 import train
 from benchmarks import harness, peers
-from nanogpt2.checkpoints.weights import load_classifier, load_model, save_model
+from nanogpt2.checkpoints.load import load_classifier, load_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.data.examples import Examples
 from nanogpt2.data.loader import make_batches, validation_batches

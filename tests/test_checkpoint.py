@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import TINY, settings
 
-from nanogpt2.checkpoints.weights import load_model
+from nanogpt2.checkpoints.load import load_model
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import checkpoint as store

@@ -10,8 +10,10 @@ import torch
 from reference import TINY
 from transformers import AutoTokenizer
 
-from nanogpt2.checkpoints import weights
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer, new_model, save_model
+from nanogpt2.checkpoints import load as loading
+from nanogpt2.checkpoints.folder import find_files
+from nanogpt2.checkpoints.load import load_model, load_tokenizer, new_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GPTConfig, check_model
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -84,9 +86,9 @@ def test_what_a_configuration_can_judge_alone():
 
 def test_a_model_that_does_not_fit_says_how_large_it_is(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"98,\d{3},\d{3},\d{3} parameters take 39\d"):
-        monkeypatch.setattr(weights, "_memory_of", lambda device: 10**11)
+        monkeypatch.setattr(loading, "memory_of", lambda device: 10**11)
         new_model(GPTConfig(n_layer=2, n_head=1, n_embd=63_000))
-    monkeypatch.setattr(weights, "_memory_of", lambda device: BYTES.n_parameters * 4 - 1)
+    monkeypatch.setattr(loading, "memory_of", lambda device: BYTES.n_parameters * 4 - 1)
     refused(folder, f"{BYTES.n_parameters:,} parameters")
     # when the machine has it, but others use it
     monkeypatch.undo()
@@ -99,7 +101,7 @@ def test_a_model_that_does_not_fit_says_how_large_it_is(folder, monkeypatch):
         def fail(config, error=error):
             raise error
 
-        monkeypatch.setattr(weights, "GPT", fail)
+        monkeypatch.setattr(loading, "GPT", fail)
         refused(folder, f"{BYTES.n_parameters:,} parameters")
         with pytest.raises(ValueError, match="parameters"):
             new_model(BYTES)
@@ -306,7 +308,7 @@ def test_a_manifest_that_is_none(run, manifest):
 
 
 def test_the_demo_model_is_as_it_was_made():
-    source = weights.find_checkpoint("demo")
+    source = find_files("demo")
     names = {"config.json", "generation_config.json", "model.safetensors"}
     assert source.manifest.keys() == names
     load_model("demo")

@@ -10,13 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 from nanogpt2.checkpoints import tensors as tensor_file
-from nanogpt2.checkpoints.weights import (
-    is_classifier,
-    load_classifier,
-    load_model,
-    load_tokenizer,
-    save_model,
-)
+from nanogpt2.checkpoints.load import is_classifier, load_classifier, load_model, load_tokenizer
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig
 from nanogpt2.model import GPT

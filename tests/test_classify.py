@@ -7,7 +7,8 @@ import torch
 from reference import run_script
 
 import sample
-from nanogpt2.checkpoints.weights import load_classifier, save_model
+from nanogpt2.checkpoints.load import load_classifier
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, SampleConfig, parse
 from nanogpt2.model import GPT

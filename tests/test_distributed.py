@@ -14,7 +14,7 @@ from reference import HUNG, ROOT, TINY, settings
 from test_train import SMALL, book, metrics, numbers, run
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from nanogpt2.checkpoints.weights import load_classifier, load_model
+from nanogpt2.checkpoints.load import load_classifier, load_model
 from nanogpt2.config import TrainConfig, fail
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World

@@ -11,7 +11,7 @@ import torch
 from reference import ROOT, run_module, twins
 
 from nanogpt2 import evaluate
-from nanogpt2.checkpoints.weights import save_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, parse
 from nanogpt2.evaluation import hellaswag, lambada

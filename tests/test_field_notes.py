@@ -20,7 +20,7 @@ from test_train_settings import stop_after
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import sample
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer
+from nanogpt2.checkpoints.load import load_model, load_tokenizer
 from nanogpt2.config import SampleConfig, parse
 from nanogpt2.cpu.decoder import CPUDecoder
 from nanogpt2.data.loader import WindowBatches

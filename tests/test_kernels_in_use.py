@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from nanogpt2 import evaluate, ops
-from nanogpt2.checkpoints.weights import load_model, save_model
+from nanogpt2.checkpoints.load import load_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, parse
 from nanogpt2.generation import generate

@@ -15,14 +15,35 @@ MAY_IMPORT = {
     "terminal": [],
     "metrics": [],
     "kernels": [],
-    "hub": ["terminal"],
+    "atomic": [],
+    "devices": [],
+    "hub": ["terminal", "atomic"],
     "chunked_loss": ["config"],
     "ops": ["config", "kernels", "chunked_loss"],
     "model": ["config", "ops", "kv_cache"],
     "classifier": ["ops", "model"],
     "cpu": ["config", "model", "ops", "kv_cache", "chunked_loss", "classifier", "cpu"],
-    "checkpoints": ["config", "hub", "model", "tokenizer", "classifier", "cpu", "checkpoints"],
-    "generation": ["config", "model", "kv_cache", "ops", "tokenizer", "cpu", "generation"],
+    "checkpoints": [
+        "atomic",
+        "checkpoints",
+        "classifier",
+        "config",
+        "cpu",
+        "devices",
+        "hub",
+        "model",
+        "tokenizer",
+    ],
+    "generation": [
+        "config",
+        "cpu",
+        "devices",
+        "generation",
+        "kv_cache",
+        "model",
+        "ops",
+        "tokenizer",
+    ],
     "cli": [
         "checkpoints",
         "classifier",
@@ -34,13 +55,15 @@ MAY_IMPORT = {
         "terminal",
         "tokenizer",
     ],
-    "data": ["config", "tokenizer", "hub", "terminal", "data"],
+    "data": ["atomic", "config", "tokenizer", "hub", "terminal", "data"],
     "training": [
+        "atomic",
         "checkpoints",
         "chunked_loss",
         "classifier",
         "config",
         "cpu",
+        "devices",
         "metrics",
         "model",
         "ops",
@@ -56,6 +79,7 @@ MAY_IMPORT = {
         "classifier",
         "config",
         "data",
+        "devices",
         "evaluation",
         "model",
         "ops",
@@ -167,6 +191,15 @@ def test_importing_the_package_imports_no_torch():
         "import sys, nanogpt2, nanogpt2.config, nanogpt2.terminal, nanogpt2.training.run_folder;"
         "assert not {'torch', 'numpy', 'triton', 'tiktoken'} & set(sys.modules);"
         "assert 'generate' in dir(nanogpt2)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+
+
+def test_digesting_ahead_imports_no_torch():
+    """sample.py calls it while torch loads, so it must come without torch."""
+    code = (
+        "import sys; from nanogpt2.checkpoints.folder import digest_ahead; digest_ahead('demo');"
+        "assert not {'torch', 'numpy', 'triton', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
 

@@ -113,10 +113,12 @@ def test_a_head_of_its_own_is_refused(folder):
 MEMORY = """
 import re, sys, torch
 from nanogpt2 import generate, load_generator
+from nanogpt2.cpu.malloc import large_blocks_apart
 status = lambda: open("/proc/self/status").read()
 anonymous = lambda: 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status())[1])
 start = anonymous()
-model = load_generator(sys.argv[1], quantize=sys.argv[2] or None)
+with large_blocks_apart():  # as sample.py does
+    model = load_generator(sys.argv[1], quantize=sys.argv[2] or None)
 print(anonymous() - start)
 generate(model, torch.tensor([[0]]), max_new_tokens=int(sys.argv[3]), eos_token_id=None)
 print(anonymous() - start)

@@ -8,7 +8,8 @@ from lora_reference import adapted, peft_pair, peft_twin
 from reference import TINY, prompts, twins
 from torch import nn
 
-from nanogpt2.checkpoints.weights import load_model, save_model
+from nanogpt2.checkpoints.load import load_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import LoRALinear, add_lora, lora_layers, merged

@@ -208,7 +208,7 @@ def test_what_is_no_number_stays_none(rows, wrong, kind):
 def test_a_matrix_is_laid_out_once_that_pays(parts):
     x, weight, bias = parts
     # 5 rows at a time
-    product = FloatLinear(weight, bias, lays_out_after=2 * M + 1)
+    product = FloatLinear(weight, bias, prepacks_after=2 * M + 1)
     expected = product(x)
     # many rows are no step of decoding
     for _ in range(5):

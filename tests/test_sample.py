@@ -14,7 +14,8 @@ from reference import HUNG, ROOT, run_script
 
 import sample
 from nanogpt2 import terminal
-from nanogpt2.checkpoints.weights import load_model, save_model
+from nanogpt2.checkpoints.load import load_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GPTConfig, SampleConfig, parse
 from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.generation import generate

@@ -23,7 +23,7 @@ from reference import (
 from transformers import AutoTokenizer
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from nanogpt2.checkpoints.weights import save_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
 from nanogpt2.generation.request import prepare

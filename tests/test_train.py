@@ -14,7 +14,7 @@ from reference import HUNG, ROOT, run_script
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer
+from nanogpt2.checkpoints.load import load_model, load_tokenizer
 from nanogpt2.config import TrainConfig, parse
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer

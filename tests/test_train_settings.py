@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_train import SMALL, book, metrics, numbers, run
 
 import train
-from nanogpt2.checkpoints.weights import load_model
+from nanogpt2.checkpoints.load import load_model
 from nanogpt2.model import GPT
 from nanogpt2.training.optim import learning_rate
 

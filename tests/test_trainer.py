@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2LMHeadModel
 
 import train
-from nanogpt2.checkpoints.weights import load_model, new_model, save_model
+from nanogpt2.checkpoints.load import load_model, new_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, TrainConfig, parse
 from nanogpt2.data.loader import WindowBatches

@@ -21,8 +21,11 @@ from reference import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from nanogpt2 import hub
-from nanogpt2.checkpoints.weights import load_model, load_tokenizer, save_model
+from nanogpt2 import GPTClassifier, hub, open_checkpoint
+from nanogpt2.checkpoints import folder as model_folder
+from nanogpt2.checkpoints import header
+from nanogpt2.checkpoints.load import load_model, load_tokenizer
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GPTConfig
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -242,6 +245,69 @@ def test_a_loaded_model_outlives_its_file(saved, tmp_path):
     model = load_model(tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"x")
     check_logits(model, saved[1], atol=1e-4, rtol=1e-4)
+
+
+# ---- an open checkpoint
+
+
+@pytest.fixture
+def opened_files(monkeypatch):
+    """The names of the headers parsed and JSON files read until now."""
+    found = []
+    parse, read = header.Header.__init__, model_folder._read_json
+
+    def parsing(self, path, file):
+        found.append(path.name)
+        parse(self, path, file)
+
+    def reading(path, manifest=None):
+        found.append(path.name)
+        return read(path, manifest)
+
+    monkeypatch.setattr(header.Header, "__init__", parsing)
+    monkeypatch.setattr(model_folder, "_read_json", reading)
+    return found
+
+
+def test_a_checkpoint_is_opened_once(tmp_path, opened_files):
+    model = GPT(GPTConfig(257, 8, 1, 1, 4, eos_token_id=256))
+    save_model(model, tmp_path, byte_tokenizer())
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.tokenizer is byte_tokenizer() and checkpoint.labels == ()
+        assert checkpoint.config.n_embd == 4
+        assert checkpoint.tensors.keys() == model.state_dict().keys()
+        ids = torch.tensor([[1, 2, 3]])
+        models = [checkpoint.model(), checkpoint.generator(), checkpoint.model(quantize="int8")]
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert opened_files.count(name) == 1, opened_files
+    assert torch.equal(models[0](ids), load_model(tmp_path)(ids))
+    torch.testing.assert_close(models[1](ids), models[0](ids))
+    assert models[2].scheme == "int8"
+
+
+def test_a_classifiers_config_is_read_once(tmp_path, opened_files):
+    save_model(GPTClassifier(GPT(TINY), ("bad", "good")), tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.labels == checkpoint.classifier().labels == ("bad", "good")
+        with pytest.raises(ValueError, match="is a classifier, which writes no texts"):
+            checkpoint.model()
+    assert opened_files.count("config.json") == opened_files.count("model.safetensors") == 1
+
+
+def test_a_checkpoint_that_is_dropped_closes_its_files(saved):
+    checkpoint = open_checkpoint(saved[0])
+    model, file = checkpoint.generator(), checkpoint._opened[0]._file
+    assert not file.closed
+    # nor does the model keep the checkpoint; an unclosed file would be a warning, an error here
+    del checkpoint
+    assert file.closed
+    check_logits(model, saved[1], atol=1e-4, rtol=1e-4)
+
+
+def test_opening_checks_every_header(saved, tmp_path):
+    rewrite(saved[0], tmp_path / "model", WRONG["adapter' is no part"])
+    with pytest.raises(ValueError, match="adapter' is no part"):
+        open_checkpoint(tmp_path / "model")
 
 
 # ---- what config.json says

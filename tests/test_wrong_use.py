@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from test_train import SMALL, run
 
 import sample
-from nanogpt2.checkpoints.weights import save_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import SampleConfig, TrainConfig, parse
 from nanogpt2.config.flags import MOST

@@ -1,1 +1,1 @@
-"""Checkpoints in and out: a model's files, their formats, and the model that they describe."""
+"""Open and save checkpoints: a model's files and their formats. This file imports nothing."""

@@ -1,12 +1,12 @@
-"""The files of a model beside its tensors: where they are, what they state, what they must be.
+"""The files of a model beside its tensors: find them, read them, check them.
 
     model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json
     config.json, generation_config.json        the shape, and the ids that end a text
     vocab.json or tokenizer.json, ...          the vocabulary
     manifest.json                              {file: {"size", "sha256"}}, in a run's folder
 
-Where a manifest.json is there, each file read from the folder must be as it states. This file does
-not open a tensor, and torch is not imported.
+With a manifest.json, each file read from the folder must have the SHA-256 stated there. This file
+reads no tensor and does not import torch.
 """
 
 import hashlib
@@ -25,51 +25,55 @@ from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-# a name of its own: transformers would read the numbers without their scales
+# not WEIGHTS: transformers would read the numbers without their scales
 WEIGHTS_INT8 = "model.int8.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_JSON = 2**27  # bytes
-# config.json's names where they are not ours
+# config.json's names that differ from ours
 THEIR_NAMES = {"block_size": "n_positions"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The safetensors files of a model, and its shape and their digests where they are stated."""
+class ModelFiles:
+    """The safetensors files of a model, its shape where stated, config.json and the manifest."""
 
     files: tuple[Path, ...]
     config: GPTConfig | None
     manifest: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
+    stated: dict[str, Any] = field(default_factory=dict, repr=False)  # config.json
 
     def sha256_of(self, file: Path) -> str | None:
-        """What the manifest states of a file; None where it, or the manifest, is not there."""
+        """Return the digest in the manifest; None without a manifest or an entry in it."""
         return (self.manifest or {}).get(file.name, {}).get("sha256")
 
 
-def find_checkpoint(name: str | Path) -> Checkpoint:
+def find_files(name: str | Path) -> ModelFiles:
     """Find a model's files by its name or path and read its config.json.
 
-    Raises ValueError for what is no checkpoint, OSError for what cannot be read or downloaded.
+    Raises ValueError for a path without a checkpoint, OSError for a failed read or download.
     """
     check_model(name)
     if name in PRESETS:
-        return Checkpoint((hub.fetch_weights(str(name)),), PRESETS[str(name)])
+        return ModelFiles((hub.fetch_weights(str(name)),), PRESETS[str(name)])
     path = Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
     folder = path if path.is_dir() else path.parent
     manifest = read_manifest(folder)
     found = (path,) if folder != path else _weights_in(folder, manifest)
-    return Checkpoint(found, _read_config(folder, manifest), manifest)
+    stated = _read_json(folder / "config.json", manifest)
+    generation = _read_json(folder / "generation_config.json", manifest)
+    config = None if stated is None else _config(folder / "config.json", stated, generation or {})
+    return ModelFiles(found, config, manifest, stated or {})
 
 
 def digest_ahead(name: str | Path) -> None:
-    """Begin to digest a model's files, for `load_generator`, beside whatever comes before it.
+    """Start to digest a model's files in the background, for a later `load_generator`.
 
-    What is wrong with them is left for it to say.
+    Errors in the files are left for `load_generator` to report.
     """
-    # OpenAI's were digested when they arrived
+    # OpenAI's files were digested after their download
     if name not in PRESETS:
         with suppress(ValueError, OSError):
-            source = find_checkpoint(name)
+            source = find_files(name)
             for file in source.files:
                 tensor_header.digest_ahead(file, source.sha256_of(file))
 
@@ -93,12 +97,12 @@ def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ..
 
 
 def _is_name(value: Any) -> bool:
-    """True for a file's name, without a folder."""
+    """Return True for a file name without a folder."""
     return isinstance(value, str) and Path(value).name == value
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Return manifest.json; None where there is none. Raises ValueError where it is damaged."""
+    """Return manifest.json, or None without one. Raises ValueError for a damaged one."""
     manifest = _read_json(folder / MANIFEST)
     if manifest is None:
         return None
@@ -111,11 +115,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """Read a JSON object; None where there is no such file, and no manifest says otherwise."""
+    """Read a JSON object. Return None for an absent file that the manifest does not name."""
     stated = (manifest or {}).get(path.name)
     if not path.exists() and stated is None:
         return None
-    # a pipe would be waited for, without end
+    # reading a pipe could wait forever
     if path.exists() and not path.is_file():
         raise ValueError(f"{str(path)!r} is no regular file")
     size = path.stat().st_size
@@ -139,16 +143,11 @@ def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, 
 # ---- config.json
 
 
-def _read_config(folder: Path, manifest: dict[str, Any] | None) -> GPTConfig | None:
-    """Read config.json, and generation_config.json's token ids; None where there is none.
+def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> GPTConfig:
+    """Make the shape of config.json's content, with generation_config.json's token ids.
 
-    Raises ValueError for a model that is not GPT-2's architecture.
+    Raises ValueError for an architecture other than GPT-2's.
     """
-    path = folder / "config.json"
-    stated = _read_json(path, manifest)
-    generation = _read_json(folder / "generation_config.json", manifest)
-    if stated is None:
-        return None
     required = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -171,7 +170,7 @@ def _read_config(folder: Path, manifest: dict[str, Any] | None) -> GPTConfig | N
         "eos_token_id": 50256,
         "pad_token_id": None,
     }
-    ids |= stated | (generation or {})
+    ids |= stated | generation
     try:
         config = GPTConfig(**options)
     except ValueError as error:
@@ -183,26 +182,25 @@ def _read_config(folder: Path, manifest: dict[str, Any] | None) -> GPTConfig | N
 
 
 def _known_ids(value: Any, vocab_size: int) -> Any:
-    """A token id, several or none, without those outside the vocabulary."""
+    """Return a token id, several or None; drop ids outside the vocabulary."""
     ids = value if isinstance(value, list) else [value]
     known = tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
     return None if not known else known[0] if len(known) == 1 else known
 
 
-def read_labels(source: Checkpoint, head: tuple[int, ...]) -> tuple[str, ...]:
-    """Read the names of a classifier's labels; LABEL_0 and LABEL_1 where config.json has none.
+def labels_of(source: ModelFiles, head: tuple[int, ...]) -> tuple[str, ...]:
+    """Return the names of a classifier's labels; LABEL_0 and LABEL_1 where config.json has none.
 
-    `head` is the shape of its head, a row a label. Raises ValueError where the names are not that
-    many different ones, or a text can have several.
+    head: the shape of the classifier's head, one row for each label. Raises ValueError where rows
+    and distinct names differ in number, and where a text can have several labels.
     """
-    path = source.files[0].parent / "config.json"
-    stated = _read_json(path, source.manifest) or {}
+    path, stated = source.files[0].parent / "config.json", source.stated
     kind = stated.get("problem_type")
     if len(head) != 2 or head[0] < 2 or kind not in (None, "single_label_classification"):
         raise ValueError(
             f"{str(path)!r} must be of a classifier that gives each text one of its labels"
         )
-    # transformers does not write what it would assume
+    # transformers leaves its default names out of the file
     named = stated.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     numbers = map(str, range(len(named))) if isinstance(named, dict) else ()
     labels = tuple(named[i] for i in numbers if isinstance(named.get(i), str))
@@ -215,10 +213,10 @@ def read_labels(source: Checkpoint, head: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) -> dict[str, str]:
-    """config.json and generation_config.json as transformers writes them for GPT-2.
+    """Return config.json and generation_config.json as transformers writes them for GPT-2.
 
-    With labels the model is a classifier, and what ends a text pads it: transformers looks for the
-    last token that is no padding.
+    With labels the model is a classifier, and the token that ends a text also pads: transformers
+    classifies at the last token before the padding.
     """
     c = config
     eos = list(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else c.eos_token_id
@@ -257,14 +255,14 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
 def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     """Raise ValueError where the folder's own tokenizer files state other tokens.
 
-    Tokens added behind the vocabulary are none of the model's, and are ignored.
+    Tokens added after the vocabulary are ignored: the model has no embedding for them.
     """
     stated = {}
     if (vocabulary := _read_json(folder / "vocab.json")) is not None:
         stated["vocab.json"] = vocabulary
     if (whole := _read_json(folder / "tokenizer.json")) is not None:
         stated["tokenizer.json"] = _tokens_of(folder, whole, tokenizer.vocab_size)
-    # nothing is taken from it; what is damaged is said all the same
+    # its content is unused, but a damaged file is still an error
     _read_json(folder / "tokenizer_config.json")
     for name, tokens in stated.items():
         # tokenizer.json may keep the special token apart
@@ -275,7 +273,7 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[Any, Any]:
-    """The tokens of tokenizer.json, those added within the vocabulary included."""
+    """Return the tokens of tokenizer.json, with the tokens added within the vocabulary."""
     path = folder / "tokenizer.json"
     model, added = stated.get("model"), stated.get("added_tokens") or []
     tokens = model.get("vocab") if isinstance(model, dict) else None
@@ -294,7 +292,7 @@ def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[An
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[str, str]:
-    """What AutoTokenizer needs; for GPT-2's vocabulary OpenAI's own two files."""
+    """Return the files that AutoTokenizer needs; for GPT-2's vocabulary OpenAI's own two."""
     settings: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
@@ -314,9 +312,9 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[s
 
 
 def model_digest(name: str | Path) -> str:
-    """SHA-256 of a model's tensors, in hexadecimal: of its file, or of its shards' digests."""
+    """Return the SHA-256 of a model's file, in hexadecimal; of shards, that of their digests."""
     digests = []
-    for path in find_checkpoint(name).files:
+    for path in find_files(name).files:
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     whole = "".join(digests).encode("ascii")

@@ -1,14 +1,15 @@
-"""What a safetensors file states of its tensors, and the SHA-256 of its bytes.
+"""The header of a safetensors file, checked in full, and the SHA-256 of the file's bytes.
 
     8 bytes      length of the header, little-endian
     header       JSON: {name: {"dtype", "shape", "data_offsets": [start, end]}, "__metadata__": {}}
     data         the tensors' bytes, without a gap
 
-A file written by tensors.py states its own SHA-256 in its metadata, computed with the digest's
-64 characters taken as zeros.
+A file written by tensors.py states its own SHA-256 in its metadata, computed with zeros in place of
+the digest's 64 characters.
 
-A model's files can be digested ahead, while torch is imported, which takes as long: so it is not
-imported here.
+`digest_ahead` digests a file while torch is imported, which takes as long, so this file does not
+import torch. The parser is ours: safetensors' own (0.8.0) accepts a duplicate name and an unknown
+field, opens the file a second time by its name, and hides the offsets.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-# bytes of a number
+from typing_extensions import override
+
+# bytes of one number
 SIZES = {
     "F64": 8,
     "F32": 4,
@@ -43,7 +46,7 @@ NO_DIGEST = "0" * 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header says of a tensor."""
+    """The header's entry of a tensor."""
 
     file: Path
     name: str
@@ -54,10 +57,10 @@ class StoredTensor:
 
 
 class Header:
-    """The sound header of an open file: `entries`, in the data's order, and `sha256`, its own."""
+    """The checked header of an open file: `entries`, in the data's order, and its own `sha256`."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
-        """Read it. Raises ValueError for one that is none."""
+        """Read the header. Raises ValueError for an invalid one."""
         self.path = path
         self._file = file
         self._size = size = file.seek(0, 2)
@@ -84,8 +87,8 @@ class Header:
         if end != size - len(self._head):
             raise self._broken(f"its tensors take {end} bytes, not {size - len(self._head)}")
 
-    def _stated(self, sha256: str | None) -> tuple[str | None, bytes]:
-        """The digest the file must have, `sha256` or its own, and its head as that takes it."""
+    def required_digest(self, sha256: str | None) -> tuple[str | None, bytes]:
+        """Return the required digest, `sha256` or the file's own, and the head to digest."""
         if sha256 is not None or self.sha256 is None:
             return sha256, self._head
         return self.sha256, self._head.replace(str(self.sha256).encode(), NO_DIGEST.encode(), 1)
@@ -102,7 +105,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, stated: Mapping[str, Any]) -> StoredTensor:
-    """Read what the header says of one tensor. Raises an error for what cannot be."""
+    """Read the header's entry of one tensor. Raises an error for an invalid one."""
     dtype, shape, (start, end) = stated["dtype"], stated["shape"], stated["data_offsets"]
     if len(stated) != 3 or dtype not in SIZES:
         raise ValueError(f"tensor {name!r} has no known type")
@@ -118,49 +121,49 @@ def _entry(path: Path, name: str, stated: Mapping[str, Any]) -> StoredTensor:
 
 
 class Digest(Thread):
-    """The SHA-256 of a mapped file, computed beside whatever else is done."""
+    """The SHA-256 of a mapped file, computed in the background."""
 
     def __init__(self, head: bytes, mapping: mmap.mmap) -> None:
-        """head: what the file's first bytes are taken for."""
+        """head: digested in place of the file's first bytes."""
         super().__init__(daemon=True)
         self._head, self._mapping, self._found = head, mapping, ""
         self.start()
 
+    @override
     def run(self) -> None:
-        """See Thread."""
         digest = hashlib.sha256(self._head)
-        # all at once: between two pieces it would have to wait for Python's lock
+        # in one call, which releases the GIL: between two calls the thread would wait for it
         with memoryview(self._mapping) as whole, whole[len(self._head) :] as data:
             digest.update(data)
         self._found = digest.hexdigest()
 
     def result(self) -> str:
-        """Wait for it; in hexadecimal."""
+        """Wait for the digest and return it, in hexadecimal."""
         self.join()
         return self._found
 
 
-# by the file, as it was, and what its head is taken for
+# by the file's state and the head to digest
 _AHEAD: dict[tuple[Any, ...], Digest] = {}
 
 
 def digest_ahead(path: Path, sha256: str | None = None) -> None:
-    """Begin to digest a file that is soon mapped and must have this SHA-256, by default its own.
+    """Start to digest a file that is mapped later and must have this SHA-256, by default its own.
 
-    Raises ValueError for what is no safetensors file, OSError for what cannot be read.
+    Raises ValueError for an invalid safetensors file, OSError for an unreadable one.
     """
-    # a pipe would be waited for, without end
+    # reading a pipe could wait forever
     if not path.is_file():
         return
     with path.open("rb") as file:
-        stated, head = Header(path, file)._stated(sha256)
+        stated, head = Header(path, file).required_digest(sha256)
         if stated is not None:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             _AHEAD[*_state(file), head] = Digest(head, mapping)
 
 
 def digest_of(file: IO[bytes], head: bytes, mapping: mmap.mmap) -> Digest:
-    """The digest of an open file that is mapped: the one begun ahead, if the file is still that."""
+    """Return the digest of a mapped file: the one started ahead if the file is unchanged."""
     return _AHEAD.pop((*_state(file), head), None) or Digest(head, mapping)
 
 

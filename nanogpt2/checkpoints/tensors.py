@@ -1,10 +1,12 @@
-"""Safetensors files, read and written one tensor at a time; their format is in header.py.
+"""Safetensors files, read, mapped and written one tensor at a time; their format is in header.py.
 
-A file is read, unless it is to be mapped into memory: then nothing is copied, and pages that are
-needed no more are the system's. But what is mapped changes where another program writes over the
-file, and ends the process where it is cut short, so that is for programs that have nothing to lose.
-Either way what is open here is one file, whole, from header to last byte. This file does not know
-what the tensors are for.
+`read` copies. `mapped` copies nothing, and its pages can be returned to the system. But another
+program that overwrites a mapped file changes the tensors, and truncating the file kills the
+process, so map for inference only. The open file is the same inode from header to last byte.
+
+The reader is ours: safetensors' maps every file that it opens. A truncated file would kill training
+too, mapped pages would double the memory of loading, and no digest would cover the bytes used.
+This file does not know the purpose of the tensors.
 """
 
 import hashlib
@@ -40,26 +42,26 @@ class TensorFile(Header):
     """An open safetensors file: its header, and its tensors, on the CPU and as they are stored."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
-        """Read the header. Raises ValueError for one that is none."""
+        """Read the header. Raises ValueError for an invalid one."""
         super().__init__(path, file)
         self._mapping: mmap.mmap | None = None
 
     def read(
         self, wanted: Collection[str], sha256: str | None = None, passing: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:
-        """Read the wanted tensors, with their names.
+        """Yield the wanted tensors with their names.
 
-        Those that are `passing` share one buffer, and hold until the next is asked for. Raises
-        ValueError, after the last one, where the bytes do not have the SHA-256 `sha256`, by default
-        the one that the file states of itself.
+        passing: tensors that share one buffer and stay valid until the next one is requested.
+        Raises ValueError, after the last one, where the bytes do not have the SHA-256 `sha256`, by
+        default the file's own.
         """
-        sha256, head = self._stated(sha256)
+        sha256, head = self.required_digest(sha256)
         digest = hashlib.sha256(head)
         self._file.seek(len(head))
         kept = {*wanted} - {*passing}
         sizes = [entry.end - entry.start for entry in self.entries if entry.name not in kept]
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
-        # digested while the next one is read and this one is used, which takes as long
+        # a second thread digests one tensor while the caller uses it and the next one is read
         last: Future[None] | None = None
         with ThreadPoolExecutor(1) as worker:
             for entry in self.entries:
@@ -79,15 +81,18 @@ class TensorFile(Header):
     def mapped(
         self, wanted: Collection[str], sha256: str | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Give the wanted tensors as views of the file, as little aligned as it is.
+        """Yield the wanted tensors as views of the file, aligned no better than the file is.
 
-        The file lasts as long as they are held. Raises ValueError as `read` does.
+        The views keep the mapping alive. Raises ValueError as `read` does.
         """
         try:
-            self._mapping = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_COPY)
+            # once: the views of all calls share the mapping, for `release` to find them
+            self._mapping = self._mapping or mmap.mmap(
+                self._file.fileno(), self._size, access=mmap.ACCESS_COPY
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"{str(self.path)!r} cannot be mapped: {error}") from None
-        sha256, head = self._stated(sha256)
+        sha256, head = self.required_digest(sha256)
         digest = None if sha256 is None else digest_of(self._file, head, self._mapping)
         for entry in self.entries:
             if entry.name in wanted:
@@ -102,17 +107,17 @@ class TensorFile(Header):
             raise self._damaged()
 
     def release(self, tensor: Tensor) -> None:
-        """Let the system have a mapped tensor's pages; they come back when they are needed."""
+        """Return a mapped tensor's pages to the system; the next access reads them again."""
         if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         first = torch.frombuffer(self._mapping, dtype=torch.uint8, count=1).data_ptr()
         start = tensor.data_ptr() - first
         end = min(start + tensor.numel() * tensor.element_size(), len(self._mapping))
-        # whole pages; the others are its neighbours' as well
+        # whole pages only: the first and last may hold other tensors' bytes
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         end = end // mmap.PAGESIZE * mmap.PAGESIZE
         if 0 <= start < end:
-            # it is advice, which memory that is locked refuses
+            # madvise fails on locked memory
             with suppress(OSError):
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
 
@@ -126,8 +131,8 @@ def _typed(data: Tensor, entry: StoredTensor) -> Tensor:
 
 @contextmanager
 def opened(path: Path) -> Iterator[TensorFile]:
-    """Open a safetensors file. Raises ValueError for what is none, OSError for what is absent."""
-    # a pipe would be waited for, without end
+    """Open a safetensors file. Raises ValueError for an invalid one, OSError for an absent one."""
+    # reading a pipe could wait forever
     if path.exists() and not path.is_file():
         raise ValueError(f"{str(path)!r} is no regular file")
     with path.open("rb") as file:
@@ -135,7 +140,7 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file that states its SHA-256; no tensor is held in memory but the one being written.
+    """Write a file that states its SHA-256. Copy one tensor at a time.
 
     Raises ValueError for a dtype that the format lacks.
     """
@@ -149,7 +154,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": NAMES[tensor.dtype]} | place
         start = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    # spaces up to a multiple of 8, so that the data is aligned
+    # pad with spaces to a multiple of 8, to align the data
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(head)

@@ -1,6 +1,6 @@
 """sample.py --classify: label texts; print a table or one JSON object for each text.
 
-This file does not know where the texts come from.
+This file does not know the source of the texts.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanogpt2 import ops, terminal
-from nanogpt2.checkpoints.weights import load_classifier, load_tokenizer
+from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.cli.text import as_line
 from nanogpt2.config import SampleConfig, fail, usage_error
@@ -17,12 +17,12 @@ from nanogpt2.tokenizer import Tokenizer
 
 
 def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
-    """Load the classifier; print the labels of each text and their probabilities."""
+    """Load the classifier and print the labels of each text."""
     if not all(texts):
-        fail("PROMPT is empty: nothing to classify")
-    with usage_error("--model"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_classifier(config.model, device, config.dtype, kernels=config.kernels)
+        fail("PROMPT is empty: there is nothing to classify")
+    with usage_error("--model"), open_checkpoint(config.model) as checkpoint:
+        tokenizer = checkpoint.tokenizer
+        model = checkpoint.classifier(device, config.dtype, kernels=config.kernels)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     show = as_line if config.json or config.prompts else draw
     try:
@@ -31,7 +31,7 @@ def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
     except FloatingPointError as error:
         fail(str(error), code=1)
     except RuntimeError as error:
-        # on a CPU torch raises a plain RuntimeError when memory runs out
+        # torch has no exception class for a full CPU memory
         if "allocate" not in str(error):
             raise
         fail("out of memory: lower --batch_size or the texts' length", code=1)
@@ -42,7 +42,7 @@ def classify(
 ) -> Iterator[dict[str, Any]]:
     """Yield {"text", "label", "probabilities"} for each text in order, the likeliest label first.
 
-    No text may be empty. Raises FloatingPointError if the model's scores are not finite.
+    No text may be empty. Raises FloatingPointError for scores that are not finite.
     """
     rows = [tokenizer.encode(text) for text in texts]
     size = model.config.block_size
@@ -60,7 +60,7 @@ def classify(
                 "too narrow?"
             )
         for text, row in zip(texts[batch], probabilities.tolist(), strict=True):
-            # further digits depend on the other texts in the batch
+            # the digits after these depend on the other texts of the batch
             pairs = zip(model.labels, (round(p, 5) for p in row), strict=True)
             ranked = dict(sorted(pairs, key=lambda pair: -pair[1]))
             yield {"text": text, "label": next(iter(ranked)), "probabilities": ranked}

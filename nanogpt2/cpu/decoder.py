@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, can_multiply
+from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, runs_prepacked
 from nanogpt2.model import GPT
 
 INITIAL_CAPACITY = 8  # positions of `own` that are allocated first
@@ -48,13 +48,10 @@ def can_run(model: GPT) -> bool:
     """Tell whether CPUDecoder computes what this model computes."""
     weight = model.wpe.weight
     return (
-        model.kernels == "torch"
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        runs_prepacked(model.kernels, weight.device.type, weight.dtype)
         # not sharded
         and type(weight) in (nn.Parameter, Tensor)
         and all(_is_product(m) for block in model.h for m in _matrices(block))
-        and can_multiply()
     )
 
 

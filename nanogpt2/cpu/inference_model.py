@@ -1,10 +1,9 @@
-"""A model for generating only: its weights laid out, and if asked for narrowed, for few rows.
+"""A model for generating only, on a CPU: weights prepacked for few rows, and narrowed on request.
 
-One new token multiplies every weight by a single row, so a step takes as long as the weights take
-to be read. Fewer bytes, in the order in which they are needed, are what makes it faster; how they
-are multiplied is in prepacked.py. The tied embedding is narrowed with its head. All of this is for
-a CPU, and none of it can be trained. This file does not know how tokens are chosen, nor what a
-file looks like.
+A new token multiplies every weight by a single row, so a step takes as long as reading the weights.
+Fewer bytes, in the order of their use, make a step faster; prepacked.py multiplies them. The tied
+embedding is narrowed with its head. This model cannot be trained. This file does not know how
+tokens are chosen, nor the format of a file.
 """
 
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from nanogpt2.config import IGNORE_INDEX, SCHEMES
 from nanogpt2.cpu import malloc
@@ -36,22 +36,22 @@ MATRICES = (
     "mlp.c_proj.weight",
     EMBEDDING,
 )
-# rows multiplied, few at a time, after which laying a matrix out has paid for itself: the head and
-# the first block, then one block after the other, so that no step takes long
+# prepack the head and the first block after this many rows, which repay the cost; each next block
+# FEW_ROWS later, so that no single step takes long
 PAYS_AFTER = 128
-CHUNK = 256  # rows of logits at once
+CHUNK = 256  # rows of logits computed at once
 
 
 class NarrowEmbedding(nn.Module):
-    """Rows of a matrix, narrow or narrowed when they are asked for: int64 (...) -> (..., C)."""
+    """Look up rows of a narrow matrix, or narrow them on lookup: int64 (...) -> (..., C)."""
 
     def __init__(self, weight: Tensor, scale: Tensor | None, scheme: str) -> None:
-        """weight: (V, C), of any type; scale: float32 (V,) where it is int8."""
+        """weight: (V, C), of any type. scale: float32 (V,), given with an int8 weight."""
         super().__init__()
         self.weight, self._scale, self._scheme = weight, scale, scheme
 
+    @override
     def forward(self, ids: Tensor) -> Tensor:
-        """See the class."""
         places = ids.flatten()
         rows = self.weight[places]
         if self._scheme == "fp16":
@@ -72,25 +72,25 @@ class InferenceGPT(GPT):
         scheme: str | None,
         release: Release | None = None,
     ) -> None:
-        """Make the parts of `model` anew from a GPT's tensors, which are used up, as is `model`.
+        """Take over the modules of `model` and the tensors of `state`; both are used up.
 
-        state: its matrices in any floating type, or int8 with scales; the rest in float32.
-        release: what they are kept in is a file, whose pages are let go when they have been used.
+        state: matrices in any floating type, or int8 with scales; the rest in float32.
+        release: given with mapped tensors; returns a tensor's pages to the system after use.
         """
         nn.Module.__init__(self)
         self.config, self.scheme = model.config, scheme
         self.h, self.wte, self.wpe, self.ln_f = model.h, model.wte, model.wpe, model.ln_f
         rest = {n: t for n, t in state.items() if not n.removesuffix(SCALE).endswith(MATRICES)}
         self.load_state_dict(rest, strict=False, assign=True)
-        with malloc.pages_of_their_own():
-            self._make_products(state, release)
+        self._make_products(state, release)
         malloc.return_free()
         self.requires_grad_(False).eval()
 
     def _make_products(self, state: dict[str, Tensor], release: Release | None) -> None:
-        # the head first: it is the largest, and narrow it is there twice for a moment
+        # the head first: it is the largest, and narrowing holds it twice for a moment
         table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)
-        # laid out beside its rows it would be a third of the model more, unless they are in a file
+        # prepack the head only beside a mapped embedding: a second copy would add a third of the
+        # model to memory
         after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0
         table = widened(table, release) if self.scheme is None else table
         self.head = prepacked_linear_for(table, scale, None, self.scheme, after, release)
@@ -109,22 +109,22 @@ class InferenceGPT(GPT):
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
 
+    @override
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """See GPT."""
         x = self.hidden_states(idx)  # (B, T, C)
         if targets is None:
             return self.logits(x)
-        # some rows at a time, or the logits would be most of the memory
+        # in chunks: all logits at once would take most of the memory
         parts = zip(x.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
         total = sum(F.cross_entropy(self.logits(x), y, reduction="sum") for x, y in parts)
         return total / (targets != IGNORE_INDEX).sum()
 
+    @override
     def logits(self, x: Tensor) -> Tensor:
-        """See GPT."""
         return self.head(x)
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """The state that this was made of, a tensor at a time."""
+        """Yield the state that the model was made of, one tensor at a time."""
         for name, tensor in self.state_dict().items():
             if name != EMBEDDING:
                 yield name, tensor
@@ -139,15 +139,15 @@ class InferenceGPT(GPT):
 
 
 def pack(model: GPT, scheme: str | None = None) -> InferenceGPT:
-    """Make a model on a CPU one that only generates, faster; `model` itself is used up.
+    """Turn a model on a CPU into a faster one that only generates; `model` itself is used up.
 
-    scheme: fp16 or int8, by default float32 as it is. Raises ValueError for another one, and for a
-    model that is not in float32 on a CPU.
+    scheme: fp16 or int8; None keeps float32. Raises ValueError for another scheme, and for a model
+    that is not in float32 on a CPU.
     """
     weight = model.wpe.weight
     check_scheme(scheme, weight.device.type, weight.dtype)
     state = model.state_dict()
-    # the products are made of the narrow one, so that the wide one can go
+    # narrow the embedding first, so that the wide one can be freed
     if scheme == "fp16":
         state[EMBEDDING] = to_fp16(state[EMBEDDING])
     elif scheme == "int8":
@@ -156,7 +156,7 @@ def pack(model: GPT, scheme: str | None = None) -> InferenceGPT:
 
 
 def check_scheme(scheme: str | None, device: str, dtype: torch.dtype) -> None:
-    """Raise ValueError where a model cannot be packed so."""
+    """Raise ValueError for a scheme, device or dtype that cannot be packed."""
     if scheme not in (None, *SCHEMES):
         raise ValueError(f"quantize must be one of {', '.join(SCHEMES)}, not {scheme!r}")
     if device != "cpu" or dtype != torch.float32:

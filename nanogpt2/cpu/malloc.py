@@ -1,6 +1,7 @@
-"""Where malloc is glibc's: have it keep little that is free, for a process that only generates.
+"""glibc's malloc: return free memory to the system, and keep large blocks apart while loading.
 
-This file does not know what the memory is for.
+Without glibc these functions do nothing. `mallopt` sets thresholds of the whole process, so only a
+program (sample.py) may call `large_blocks_apart`; the library calls `return_free` alone.
 """
 
 import ctypes
@@ -12,25 +13,25 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's numbers
 
 
 @contextmanager
-def pages_of_their_own() -> Iterator[None]:
-    """Have large blocks get pages of their own inside.
+def large_blocks_apart() -> Iterator[None]:
+    """Load a model inside: malloc maps each large block separately and unmaps it when freed.
 
-    Once a large one was freed malloc puts the next ones on its heap. What loading uses for a moment
-    would leave holes there, between the weights, and they fill up again while text is made.
+    By default, malloc moves large blocks to its heap once one was freed. There, the temporary
+    blocks of loading would leave holes between the weights, which stay resident.
     """
     _call("mallopt", M_MMAP_THRESHOLD, 2**17)
     try:
         yield
     finally:
-        # the most that it would come to by itself
+        # the largest thresholds that malloc would reach by itself
         _call("mallopt", M_MMAP_THRESHOLD, 2**25)
         _call("mallopt", M_TRIM_THRESHOLD, 2**26)
 
 
 def return_free() -> None:
-    """Give the system what malloc holds free.
+    """Return malloc's free memory to the system.
 
-    It does not put a matrix where another one of its size was, and would keep room for both.
+    malloc does not reuse the freed block of a matrix for the next one, so both would stay resident.
     """
     _call("malloc_trim", 0)
 

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from nanogpt2.atomic import whole_file
+
 HEADER = struct.Struct("<8sI4sQ32s")
 MAGIC, VERSION = b"ngpt2tok", 1
 # keys as written in the header
@@ -41,12 +43,8 @@ def write_shard(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be uint16, uint32 or int32, not {dtype}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as partial:
         _write(partial, [ids] if isinstance(ids, np.ndarray) else ids, dtype)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     # sync the folder too, or a crash may undo the rename
     folder = os.open(path.parent, os.O_RDONLY)
     try:

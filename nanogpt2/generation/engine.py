@@ -3,13 +3,13 @@
 This file does not know how a token is chosen.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from nanogpt2.devices import memory_of
 from nanogpt2.generation.decoder import decoder_for
 from nanogpt2.generation.request import Request
 from nanogpt2.model import GPT
@@ -132,11 +132,7 @@ def check_memory(model: GPT, request: Request) -> None:
     length = min(shape.block_size, request.max_length - request.prompt_length)
     cache = 2 * shape.n_layer * shape.n_embd * length * model.wpe.weight.element_size()
     needed = rows * (cache + 3 * 4 * shape.vocab_size + request.max_length)
-    device = request.ids.device
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = memory_of(request.ids.device)
     if needed > total:
         raise ValueError(
             f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of {length} "

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nanogpt2 import terminal
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
-from nanogpt2.checkpoints.weights import save_model
+from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.training.run_folder import sync

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanogpt2.checkpoints.weights import choose_device
+from nanogpt2.devices import choose_device
 
 _left: list[Any] = []  # groups that this process has left
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt2 import ops, terminal
-from nanogpt2.checkpoints import weights
+from nanogpt2.checkpoints import load as weights
 from nanogpt2.checkpoints.folder import model_digest
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig, fail, usage_error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
+from nanogpt2.atomic import whole_file
 from nanogpt2.metrics import distinct_n, perplexity, repetition
 from nanogpt2.training.snapshot import Snapshot
 
@@ -72,13 +73,9 @@ def plot_losses(metrics_path: Path, png_path: Path) -> bool:
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    partial = png_path.with_name(f".{png_path.name}.tmp")
-    try:
+    with whole_file(png_path) as partial:
         # leave out matplotlib's version: the same run gives the same bytes
         figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
-        partial.replace(png_path)
-    finally:
-        partial.unlink(missing_ok=True)
     return True
 
 

@@ -1,0 +1,25 @@
+"""The devices of this machine: their names and their memory."""
+
+import os
+
+import torch
+
+
+def choose_device(name: str) -> str:
+    """Return the device to run on. `auto` is cuda where present, else cpu.
+
+    Raises ValueError for a device that this machine lacks.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if present["cuda"] else "cpu"
+    if not present.get(name, True):
+        raise ValueError(f"{name!r} is not on this machine")
+    return name
+
+
+def memory_of(device: str | torch.device) -> int:
+    """Return the total memory of a device, in bytes, used or free."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
