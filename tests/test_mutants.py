@@ -53,7 +53,7 @@ def test_a_mutant_that_does_not_apply_says_so(snippet, stands):
 def run_tests(folder, *tests):
     """Run tests of a copy until one fails; pytest's exit status and what it wrote."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}" for name in tests]
+    command += ["-m", "not marathon and not newest", *(f"tests/{name}" for name in tests)]
     alone = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=folder, env=os.environ | alone, capture_output=True, text=True, timeout=SECONDS
