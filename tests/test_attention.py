@@ -262,18 +262,21 @@ def test_opcheck():
     start = torch.tensor([2], device=DEVICE)
     seed = torch.tensor([SEED], device=DEVICE)
     options = (start, seed, True, 0.25, 0.1, True)
-    o, lse = room._attention(q, k, v, *options)
+    operators = torch.ops.nanogpt2
+    o, lse = operators.attention(q, k, v, *options)
     inferred = ("test_schema", "test_faketensor")
-    opcheck(room._attention_backward, (do, q, k, v, o, lse, *options), test_utils=inferred)
+    inputs_of_backward = (do, q, k, v, o, lse, *options)
+    opcheck(operators.attention_backward.default, inputs_of_backward, test_utils=inferred)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    opcheck(room._attention, (q, k, v, *options))
+    opcheck(operators.attention.default, (q, k, v, *options))
     # lse is for backward alone
-    assert [x.requires_grad for x in room._attention(q, k, v, *options)] == [True, False]
+    assert [x.requires_grad for x in operators.attention(q, k, v, *options)] == [True, False]
     qkv = random(1, 5, 3 * 32)
     options = (start, seed, 2, True, 0.25, 0.1, True)
-    o, lse = room._attention_qkv(qkv, *options)
-    opcheck(room._attention_qkv_backward, (o, qkv, o, lse, *options), test_utils=inferred)
-    opcheck(room._attention_qkv, (qkv.requires_grad_(), *options))
+    o, lse = operators.attention_qkv(qkv, *options)
+    inputs_of_backward = (o, qkv, o, lse, *options)
+    opcheck(operators.attention_qkv_backward.default, inputs_of_backward, test_utils=inferred)
+    opcheck(operators.attention_qkv.default, (qkv.requires_grad_(), *options))
 
 
 def test_compiles_without_a_break():

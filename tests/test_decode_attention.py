@@ -145,13 +145,29 @@ def test_shares_are_even_at_any_length(monkeypatch):
     assert sorted(rounds) == sorted(2 * list(range(8)))
 
 
-def test_the_number_of_splits():
-    q = random(1, 12, 1, 64)
-    assert room._splits(q, room.LEAST_TO_SPLIT) == 1
+def test_the_number_of_splits(monkeypatch):
+    """Each split has a float32 result of its own, (splits, R, H, T, D), until they are joined."""
+    shapes = []
+
+    def empty(*shape, original=torch.empty, **options):
+        shapes.append(shape)
+        return original(*shape, **options)
+
+    def splits(R, H, S):
+        del shapes[:]
+        decode_attention(*inputs(R, H, 1, S, 64), whole(*[S] * R))
+        return next((shape[0] for shape in shapes if len(shape) == 5), 1)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert splits(1, 1, room.LEAST_TO_SPLIT) == 1
     if DEVICE == "cuda":
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert room._splits(q, 1024) == min(2 * processors // 12, 8)
-        assert room._splits(q.expand(64, -1, -1, -1), 1024) == 1
+        assert splits(1, 12, 1024) == min(2 * processors // 12, 8)
+        assert splits(64, 12, 1024) == 1
+    else:
+        # one processor is worth two programs
+        assert splits(1, 1, 1024) == 2
+        assert splits(3, 1, 1024) == 1
 
 
 # the rows of the tile that hold no token are 0, and 0 * inf is nan
@@ -199,7 +215,7 @@ def test_offsets_beyond_32_bits(axis):
 def test_opcheck():
     q, k, v = inputs(2, 2, 1, 9, 16)
     arguments = (q, k, v, whole(9, 4), whole(0, 1), torch.zeros_like(whole(0)).expand(2, 9))
-    opcheck(room._decode_attention, (*arguments, 0.25, 2))
+    opcheck(torch.ops.nanogpt2.decode_attention.default, (*arguments, 0.25, 2))
 
 
 def test_compiles_without_a_break():

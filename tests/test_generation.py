@@ -145,13 +145,16 @@ def test_temperature_0_is_greedy(models):
     )
 
 
+# RowsDecoder, for float32 on a CPU, knows no dropout; model.py's forward, for float64, does
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
-def test_eval_mode_is_forced_and_restored(models, training):
+def test_eval_mode_is_forced_and_restored(models, training, dtype):
     from dataclasses import replace
 
-    ours, _ = models
-    model = GPT(replace(TINY, dropout=0.5))
-    model.load_state_dict(ours.state_dict())
+    ours, model = GPT(TINY).eval(), GPT(replace(TINY, dropout=0.5))
+    for each in (ours, model):
+        each.load_state_dict(models[0].state_dict())
+        each.to(dtype)
     model.train(training)
     ids = prompts(1, 4)
     for K in (1, 3):

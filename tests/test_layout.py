@@ -1,6 +1,7 @@
 """The house: who may import whom, and what must not exist."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -184,6 +185,17 @@ def test_nobody_imports_kernels_by_its_folder():
 @pytest.mark.parametrize("name", LONGEST)
 def test_a_file_to_read_in_one_sitting(name):
     assert len((ROOT / name).read_text().splitlines()) <= LONGEST[name]
+
+
+def test_no_docstring_points_at_another():
+    """An override says @override and has no docstring; its base class has it."""
+    stubs = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in [*sources(), *sorted((ROOT / "kernels").glob("*.py"))]
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if re.match(r"""\s*(""\"|\#\ )See [A-Z]""", line)
+    ]
+    assert not stubs, "\n".join(stubs)
 
 
 def test_importing_the_package_imports_no_torch():

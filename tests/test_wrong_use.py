@@ -1,4 +1,8 @@
-"""Wrong uses of both scripts: each one line that says what is wrong, and nothing is written."""
+"""Wrong uses of train.py and sample.py: one table, one test a script.
+
+Each answers with one line on stderr, exits with 2 and writes nothing. evaluate's wrong uses are in
+test_evaluate.py, quantize's in test_quantize.py.
+"""
 
 import gzip
 import io
@@ -6,6 +10,7 @@ import json
 import shutil
 import struct
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,6 +26,26 @@ from nanogpt2.config.flags import MOST
 from nanogpt2.data.shards import write_shard
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, and what the line of the error names.
+
+    parsed: the command line itself is wrong, which must be said before anything is read.
+    where: the folder of `place` to stand in.
+    """
+
+    argv: list[str]
+    named: str | list[str]
+    parsed: bool = False
+    where: str = "."
+
+    def __str__(self):
+        return ascii(" ".join([*([] if self.where == "." else [self.where]), *self.argv]))
+
+
+# ---- one flag whose value is wrong
 
 TOO_MUCH = str(MOST + 1)
 # what each kind of flag cannot be, whatever its range
@@ -82,87 +107,64 @@ SAMPLE_FLAGS = {
 }
 
 
-def bad_values(flags):
+def flag_cases(flags, argv, needed):
+    """needed: the flags without which a flag is wrong whatever its value."""
     return [
-        pytest.param(name, value, id=f"{name}={value}"[:40])
+        Case([*argv, *needed.get(name, []), *spelled(name, value)], f"--{name}", parsed=True)
         for name, (kind, own) in flags.items()
         for value in [*kind, *own]
     ]
 
 
-def assert_refused(capsys, code, named):
-    out, err = capsys.readouterr()
-    assert code == 2, (out, err)
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 201
-    for part in [named] if isinstance(named, str) else named:
-        assert part in err, err
+def spelled(name, value):
+    # a flag in a value's place stands apart
+    return [f"--{name}", value] if value == "--lr" else [f"--{name}={value}"]
 
 
-@pytest.mark.parametrize(("name", "value"), bad_values(TRAIN_FLAGS))
-def test_a_value_that_train_cannot_take(capsys, name, value):
-    needs = {"n_layer", "n_head", "n_embd", "tokenizer"}
-    companions = ["--init", "scratch"] if name in needs else []
-    companions += ["--lora_rank", "2"] if name == "lora_alpha" else []
-    word = [f"--{name}={value}"] if value != "--lr" else [f"--{name}", value]
-    with pytest.raises(SystemExit) as stopped:
-        parse(TrainConfig, ["pydocs", *companions, *word])
-    assert_refused(capsys, stopped.value.code, f"--{name}")
+SCRATCH = ["--init", "scratch"]
+OF_A_NEW_MODEL = ["n_layer", "n_head", "n_embd", "tokenizer"]
+NEEDED_BY_TRAIN = dict.fromkeys(OF_A_NEW_MODEL, SCRATCH)
+NEEDED_BY_TRAIN |= {"lora_alpha": ["--lora_rank", "2"]}
+NEEDED_BY_SAMPLE = {name: ["--do_sample"] for name in ("top_p", "typical_p")}
+NEEDED_BY_SAMPLE |= {"batch_size": ["--prompts", "x"]}
 
+# ---- flags of train.py that clash
 
-@pytest.mark.parametrize(("name", "value"), bad_values(SAMPLE_FLAGS))
-def test_a_value_that_sample_cannot_take(capsys, name, value):
-    word = [f"--{name}={value}"] if value != "--lr" else [f"--{name}", value]
-    companions = ["--prompts", "x"] if name == "batch_size" else []
-    companions += ["--do_sample"] if name in ("top_p", "typical_p") else []
-    with pytest.raises(SystemExit) as stopped:
-        parse(SampleConfig, ["--model", "demo", *companions, *word])
-    assert_refused(capsys, stopped.value.code, f"--{name}")
+CLASHES = [
+    (["--lora_rank", "8", "--init", "scratch"], "--lora_rank"),
+    (["--lora_alpha", "16"], "--lora_alpha"),
+    (["--lora_alpha", "16", "--lora_rank", "0"], "--lora_alpha"),
+    (["--fsdp"], "torchrun"),
+    (["--fsdp", "--lora_rank", "4"], "--fsdp"),
+    (["--label_column", "kind"], "--task classify"),
+    (["--label_column", "kind", "--task", "chat"], "--task classify"),
+    (["--text_column", "body", "--task", "chat"], "--text_column"),
+    (["--prompt", "Once", "--task", "classify"], "--prompt"),
+    (["--sample_every", "5", "--task", "classify"], "--sample_every"),
+    (["--steps", "5", "--epochs", "2"], "--epochs"),
+    (["--steps", "5", "--warmup", "6"], "--warmup"),
+    (["--resume", "--overwrite"], "--overwrite"),
+    (["--n_layer", "2"], "--init scratch"),
+    (["--n_head", "2"], "--init scratch"),
+    (["--n_embd", "8"], "--init scratch"),
+    (["--tokenizer", "gpt2"], "--init scratch"),
+    (["--init", "scratch", "--n_head", "3"], "--n_embd"),
+    (["--patience", "2", "--eval_every", "50", "--steps", "20"], "--patience"),
+    (["--patience", "3", "--eval_every", "10", "--steps", "20"], "--patience"),
+    (["--stesp", "5"], "--steps"),
+    (["--learning_rate", "5"], "--learning_rate"),
+    (["--data", "book.txt"], "DATA"),
+    (["-x"], "second DATA"),
+    (["--no_lr"], "--no_lr"),
+    (["--no_resume", "true"], "--no_resume"),
+    (["--no_compile=1"], "--no_compile"),
+    (["--batch_size"], "--batch_size"),
+    (["--init"], "--init"),
+    (["--init", "gpt2-small"], "--init"),
+    (["--init", "openai-community/gpt2"], "--init"),
+]
 
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--lora_rank", "8", "--init", "scratch"], "--lora_rank"),
-        (["--lora_alpha", "16"], "--lora_alpha"),
-        (["--lora_alpha", "16", "--lora_rank", "0"], "--lora_alpha"),
-        (["--fsdp"], "torchrun"),
-        (["--fsdp", "--lora_rank", "4"], "--fsdp"),
-        (["--label_column", "kind"], "--task classify"),
-        (["--label_column", "kind", "--task", "chat"], "--task classify"),
-        (["--text_column", "body", "--task", "chat"], "--text_column"),
-        (["--prompt", "Once", "--task", "classify"], "--prompt"),
-        (["--sample_every", "5", "--task", "classify"], "--sample_every"),
-        (["--steps", "5", "--epochs", "2"], "--epochs"),
-        (["--steps", "5", "--warmup", "6"], "--warmup"),
-        (["--resume", "--overwrite"], "--overwrite"),
-        (["--n_layer", "2"], "--init scratch"),
-        (["--n_head", "2"], "--init scratch"),
-        (["--n_embd", "8"], "--init scratch"),
-        (["--tokenizer", "gpt2"], "--init scratch"),
-        (["--init", "scratch", "--n_head", "3"], "--n_embd"),
-        (["--patience", "2", "--eval_every", "50", "--steps", "20"], "--patience"),
-        (["--patience", "3", "--eval_every", "10", "--steps", "20"], "--patience"),
-        (["--stesp", "5"], "--steps"),
-        (["--learning_rate", "5"], "--learning_rate"),
-        (["--data", "book.txt"], "DATA"),
-        (["-x"], "second DATA"),
-        (["--no_lr"], "--no_lr"),
-        (["--no_resume", "true"], "--no_resume"),
-        (["--no_compile=1"], "--no_compile"),
-        (["--batch_size"], "--batch_size"),
-        (["--init"], "--init"),
-        (["--init", "gpt2-small"], "--init"),
-        (["--init", "openai-community/gpt2"], "--init"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_flags_of_train_that_clash(capsys, argv, named):
-    with pytest.raises(SystemExit) as stopped:
-        parse(TrainConfig, ["pydocs", *argv])
-    assert_refused(capsys, stopped.value.code, named)
-
-
-# ---- through files
+# ---- files, by name: everything wrong that a file can be
 
 
 def lines(*rows):
@@ -234,43 +236,7 @@ def files():
     }
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder full of what cannot be used, and one text and one model that can."""
-    place = tmp_path_factory.mktemp("place")
-    for name, content in files().items():
-        (place / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    for name in ("nothing", "pdfs", "no_weights", "theirs", "odd"):
-        (place / name).mkdir()
-    (place / "pdfs/a.pdf").write_text("%PDF")
-    (place / "theirs/model.safetensors").write_bytes(b"precious")
-    (place / "odd/config.json").write_text("not json")
-    (place / "odd/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    (place / "no_weights/config.json").write_text("{}")
-    ids = torch.randint(256, (500,)).numpy()
-    write_shard(place / "outside.tokens", [*ids, 257])
-    write_shard(place / "good.tokens", ids)
-    good = (place / "good.tokens").read_bytes()
-    (place / "cut.tokens").write_bytes(good[:-3])
-    (place / "flipped.tokens").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    (place / "version.tokens").write_bytes(good[:8] + struct.pack("<I", 9) + good[12:])
-    (place / "tokens").mkdir()
-    for name in ("a.tokens", "b.tokens"):
-        (place / "tokens" / name).write_bytes(good)
-    torch.manual_seed(0)
-    end = byte_tokenizer().end_of_text
-    shape = {"vocab_size": 257, "block_size": 32, "bos_token_id": end, "eos_token_id": end}
-    model = GPT(type(TINY)(n_layer=1, n_head=2, n_embd=8, **shape))
-    save_model(model, place / "model", byte_tokenizer())
-    save_model(GPTClassifier(model, ("x", "y")), place / "classifier", byte_tokenizer())
-    save_model(GPT(TINY), place / "no_tokenizer")
-    save_file({"some": torch.zeros(2)}, place / "strange.safetensors")
-    return place
-
-
-def everything(folder):
-    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
-
+# ---- data, with SMALL's model
 
 CHAT, LABELS = ["--task", "chat"], ["--task", "classify"]
 BAD_DATA = [
@@ -354,18 +320,7 @@ BAD_VALIDATION = [
     (["classify.jsonl", *LABELS, "--validation", "no_label.jsonl"], "no column 'label'"),
 ]
 
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    BAD_DATA + BAD_VALIDATION,
-    ids=lambda value: repr(" ".join(value)) if isinstance(value, list) else None,
-)
-def test_data_that_cannot_be_used(capsys, place, monkeypatch, argv, named):
-    monkeypatch.chdir(place)
-    before = everything(place)
-    assert_refused(capsys, run(*argv, *SMALL, "--steps", "2"), named)
-    assert everything(place) == before
-
+# ---- models and folders
 
 BAD_MODELS = [
     (["--init", "missing"], ["--init", "'missing'", "gpt2-xl"]),
@@ -393,27 +348,6 @@ BAD_MODELS = [
     (["--init", "model", "--out", "theirs", "--resume"], ["--out", "no run to --resume"]),
     (["--init", "model", "--block_size", "32", "--epochs", "1e-9", "--warmup", "9"], "--warmup"),
 ]
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    BAD_MODELS,
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_models_and_folders_that_cannot_be_used(capsys, place, monkeypatch, argv, named):
-    monkeypatch.chdir(place)
-    before = everything(place)
-    task = argv[argv.index("--task") + 1] if "--task" in argv else None
-    source = "book.txt" if task is None else f"{task}.jsonl"
-    assert_refused(capsys, run(source, *argv), named)
-    assert everything(place) == before
-
-
-def test_standard_input_without_a_text(capsys, place, monkeypatch):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    assert_refused(capsys, run("-", *SMALL), ["DATA", "is empty"])
-
 
 # ---- a run that is to go on otherwise
 
@@ -443,110 +377,183 @@ OTHERWISE = {
     "n_embd": "32",
     "tokenizer": "gpt2",
 }
+RECORDS = ["", "{}", "[]", "not json", '{"config": 5}', '{"config": {}, "digests": {}}']
+
+
+def source_for(argv):
+    return f"{argv[argv.index('--task') + 1]}.jsonl" if "--task" in argv else "book.txt"
+
+
+def resumed(name, value):
+    # a new model's flags stand beside --init scratch alone
+    beside = SCRATCH if name in OF_A_NEW_MODEL else []
+    argv = ["chat.jsonl" if name == "task" else "book.txt", *beside, f"--{name}", value, "--resume"]
+    return Case(argv, ["--out", f"--{name}", value], where="stopped")
+
+
+ADAPTER = ["book.txt", "--init", "base", "--lora_rank", "2", "--steps", "4", "--save_every", "2"]
+
+# ---- the table
+
+TRAIN = [
+    *flag_cases(TRAIN_FLAGS, ["pydocs"], NEEDED_BY_TRAIN),
+    *(Case(["pydocs", *argv], named, parsed=True) for argv, named in CLASHES),
+    *(
+        Case([*argv, *SMALL, "--steps", "2"], named)
+        for argv, named in [*BAD_DATA, *BAD_VALIDATION, (["-"], ["DATA", "is empty"])]
+    ),
+    *(Case([source_for(argv), *argv], named) for argv, named in BAD_MODELS),
+    *(resumed(name, value) for name, value in OTHERWISE.items()),
+    Case(
+        ["other.txt", "--resume"],
+        ["--resume", "holds a run on another data than 'other.txt'"],
+        where="stopped",
+    ),
+    *(
+        Case(["pydocs", "--resume"], ["--out", "run.json", "damaged"], where=f"record{i}")
+        for i in range(len(RECORDS))
+    ),
+    # LoRA's weights belong to the very model that they were trained on
+    Case(
+        [*ADAPTER, "--resume"],
+        ["--resume", "another init than 'base' is now"],
+        where="adapter",
+    ),
+]
+SAMPLE = [
+    *flag_cases(SAMPLE_FLAGS, ["--model", "demo"], NEEDED_BY_SAMPLE),
+    *(
+        Case(argv, named)
+        for argv, named in [
+            (["Hi", "--model", "missing"], ["--model", "missing"]),
+            (["Hi", "--model", "pickle.bin"], ["--model", "pickle"]),
+            (["Hi", "--model", "book.txt"], ["--model", "safetensors"]),
+            (["Hi", "--model", "nothing"], ["--model", "nothing"]),
+            (["Hi", "--model", "no_weights"], ["--model", "no_weights"]),
+            (["Hi", "--model", "odd"], ["--model", "odd"]),
+            (["Hi", "--model", "theirs"], ["--model", "theirs"]),
+            (["Hi", "--model", "cut.safetensors"], ["--model", "cut.safetensors"]),
+            (["Hi", "--model", "strange.safetensors"], ["--model", "strange.safetensors"]),
+            (["Hi", "--model", "classifier"], ["--model", "classifier"]),
+            (["Hi", "--model", "model", "--compare", "classifier"], ["--compare", "classifier"]),
+            (["Hi", "--model", "model", "--compare", "odd"], ["--compare", "odd"]),
+            (["Hi", "--model", "model", "--max_length", "2"], "--max_length"),
+            (["Hi", "--model", "model", "--eos_token_id", "257"], "--eos_token_id"),
+            (["Hi", "--model", "model", "--pad_token_id", "257"], "--pad_token_id"),
+            (["--prompt_file", "latin1.txt", "--model", "model"], ["--prompt_file", "offset 1863"]),
+            (["--prompt_file", "missing", "--model", "model"], ["--prompt_file", "missing"]),
+            (["--prompts", "broken.jsonl", "--model", "model"], ["--prompts", "line 1"]),
+            (["--prompts", "missing.jsonl", "--model", "model"], ["--prompts", "missing"]),
+            (["--prompts", "array.jsonl", "--model", "model"], ["--prompts", "line 1"]),
+            (["--prompts", "latin1.txt", "--model", "model"], ["--prompts", "1863"]),
+        ]
+    ),
+]
 
 
 @pytest.fixture(scope="module")
-def stopped_run(place, tmp_path_factory):
-    """A finished run of 4 steps, its last checkpoint gone: one that can be resumed."""
-    where = tmp_path_factory.mktemp("stopped")
+def place(tmp_path_factory):
+    """A folder full of what cannot be used, and one text and one model that can."""
+    place = tmp_path_factory.mktemp("place")
+    for name, content in files().items():
+        (place / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    for name in ("nothing", "pdfs", "no_weights", "theirs", "odd"):
+        (place / name).mkdir()
+    (place / "pdfs/a.pdf").write_text("%PDF")
+    (place / "theirs/model.safetensors").write_bytes(b"precious")
+    (place / "odd/config.json").write_text("not json")
+    (place / "odd/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (place / "no_weights/config.json").write_text("{}")
+    ids = torch.randint(256, (500,)).numpy()
+    write_shard(place / "outside.tokens", [*ids, 257])
+    write_shard(place / "good.tokens", ids)
+    good = (place / "good.tokens").read_bytes()
+    (place / "cut.tokens").write_bytes(good[:-3])
+    (place / "flipped.tokens").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    (place / "version.tokens").write_bytes(good[:8] + struct.pack("<I", 9) + good[12:])
+    (place / "tokens").mkdir()
+    for name in ("a.tokens", "b.tokens"):
+        (place / "tokens" / name).write_bytes(good)
+    torch.manual_seed(0)
+    end = byte_tokenizer().end_of_text
+    shape = {"vocab_size": 257, "block_size": 32, "bos_token_id": end, "eos_token_id": end}
+    model = GPT(type(TINY)(n_layer=1, n_head=2, n_embd=8, **shape))
+    save_model(model, place / "model", byte_tokenizer())
+    save_model(GPTClassifier(model, ("x", "y")), place / "classifier", byte_tokenizer())
+    save_model(GPT(TINY), place / "no_tokenizer")
+    save_file({"some": torch.zeros(2)}, place / "strange.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(where)
-        patch.setenv("HOME", str(where))
-        for name in ("book.txt", "chat.jsonl"):
-            (where / name).write_bytes((place / name).read_bytes())
-        (where / "model").symlink_to(place / "model")
-        assert run("book.txt", *SMALL, "--steps", "4", "--save_every", "2") == 0
-        shutil.rmtree(where / "out/checkpoints/step-4")
-    return where
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        stopped_run(place, patch)
+        changed_base(place, patch)
+    for i, content in enumerate(RECORDS):
+        (place / f"record{i}/out").mkdir(parents=True)
+        (place / f"record{i}/out/run.json").write_text(content)
+    return place
 
 
-@pytest.mark.parametrize("name", OTHERWISE)
-def test_what_a_resumed_run_cannot_change(capsys, stopped_run, monkeypatch, name):
-    monkeypatch.chdir(stopped_run)
-    before = everything(stopped_run)
-    capsys.readouterr()
-    # a new model's flags stand beside --init scratch alone
-    beside = ["--init", "scratch"] if name in ("n_layer", "n_head", "n_embd", "tokenizer") else []
-    source = "chat.jsonl" if name == "task" else "book.txt"
-    code = run(source, *beside, f"--{name}", OTHERWISE[name], "--resume")
-    assert_refused(capsys, code, ["--out", f"--{name}", OTHERWISE[name]])
-    assert everything(stopped_run) == before
+def stopped_run(place, patch):
+    """A finished run of 4 steps, its last checkpoint gone, can be resumed."""
+    (place / "stopped").mkdir()
+    patch.chdir(place / "stopped")
+    for name in ("book.txt", "chat.jsonl"):
+        shutil.copy(place / name, name)
+    shutil.copytree(place / "model", "model")
+    assert run("book.txt", *SMALL, "--steps", "4", "--save_every", "2") == 0
+    shutil.rmtree("out/checkpoints/step-4")
+    (place / "stopped/other.txt").write_text(TEXT + "!")
 
 
-def test_a_run_on_another_text(capsys, stopped_run, monkeypatch):
-    monkeypatch.chdir(stopped_run)
-    before = everything(stopped_run)
-    (stopped_run / "other.txt").write_text(TEXT + "!")
-    code = run("other.txt", "--resume")
-    assert_refused(capsys, code, ["--resume", "holds a run on another data than 'other.txt'"])
-    (stopped_run / "other.txt").unlink()
-    assert everything(stopped_run) == before
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{}", "[]", "not json", '{"config": 5}', '{"config": {}, "digests": {}}']
-)
-def test_a_record_of_a_run_that_is_damaged(capsys, tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/run.json").write_text(content)
-    assert_refused(capsys, run("pydocs", "--resume"), ["--out", "run.json", "damaged"])
-    assert (tmp_path / "out/run.json").read_text() == content
-
-
-def test_an_adapters_model_that_has_changed(capsys, place, tmp_path, monkeypatch):
-    """LoRA's weights belong to the very model that they were trained on."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text(TEXT)
+def changed_base(place, patch):
+    """An adapter's run could be resumed, if its model were still the same."""
+    where = place / "adapter"
+    where.mkdir()
+    patch.chdir(where)
+    shutil.copy(place / "book.txt", "book.txt")
     model = GPT(type(TINY)(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=8))
-    save_model(model, tmp_path / "base", byte_tokenizer())
-    argv = ["book.txt", "--init", "base", "--lora_rank", "2", "--steps", "4", "--save_every", "2"]
-    assert run(*argv) == 0
-    shutil.rmtree(tmp_path / "out/checkpoints/step-4")
+    save_model(model, where / "base", byte_tokenizer())
+    assert run(*ADAPTER) == 0
+    shutil.rmtree("out/checkpoints/step-4")
     with torch.no_grad():
         model.wte.weight[0, 0] += 1
-    save_model(model, tmp_path / "base", byte_tokenizer())
-    capsys.readouterr()
-    before = everything(tmp_path)
-    code = run(*argv, "--resume")
-    assert_refused(capsys, code, ["--resume", "another init than 'base' is now"])
-    assert everything(tmp_path) == before
+    save_model(model, where / "base", byte_tokenizer())
 
 
-# ---- sample.py
+def everything(folder):
+    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["Hi", "--model", "missing"], ["--model", "missing"]),
-        (["Hi", "--model", "pickle.bin"], ["--model", "pickle"]),
-        (["Hi", "--model", "book.txt"], ["--model", "safetensors"]),
-        (["Hi", "--model", "nothing"], ["--model", "nothing"]),
-        (["Hi", "--model", "no_weights"], ["--model", "no_weights"]),
-        (["Hi", "--model", "odd"], ["--model", "odd"]),
-        (["Hi", "--model", "theirs"], ["--model", "theirs"]),
-        (["Hi", "--model", "cut.safetensors"], ["--model", "cut.safetensors"]),
-        (["Hi", "--model", "strange.safetensors"], ["--model", "strange.safetensors"]),
-        (["Hi", "--model", "classifier"], ["--model", "classifier"]),
-        (["Hi", "--model", "model", "--compare", "classifier"], ["--compare", "classifier"]),
-        (["Hi", "--model", "model", "--compare", "odd"], ["--compare", "odd"]),
-        (["Hi", "--model", "model", "--max_length", "2"], "--max_length"),
-        (["Hi", "--model", "model", "--eos_token_id", "257"], "--eos_token_id"),
-        (["Hi", "--model", "model", "--pad_token_id", "257"], "--pad_token_id"),
-        (["--prompt_file", "latin1.txt", "--model", "model"], ["--prompt_file", "offset 1863"]),
-        (["--prompt_file", "missing", "--model", "model"], ["--prompt_file", "missing"]),
-        (["--prompts", "broken.jsonl", "--model", "model"], ["--prompts", "line 1"]),
-        (["--prompts", "missing.jsonl", "--model", "model"], ["--prompts", "missing"]),
-        (["--prompts", "array.jsonl", "--model", "model"], ["--prompts", "line 1"]),
-        (["--prompts", "latin1.txt", "--model", "model"], ["--prompts", "1863"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_what_sample_cannot_use(capsys, place, monkeypatch, argv, named):
-    monkeypatch.chdir(place)
-    before = everything(place)
-    with pytest.raises(SystemExit) as stopped:
-        sample.main(parse(SampleConfig, argv))
-    assert_refused(capsys, stopped.value.code, named)
-    assert everything(place) == before
+@pytest.fixture(scope="module")
+def before(place):
+    return everything(place)
+
+
+@pytest.fixture
+def check(capsys, place, before, monkeypatch):
+    """Run one case: its exit status, its one line, and that nothing was written."""
+
+    def check(case, config, start):
+        monkeypatch.chdir(place / case.where)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        with pytest.raises(SystemExit) as stopped:
+            parse(config, case.argv)
+            assert not case.parsed, "the command line was taken"
+            sys.exit(start())
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2, (out, err)
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 201
+        for part in [case.named] if isinstance(case.named, str) else case.named:
+            assert part in err, err
+        assert everything(place) == before
+
+    return check
+
+
+@pytest.mark.parametrize("case", TRAIN, ids=str)
+def test_train(check, case):
+    check(case, TrainConfig, lambda: run(*case.argv))
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_sample(check, case):
+    check(case, SampleConfig, lambda: sample.main(parse(SampleConfig, case.argv)))
