@@ -7,12 +7,15 @@ import pytest
 from reference import ROOT
 from test_layout import MAY_IMPORT
 
-# Files and names that the documents give and that a change under way brings: a file, or a file or
-# folder, a colon and a name. Whoever merges that change takes its lines out.
+# Places that a change under way adds: `file`, or `file or folder: name`. Whoever merges the change
+# deletes its lines.
 PENDING = {
+    "atomic.py",
     "checkpoints/: open_checkpoint",
+    "chunked_loss.py",
     "cpu/decoder.py",
     "cpu/training.py",
+    "devices.py",
     "generation/plain.py",
 }
 
@@ -28,7 +31,7 @@ def prose(document):
 
 
 def places(document):
-    """The (path, names) that a document gives in backticks, paths without `nanogpt2/`."""
+    """The (path, names) in a document's backticks, paths without `nanogpt2/`."""
     return [
         (found["path"].removeprefix("nanogpt2/"), (found["names"] or "").split(", "))
         for found in PLACE.finditer(prose(document))
@@ -42,7 +45,7 @@ def located(path, document):
 
 
 def names_in(path):
-    """All that a file, or the files of a folder, define: functions, classes, methods, constants."""
+    """The functions, classes, methods and constants of a file, or of all files in a folder."""
     found = set()
     for file in path.rglob("*.py") if path.is_dir() else [path]:
         tree = ast.parse(file.read_text())
@@ -56,7 +59,7 @@ def names_in(path):
 
 
 def missing(document):
-    """What a document names and the source does not have."""
+    """The places that a document names and the source lacks."""
     gone = []
     for path, names in places(document):
         there = located(path, document)
@@ -98,7 +101,7 @@ def test_the_tree_shows_every_file_and_folder():
         # a folder that a change of branch left behind holds caches alone
         if path.suffix == ".py" or path.is_symlink() or (folder and any(path.glob("*.*"))):
             there.add(path.name + "/" * folder)
-    assert shown == there - {"__init__.py", "__pycache__/"}
+    assert shown - PENDING == there - {"__init__.py", "__pycache__/"}
     assert all((ROOT / name).exists() for name in re.findall(r"^(\w[\w./]*)", tree, flags=re.M))
 
 
@@ -106,7 +109,8 @@ def test_the_floors_agree_with_the_imports_allowed():
     text = (ROOT / "docs/architecture.md").read_text()
     lines = re.findall(r"^\d\. (.*)$", text.split("## The floors")[1].split("##")[0], flags=re.M)
     floor = {name: n for n, line in enumerate(lines) for name in re.findall(r"`(\w+)`", line)}
-    assert set(floor) == {module.split(".")[0] for module in MAY_IMPORT}
+    pending = {place.removesuffix(".py") for place in PENDING}
+    assert set(floor) - pending == {module.split(".")[0] for module in MAY_IMPORT}
     for module, allowed in MAY_IMPORT.items():
         for name in allowed:
             assert floor[name.split(".")[0]] <= floor[module.split(".")[0]], (module, name)
