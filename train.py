@@ -131,7 +131,7 @@ def take_step(config: TrainConfig, trainer: Trainer, batches: Batches, step: int
             loss = add_gradients(trainer, parts, targets)
         except RuntimeError as error:
             # out of memory: halve the micro-batch and try again
-            trainer.make_room(error)
+            trainer.halve_micro_batch(error)
 
     norm = trainer.clip_gradients()  # to config.grad_clip; the norm before
     # float16's scaled gradients may overflow: lower the scale and skip this update

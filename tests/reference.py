@@ -194,6 +194,28 @@ def rewrite(source: Path, target: Path, change) -> None:
     save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors")
 
 
+# ---- one step of a Trainer, as train.py takes it
+
+
+def backward(trainer, x, y, loss_weight: float = 1.0, last: bool = True) -> torch.Tensor:
+    """Add the gradients of a micro-batch's mean loss times `loss_weight`; return that product."""
+    with trainer.exchanging_gradients(last):
+        with trainer.precision():
+            loss = trainer.forward(x, y) * loss_weight
+        trainer.scaled(loss).backward()
+    return loss.detach()
+
+
+def update(trainer, lr: float, apply: bool = True) -> None:
+    """Update the weights by the gradients unless told not to; drop the gradients."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if apply:
+            trainer.scaler.step(optimizer)
+    trainer.finish_step(updated=apply)
+
+
 def run_script(
     script: str, *arguments: str, cwd: Path, stdin: bytes = b"", **environment
 ) -> subprocess.CompletedProcess:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import TINY, settings
+from reference import TINY, backward, settings, update
 
 from nanogpt2.checkpoints.load import load_model
 from nanogpt2.model import GPT
@@ -27,8 +27,8 @@ def trained(seed=0, steps=2):
     model = GPT(replace(TINY, vocab_size=257, bos_token_id=256, eos_token_id=256))
     trainer = Trainer(settings(), model, World("cpu"))
     for _ in range(steps):
-        trainer.backward(torch.randint(257, (2, 5)), torch.randint(257, (2, 5)), 1.0, last=True)
-        trainer.step(lr=1e-2)
+        backward(trainer, torch.randint(257, (2, 5)), torch.randint(257, (2, 5)), 1.0, last=True)
+        update(trainer, lr=1e-2)
     return trainer
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -442,8 +443,9 @@ def test_labels_and_models_that_do_not_fit(capsys, classifier, models, tmp_path)
 def test_published_figures_are_named_as_ours(capsys, models, monkeypatch, tmp_path):
     ours = models[0]
     path = write_lines(tmp_path / "h.jsonl", QUESTION)
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: ours)
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: TOKENIZER)
+    opened = nullcontext()
+    opened.tokenizer, opened.model = TOKENIZER, lambda *_, **__: ours
+    monkeypatch.setattr(evaluate, "open_checkpoint", lambda _: opened)
     shown = run(capsys, path, "--model", "gpt2", "--task", "hellaswag")
     rows = [line.split("  ")[0] for line in shown.splitlines()]
     for figure in published("hellaswag", "gpt2"):

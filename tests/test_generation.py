@@ -335,7 +335,7 @@ def test_what_memory_is_counted(models, monkeypatch, options, number):
     cache = 2 * 2 * 24 * 20 * 4 * number * 2
     needed = cache + number * 2 * (3 * 4 * 61 + 25)
     there = {"SC_PHYS_PAGES": needed, "SC_PAGE_SIZE": 1}
-    monkeypatch.setattr("nanogpt2.generation.engine.os.sysconf", there.get)
+    monkeypatch.setattr("nanogpt2.devices.os.sysconf", there.get)
     generate(models[0], prompts(2, 5), max_new_tokens=20, **options)
     there["SC_PHYS_PAGES"] -= 1
     with pytest.raises(ValueError, match="GiB"):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from attention_reference import bf16_dots, kept  # noqa: F401
 from kernel_reference import DEVICE, rms_ratio
-from reference import ROOT, left_padded, prompts, settings
+from reference import ROOT, backward, left_padded, prompts, settings, update
 from test_sample import run as run_sample
 from test_train import metrics, numbers
 from test_train import run as run_train
@@ -159,7 +159,7 @@ def test_activation_checkpointing(device, dropout):
         trainer = Trainer(config, model, World(device, 0, 1))
         x, y = batch(device)
         torch.manual_seed(6)
-        losses.append(trainer.backward(x, y, 1.0, last=True))
+        losses.append(backward(trainer, x, y, 1.0, last=True))
         models.append(model)
     assert torch.equal(*losses)
     # on a GPU the gradient of the queries is added up in any order
@@ -234,9 +234,9 @@ def test_twenty_steps(device):
         x, y = batch(device, T=4)
         with Calls() as calls:
             for _ in range(20):
-                loss = trainer.backward(x, y, 1.0, last=True)
-                trainer.gradient_norm()
-                trainer.step(1e-3)
+                loss = backward(trainer, x, y, 1.0, last=True)
+                trainer.clip_gradients()
+                update(trainer, 1e-3)
                 losses.append(loss.item())
         assert calls.count["attention_qkv_backward"] == (20 if kernels == "triton" else 0)
     for theirs, ours in zip(losses[:20], losses[20:], strict=True):

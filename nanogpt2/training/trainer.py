@@ -1,21 +1,21 @@
 """The Trainer: a model, its optimizers, and all state that a resumed run needs, bit for bit.
 
-The training loop sees a model that takes steps. A Trainer adds everything around the model: several
-devices, compilation, low-rank adapters, a moving average of the weights, float16's loss scale.
+train.py takes the steps. A Trainer adds everything around the model: several devices, compilation,
+low-rank adapters, a moving average of the weights, float16's loss scale.
 
-    trainer.forward(x, y)   the loss, through every wrapper of the model
-    trainer.backward(x, y)  add a micro-batch's gradients
-    trainer.step()          update the weights
-    trainer.eval_model      the model to evaluate: the averaged one, if the run keeps an average
-    trainer.exported()      the plain model that this run would leave behind
-    trainer.tensors()       a checkpoint's tensors beside the exported model; `restore` takes them
+    trainer.forward(x, y)     the loss, through every wrapper of the model
+    trainer.clip_gradients()  call before the optimizers' step
+    trainer.finish_step()     call after the optimizers' step
+    trainer.eval_model        the model to evaluate: the averaged one, if the run keeps an average
+    trainer.exported()        the plain model that this run would leave behind
+    trainer.tensors()         a checkpoint's tensors beside the exported model; `restore` takes them
 
 This file does not know the data, the files or the schedule.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -89,21 +89,9 @@ class Trainer:
             self.world.device_type, dtype or torch.bfloat16, enabled=dtype is not None
         )
 
-    def backward(self, x: Tensor, y: Tensor, loss_weight: float, last: bool) -> Tensor:
-        """Add the gradients of a micro-batch's mean loss times `loss_weight`; return that product.
-
-        last: the step's last micro-batch. Only then do the processes exchange their gradients.
-        """
-        x, y = x.to(self.world.device), y.to(self.world.device)
-        with self._exchanging(last):
-            with self.precision():
-                loss = self.forward(x, y) * loss_weight
-            # the exchange takes the mean over the processes; theirs is a sum
-            self.scaled(loss).backward()
-        return loss.detach()
-
     @contextmanager
-    def _exchanging(self, exchange: bool) -> Iterator[None]:
+    def exchanging_gradients(self, exchange: bool) -> Iterator[None]:
+        """Run forward and backward inside; the processes add up their gradients if `exchange`."""
         if isinstance(self.parallel, FSDPModule):
             self.parallel.set_requires_gradient_sync(exchange)
         if isinstance(self.parallel, DistributedDataParallel) and not exchange:
@@ -112,24 +100,19 @@ class Trainer:
         else:
             yield
 
-    def gradient_norm(self) -> float:
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Scale a loss for backward: by float16's loss scale and the number of processes.
+
+        The exchange averages the gradients over the processes, but a step needs their sum.
+        """
+        return self.scaler.scale(loss * self.world.size)
+
+    def clip_gradients(self) -> float:
         """Clip the gradients to config.grad_clip; return their norm before."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
         return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
-
-    def step(self, lr: float, apply: bool = True) -> None:
-        """Update the weights if `apply`, then drop the gradients.
-
-        Raises FloatingPointError when float16's loss scale falls below 1.
-        """
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if apply:
-                self.scaler.step(optimizer)
-        self.finish_step(updated=apply)
 
     def finish_step(self, updated: bool) -> None:
         """Drop the gradients; if `updated`, let the average follow. Adapt float16's loss scale.
@@ -143,7 +126,7 @@ class Trainer:
         if self.average is not None and updated:
             self.average.update_parameters(self.model)
 
-    def make_room(self, error: RuntimeError) -> None:
+    def halve_micro_batch(self, error: RuntimeError) -> None:
         """Halve the micro-batch after an out-of-memory `error`; raise any other error again.
 
         The caller repeats the step, with the same sequences. Raises OutOfMemoryError with advice
@@ -261,23 +244,6 @@ class Trainer:
             for kind, state in states.items()
             for rank, each in enumerate(self.world.gather(state))
         }
-
-    # ---- the parts of one step, which take_step in train.py puts together
-
-    def exchanging_gradients(self, exchange: bool) -> AbstractContextManager[None]:
-        """Run forward and backward inside; the processes add up their gradients if `exchange`."""
-        return self._exchanging(exchange)
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        """Scale a loss for backward: by float16's loss scale and the number of processes.
-
-        The exchange averages the gradients over the processes, but a step needs their sum.
-        """
-        return self.scaler.scale(loss * self.world.size)
-
-    def clip_gradients(self) -> float:
-        """Clip the gradients to config.grad_clip; return their norm before."""
-        return self.gradient_norm()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
