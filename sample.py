@@ -1,6 +1,6 @@
 """Continue a text with a GPT-2: python sample.py "Once upon a time".
 
-The command line -> the model and its tokenizer -> the prompt -> text, printed token by token.
+The command line -> the prompt -> the model and its tokenizer -> text, printed token by token.
 Supporting code (streaming beams, many prompts, the prompt loop) lives in nanogpt2/cli/.
 """
 

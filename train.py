@@ -46,7 +46,8 @@ def main(config: TrainConfig) -> None:
             return
         if config.dry_run:
             # the second step's speed: the first one warms up
-            figures = [take_step(run.config, run.trainer, run.batches, step) for step in (1, 2)][-1]
+            for step in (1, 2):
+                figures = take_step(run.config, run.trainer, run.batches, step)
             described = plan.describe(run.config, run.trainer, run.batches.sequences, figures)
             terminal.write(described + "\n")
             return
@@ -125,15 +126,16 @@ def take_step(config: TrainConfig, trainer: Trainer, batches: Batches, step: int
     while loss is None:
         starts = range(first, first + sequences, trainer.micro_batch)
         parts = [batches.rows(i, min(trainer.micro_batch, first + sequences - i)) for i in starts]
-        own = sum(count_targets(y) for _, y in parts), sum(x.numel() for x, _ in parts)
-        targets, tokens = world.sum(*own)  # of all processes
+        own_targets = sum(count_targets(y) for _, y in parts)
+        # summed over the processes
+        targets, tokens = world.sum(own_targets, sum(x.numel() for x, _ in parts))
         try:
             loss = add_gradients(trainer, parts, targets)
         except RuntimeError as error:
             # out of memory: halve the micro-batch and try again
             trainer.halve_micro_batch(error)
 
-    norm = trainer.clip_gradients()  # to config.grad_clip; the norm before
+    norm = trainer.clip_gradients()  # clips to config.grad_clip, returns the norm before
     # float16's scaled gradients may overflow: lower the scale and skip this update
     overflow = trainer.scaler.is_enabled() and not math.isfinite(norm)
     if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):

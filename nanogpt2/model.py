@@ -163,11 +163,11 @@ class GPT(nn.Module):
         mask: ops.Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Run the blocks: int64 (B, T) -> (B, T, C), the last layer's output at each position.
+        """Run the blocks: int64 (B, T) -> (B, T, C), the last layer's output, normalised.
 
         positions: int64 (B, T) or (T,), by default the next after the cache's length. mask: bool
         (B, 1, T, S), True where a query may look, by default causal. cache: grows by T positions;
-        a SharedCache needs no mask, since it knows the padding itself.
+        a SharedCache takes no tensor as mask: it knows the padding itself.
         Raises ValueError for a context longer than block_size.
         """
         T = idx.size(1)
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of the logits of x (B, T, C), of which few exist at a time."""
+        """Mean cross-entropy of x's logits, in chunks of rows: (B, T, C), int64 (B, T) -> ()."""
         rows, weight = x.flatten(0, 1), self.wte.weight
         return ops.linear_cross_entropy(rows, weight, targets.flatten(), self.kernels)
 

@@ -1,14 +1,15 @@
 """The seam between the model and the hardware: each operation of GPT-2, computed three ways.
 
-Every function below reads top down: what it computes, then one choice by `kernels`.
+Each function states its result, then makes one choice by `kernels`.
 
     "reference"   the formula, written out with plain arithmetic. Read this one.
     "torch"       PyTorch's own operation: the same numbers, faster, on any device.
     "triton"      our kernels in nanogpt2/kernels, for a GPU.
 
-`choose_kernels` picks one for the whole model. An error in a kernel is an error: nothing falls back
-to another choice. Triton is imported only where a kernel is called. This file does not know what a
-transformer is.
+`choose_kernels` picks one for the whole model. Two exceptions: attention with a tensor as mask has
+no kernel, so "triton" runs PyTorch's; `sample` exists as a kernel alone. An error in a kernel is an
+error and never a reason to run something else. Triton is imported only where a kernel is called.
+This file does not know the model.
 """
 
 import math
@@ -99,8 +100,8 @@ def attention(
     q: (B, H, T, D); k, v: (B, H, S, D) -> (B, H, T, D). `causal` lets query t see keys 0 to t and
     needs S = T. `mask`, bool and broadcastable to (B, H, T, S), is True where a query may look.
     Triton's kernels take an AttentionMetadata instead: they know padding at a row's start and no
-    other mask. Its `lengths` say that k and v are a cache (rows, H, max_length, D). With a tensor
-    as mask, "triton" computes as "torch" does.
+    other mask. Its `lengths` say that k and v are a cache (rows, H, max_length, D); such queries
+    come last and see what precedes them, so `causal` is ignored.
     """
     if kernels == "triton" and not isinstance(mask, Tensor):
         return _attention_kernel(q, k, v, causal, mask or AttentionMetadata(), dropout)
@@ -111,7 +112,8 @@ def attention(
     if kernels == "reference":
         scores = _float32(q @ k.transpose(2, 3) / math.sqrt(q.size(3)))  # (B, H, T, S)
         if causal:
-            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+            before = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+            mask = before if mask is None else mask & before
         if mask is not None:
             # not -inf: a padding token may look nowhere, and 0 / 0 would spread from there
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

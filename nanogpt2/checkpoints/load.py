@@ -205,9 +205,9 @@ def load_model(
     """Load a GPT in eval mode.
 
     name: as for `open_checkpoint`. dtype: float32, bfloat16 or float16. dropout: given to train the
-    model further. quantize: fp16 or int8, for generating only, on a CPU; an int8 file always is.
-    Both map the file into memory, as `load_generator` does. kernels: torch or triton; auto is
-    triton on a GPU. Raises ValueError or OSError, in one line that names the file or the tensor.
+    model further. quantize: fp16 or int8, for generating only, on a CPU; an int8 file stays int8.
+    Both map the file into memory, as `load_generator` does. kernels: as for `GPT.use_kernels`.
+    Raises ValueError or OSError, in one line that names the file or the tensor.
     """
     _check_dtype(dtype)
     with open_checkpoint(name) as checkpoint:
@@ -275,7 +275,7 @@ def _check_dtype(dtype: str) -> None:
 
 @contextmanager
 def memory_for(config: GPTConfig, device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Raise ValueError for parameters that do not fit into memory: before the block if certain."""
+    """Raise ValueError if the device is too small for the parameters, or allocating them fails."""
     needed = config.n_parameters * dtype.itemsize
     total = memory_of(device)
     line = f"{config.n_parameters:,} parameters take {needed / 1e9:,.1f} GB"

@@ -58,7 +58,8 @@ def can_run(model: GPT) -> bool:
 class CPUDecoder:
     """Mirrors model.py: GPT.hidden_states, Block, CausalSelfAttention and MLP `.forward`, in eval.
 
-    `read` returns inference tensors, and hooks on the model see them. Clone them to train.
+    `read` returns inference tensors; clone them to train. Block, attention and MLP modules are not
+    called, so hooks on them do not run.
     """
 
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:

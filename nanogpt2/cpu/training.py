@@ -3,15 +3,16 @@
 `Trainer` calls `install`. Each layer of model.py keeps its class, its parameters and their names,
 and gets a faster `forward` of its own. Four things change:
 
-1. oneDNN computes the matrix products. PyTorch gives float32 products to MKL, which ran at half the
-   rate on AMD processors with AVX-512.
+1. oneDNN computes the matrix products. PyTorch gives float32 products to MKL, measured at half of
+   oneDNN's rate on AMD processors with AVX-512.
 2. A linear layer does not keep its input for the backward pass where the input came from GELU or a
    layer norm. It keeps what they were computed from, which autograd keeps anyway, and repeats them.
 3. The loss multiplies by oneDNN too.
 4. The gradient of the embedding's lookup is added in place to the head's, which shares the matrix.
 
-Everything falls back to PyTorch's own operations without gradients, under autocast, for other
-kernels than "torch" and inside torch.compile. This file does not know the loop or the optimizer.
+1 to 3 need float32 on a CPU, outside autocast and torch.compile; elsewhere PyTorch's own operations
+run. 2 and 3 also need kernels "torch", and 1 runs only with gradients: generation must equal
+transformers'. This file does not know the loop or the optimizer.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from nanogpt2.chunked_loss import chunked_cross_entropy
 from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.cpu.prepacked import can_multiply
 from nanogpt2.model import GPT, MLP, LayerNorm
 
 Function = Callable[..., Tensor]
@@ -85,13 +87,11 @@ def _source(x: Tensor) -> tuple[Function, *tuple[Tensor, ...]]:
 def _onednn_multiplies(x: Tensor) -> bool:
     """True for float32 on a CPU, outside autocast and torch.compile."""
     return (
-        # oneDNN's operation is private to torch.compile, which refuses to find it in a model
+        # torch.compile refuses a model that calls oneDNN's operation: it uses that one itself
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        # another PyTorch may lack the operation
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and can_multiply()
         and not torch.is_autocast_enabled("cpu")
     )
 

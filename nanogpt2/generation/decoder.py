@@ -2,7 +2,7 @@
 
 Both keep what they have read, share a prompt among its rows, and agree but for rounding:
 
-- `ModelDecoder`, below, runs model.py with its cache, on any device, with either kernels.
+- `ModelDecoder`, below, runs model.py with its cache, on any device, with any kernels.
 - `CPUDecoder`, in cpu/decoder.py, is faster for a few rows on a CPU.
 
 Axes: B prompts, N rows in all, T new tokens. This file does not know how a token is chosen, nor
