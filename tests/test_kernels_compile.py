@@ -33,7 +33,11 @@ SEEN = {
         ("residual_layer_norm N=1600 bfloat16", "sm_80"): 16,
         ("sampling V=50257 top-k, n-gram ban float32", "sm_100"): 16,
     },
-    "3.8": {("attention D=64 padded bfloat16", "sm_100"): 16},
+    "3.8": {
+        # in some runs and not in others
+        ("attention D=64 bfloat16", "sm_100"): 16,
+        ("attention D=64 padded bfloat16", "sm_100"): 16,
+    },
     "3.9": {},
 }
 
