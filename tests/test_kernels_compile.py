@@ -34,7 +34,7 @@ SEEN = {
         ("sampling V=50257 top-k, n-gram ban float32", "sm_100"): 16,
     },
     "3.8": {
-        # in some runs and not in others
+        # the first in some runs and not in others; the cause is not known
         ("attention D=64 bfloat16", "sm_100"): 16,
         ("attention D=64 padded bfloat16", "sm_100"): 16,
     },

@@ -284,7 +284,7 @@ def test_nothing_wide_is_left(tmp_path, model, scheme):
 def test_what_it_costs(tmp_path):
     """On what the demo model itself writes: at most half a percent of perplexity.
 
-    Of single texts of 600 tokens it was -0.2 to +1.1 %, so int8 is measured on 16 texts.
+    Single texts of 600 tokens cost -0.2 to +1.1 %, so the mean over 16 texts is measured.
     """
     demo = load_model("demo")
     start = torch.tensor([load_tokenizer("demo").encode("The state of the Union")])
