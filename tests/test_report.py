@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import os
 import shlex
 
 import pytest
@@ -56,6 +57,27 @@ def test_the_picture(metrics, tmp_path):
     first = png.read_bytes()
     assert first.startswith(b"\x89PNG\r\n\x1a\n")
     assert plot_losses(metrics, png) and png.read_bytes() == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_a_kill_while_the_picture_is_drawn_leaves_nothing_for_good(metrics, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    class Killed(Figure):
+        def savefig(self, path, **options):
+            path.write_bytes(b"half")
+            os._exit(9)
+
+    png = tmp_path / "loss.png"
+    monkeypatch.setattr(report, "_matplotlib_figure", lambda: Killed)
+    if not (child := os.fork()):
+        plot_losses(metrics, png)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.glob(".loss.png*"))) == 1
+    # the resumed run is another process
+    monkeypatch.undo()
+    report._matplotlib_figure.cache_clear()
+    assert plot_losses(metrics, png)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 

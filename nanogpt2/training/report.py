@@ -73,7 +73,7 @@ def plot_losses(metrics_path: Path, png_path: Path) -> bool:
     lower.set_xlabel("step")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    with whole_file(png_path) as partial:
+    with whole_file(png_path, locked=True) as partial:
         # leave out matplotlib's version: the same run gives the same bytes
         figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
     return True
