@@ -51,7 +51,7 @@ def main(config: TrainConfig) -> None:
             described = plan.describe(run.config, run.trainer, run.batches.sequences, figures)
             terminal.write(described + "\n")
             return
-        run.take_over()
+        run.restore()
         train(run)
 
 
@@ -100,11 +100,12 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         before = snapshot(run, validate(trainer, run.validation))
         folder.start(config, before=asdict(before))
     else:
-        before = Snapshot(**folder.record()["before"])
+        before = Snapshot.from_record(folder.record()["before"])
         folder.cut_metrics(state["step"])
         if trainer.world.is_first:
             store.settle(folder.path, state, config.keep)
         terminal.note(f"resuming after step {state['step']}")
+    state["run"] = folder.settings(config)
     if config.tensorboard and trainer.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
     terminal.note(plan.describe(config, trainer, run.batches.sequences))

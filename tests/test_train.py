@@ -201,14 +201,146 @@ def test_resuming_a_finished_run_changes_nothing(capsys, book):
     assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
 
 
-def test_resuming_before_the_first_checkpoint_starts_over(capsys, book):
-    argv = [book, *SMALL, "--steps", "6"]
+def test_resuming_before_the_first_checkpoint_starts_over(capsys, book, monkeypatch):
+    argv = [book, *SMALL, "--steps", "6", "--eval_every", "3"]
     assert run(*argv, "--out", "whole") == 0
-    assert run(*argv) == 0
-    subprocess.run(["rm", "-r", "out/checkpoints", "out/model.safetensors"], check=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", lambda *a: sys.exit(-9))
+        assert run(*argv) == -9
+    assert len(metrics()) == 3 and not Path("out/checkpoints").exists()
+    capsys.readouterr()
     assert run(*argv, "--resume") == 0
     assert "starting over" in capsys.readouterr().err
     assert numbers() == numbers("whole")
+
+
+@pytest.mark.parametrize("how", ["gone", "link"])
+def test_lost_checkpoints_are_an_error(capsys, book, how):
+    """An unmounted disk: nothing is deleted, nothing is trained from scratch."""
+    argv = [book, *SMALL, "--steps", "2"]
+    assert run(*argv) == 0
+    shutil.rmtree("out/checkpoints")
+    if how == "link":
+        Path("out/checkpoints").symlink_to("unmounted")
+    before = contents("out")
+    capsys.readouterr()
+    assert run(*argv, "--resume") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --") and "mounted" in err and err.count("\n") == 1
+    assert contents("out") == before
+
+
+def contents(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+def waiting(monkeypatch, meanwhile):
+    """Have something happen while a run waits for its data."""
+    read = prepare.read_data
+
+    def slowly(*arguments):
+        monkeypatch.setattr(prepare, "read_data", read)
+        meanwhile()
+        return read(*arguments)
+
+    monkeypatch.setattr(prepare, "read_data", slowly)
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume", None])
+def test_a_run_that_waits_for_its_data_holds_its_folder(capsys, book, monkeypatch, flag):
+    argv = [book, *SMALL, "--steps", "4", "--save_every", "2"]
+    if flag:
+        assert run(*argv) == 0
+        shutil.rmtree("out/checkpoints/step-4")
+        argv.append(flag)
+    codes = []
+    waiting(monkeypatch, lambda: codes.append(run(*argv)))
+    assert run(*argv) == 0
+    assert codes == [2] and "in use by another trainer" in capsys.readouterr().err
+    assert len(metrics()) == 4
+
+
+def test_a_run_that_finished_before_the_lock_is_kept(capsys, book, monkeypatch):
+    """Between the first check, without torch, and the lock."""
+    argv = [book, *SMALL, "--steps", "2"]
+    config = RunFolder(Path("out")).check(parse(TrainConfig, argv))
+    assert run(*argv) == 0
+    before = contents("out")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(config)
+    assert stopped.value.code == 2 and "already holds run.json" in capsys.readouterr().err
+    assert contents("out") == before
+
+
+def test_a_refused_run_leaves_no_lock_behind(capsys, book, monkeypatch):
+    seen = []
+    waiting(monkeypatch, lambda: seen.extend(Path().rglob(".lock")))
+    argv = ["short.txt", *SMALL, "--steps", "2", "--out", "new/out"]
+    Path("short.txt").write_text("short")
+    assert run(*argv) == 2
+    assert seen == [Path("new/out/.lock")] and not Path("new").exists()
+    assert run(book, *argv[1:], "--dry_run") == 0
+    assert len(seen) == 1 and not Path("new").exists()
+    # nor does the copy of a finished run that needs nothing
+    assert run(book, *argv[1:]) == 0
+    Path("new/out/.lock").unlink()
+    before = contents("new")
+    assert run(book, *argv[1:], "--resume") == 0
+    assert contents("new") == before
+
+
+def test_a_finished_run_on_a_read_only_disk(capsys, book, monkeypatch):
+    argv = [book, *SMALL, "--steps", "2"]
+    assert run(*argv) == 0
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", ".lock")
+
+    monkeypatch.setattr(RunFolder, "lock", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run(*argv, "--resume") == 0
+    assert "finished" in capsys.readouterr().err
+    assert run(*argv, "--out", "other") == 2
+
+
+def test_an_edited_run_does_not_resume(capsys, book):
+    argv = [book, *SMALL, "--steps", "4", "--save_every", "2"]
+    assert run(*argv) == 0
+    shutil.rmtree("out/checkpoints/step-4")
+    path = Path("out/run.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"config": record["config"] | {"seed": 5}}))
+    before = contents("out")
+    capsys.readouterr()
+    assert run(book, "--resume") == 2
+    line = "error: --resume 'out/run.json' was edited: seed is 5, in the checkpoint 1337\n"
+    assert capsys.readouterr().err == line and contents("out") == before
+    # other figures of the model before training would end in a traceback, after all steps
+    path.write_text(json.dumps(record | {"before": {"loss": 1}}))
+    assert run(book, "--resume") == 2
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_moved_run_resumes_on_its_moved_files(capsys, book):
+    Path("old").mkdir()
+    shutil.copy(book, "old/val.txt")
+    assert run(book, *SMALL, "--steps", "1", "--out", "old/base") == 0
+    argv = ["--init", "old/base", "--lora_rank", "2", "--validation", "old/val.txt", "--steps", "4"]
+    argv += ["--batch_size", "4", "--save_every", "2", "--dropout", "0.1"]
+    assert run(book, *argv, "--out", "whole") == 0
+    assert run(book, *argv) == 0
+    shutil.rmtree("out/checkpoints/step-4")
+    shutil.copytree("out", "moved", symlinks=True)
+    Path("old").rename("new")
+    Path(book).rename("new/book.txt")
+    argv = ["new/book.txt", "--out", "moved", "--resume", "--validation", "new/val.txt"]
+    capsys.readouterr()
+    assert run(*argv, "--init", "demo") == 2
+    assert "another init than 'demo'" in capsys.readouterr().err
+    assert run(*argv[:-2], "--init", "new/base") == 2
+    assert "error: --validation 'old/val.txt'" in capsys.readouterr().err
+    assert run(*argv, "--init", "new/base") == 0
+    assert numbers("moved") == numbers("whole")
 
 
 def test_a_damaged_checkpoint_is_passed_over(book):

@@ -1,9 +1,10 @@
 """Everything before the first step: join the processes, load the model, read the data, check.
 
-Each `usage_error` below turns a wrong flag into one line of error and exit code 2. Nothing is
-written to the run's folder here. This file does not know the loop.
+Each `usage_error` below turns a wrong flag into one line of error and exit code 2. Nothing but the
+lock is written to the run's folder here. This file does not know the loop.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints import load as weights
 from nanogpt2.checkpoints.folder import model_digest
 from nanogpt2.classifier import GPTClassifier, Model
-from nanogpt2.config import TrainConfig, fail, usage_error
+from nanogpt2.config import TrainConfig, check_data, fail, usage_error
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
@@ -27,6 +28,7 @@ from nanogpt2.training import checkpoint as store
 from nanogpt2.training import distributed, plan
 from nanogpt2.training.distributed import World
 from nanogpt2.training.run_folder import RunFolder
+from nanogpt2.training.snapshot import Snapshot
 from nanogpt2.training.trainer import Trainer
 
 
@@ -44,10 +46,8 @@ class Run:
     state: dict[str, Any]  # state.json of the checkpoint to resume; empty for a new run
     tensors: dict[str, Tensor]  # the trainer's tensors in that checkpoint
 
-    def take_over(self) -> None:
-        """Lock the folder, then restore the trainer from the checkpoint, if any."""
-        with usage_error("--out"):
-            self.folder.lock()
+    def restore(self) -> None:
+        """Restore the trainer from the checkpoint, if any."""
         if self.state:
             self.trainer.restore(self.tensors, self.state["micro_batch"])
 
@@ -78,9 +78,8 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     Wrong use exits with code 2 and writes nothing. With records for DATA, prints a preview of the
     next batch.
     """
-    with usage_error("--resume"):
-        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
-    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+    config = claim(config, folder)
+    checkpoint, tensors, state = read_checkpoint(config, folder)
     if state.get("finished") and "after" in folder.record():
         terminal.note(f"the run in {folder.path} is finished: nothing to resume")
         return None
@@ -89,10 +88,16 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     with usage_error("--init"):
         model, tokenizer = make_model(config, checkpoint, world.device)
         model.use_kernels(config.kernels, world.device)
+    if config.validation is not None:
+        with usage_error("--validation"):
+            check_data(config.validation)
     with usage_error("DATA"), world.first_before_others():
         corpus = read_data(config, model, tokenizer)
     with usage_error("--resume"):
-        init = {"init": model_digest(config.init)} if config.lora_rank else {}
+        moved = config.resume and folder.record()["config"].get("init") != config.init
+        # a checkpoint has all weights, but for LoRA's initial ones
+        needed = checkpoint is None or config.lora_rank or moved
+        init = {"init": model_digest(config.init)} if needed and config.init != "scratch" else {}
         folder.hold_to(config, data=corpus.sha256, **init)
     if config.task == "classify" and not isinstance(model, GPTClassifier):
         model = GPTClassifier(model, corpus.labels)
@@ -108,6 +113,37 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         x, y = batches.rows(first, min(2, config.batch_size))
         terminal.note(preview(x, y, tokenizer, corpus.labels))
     return Run(config, folder, trainer, tokenizer, batches, validation, prompt, state, tensors)
+
+
+def claim(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """Lock the folder, then check it again: a run may have finished there since the first check."""
+    if config.dry_run:
+        return config
+    with usage_error("--out"):
+        try:
+            folder.lock()
+        except OSError:
+            # a finished run on a read-only disk: nothing will be written
+            if not config.resume or os.access(folder.path, os.W_OK):
+                raise
+        return folder.check(config)
+
+
+def read_checkpoint(
+    config: TrainConfig, folder: RunFolder
+) -> tuple[Path | None, dict[str, Tensor], dict[str, Any]]:
+    """Find and read the checkpoint to resume: its path, the trainer's tensors and state.json."""
+    with usage_error("--resume"):
+        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+        if checkpoint is None:
+            if config.resume:
+                folder.check_unsaved()
+            return None, {}, {}
+        tensors, state = store.read_checkpoint(checkpoint)
+        # before training: the end of the run would report a damaged one
+        Snapshot.from_record(folder.record()["before"])
+        folder.hold_to_checkpoint(config, state.get("run", {}))
+    return checkpoint, tensors, state
 
 
 def make_model(

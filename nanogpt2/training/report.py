@@ -16,6 +16,7 @@ from typing import Any
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
 from nanogpt2.metrics import distinct_n, perplexity, repetition
+from nanogpt2.training.run_folder import EVENTS
 from nanogpt2.training.snapshot import Snapshot
 
 SPARKLINE_WIDTH = 60
@@ -105,7 +106,8 @@ class TensorBoard:
                 "needs the package tensorboard: pip install 'nanogpt2[tensorboard]'"
             ) from None
         purge = after_step + 1 if after_step else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
+        # by their suffix --overwrite knows a run's files from others
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge, filename_suffix=EVENTS)
 
     def log(self, figures: Mapping[str, Any]) -> None:
         """Write the numbers of the step `figures["step"]`."""

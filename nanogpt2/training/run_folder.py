@@ -4,16 +4,22 @@
     DIR/metrics.jsonl   one JSON object a step
     DIR/checkpoints/    step-N/ and best
     DIR/model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
+    DIR/adapter/, DIR/tensorboard/            with --lora_rank, with --tensorboard
 
-Only the standard library is imported, to refuse a folder in use before torch loads.
-This file does not know models or batches.
+A new run deletes the files that an old run is known to have made, and no others. Only the standard
+library is imported, to refuse a folder in use before torch loads. This file does not know models or
+batches.
 """
 
 import fcntl
+import hashlib
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +35,12 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "manifest.json",
 )
-RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", *MODEL_FILES)
+RUN_FILES = ("metrics.jsonl", "loss.png", *MODEL_FILES, "run.json")
+FOLDERS = ("checkpoints", "adapter", "tensorboard")
+CHECKPOINT_FILES = {*MODEL_FILES, "training.safetensors", "state.json"}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# the end of the names of event files, to know them from others' files
+EVENTS = ".nanogpt2"
 # settings that change a run's numbers by rounding at most: --resume may change them
 FREE_ON_RESUME = {
     "data",
@@ -46,6 +57,8 @@ FREE_ON_RESUME = {
     "dry_run",
     "keep",
 }
+# files that may have moved: --resume compares their SHA-256
+BY_DIGEST = {"validation", "init"}
 
 
 class RunFolder:
@@ -59,28 +72,95 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
         self._open_files: list[TextIO] = []
+        self._made: list[Path] = []  # by `lock`, in a folder where no run has started yet
 
     def check(self, config: TrainConfig) -> TrainConfig:
         """Return `config`; for a resumed run, its recorded settings.
 
         Raises ValueError if the folder already holds a run and neither resume nor overwrite is
-        given, if the folder holds no run to resume, or if a flag contradicts that run.
+        given, if overwrite would remove a file that no run made, if the folder holds no run to
+        resume, or if a flag contradicts that run.
         """
-        held = [name for name in (*RUN_FILES, "checkpoints") if (self.path / name).exists()]
         where = repr(str(self.path))
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{where} is a file; a folder is needed")
+        for folder in (self.path / name for name in FOLDERS):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise ValueError(f"{str(folder)!r} must be a folder; is its disk not mounted?")
+        lock = self.path / ".lock"
+        if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
+            raise ValueError(f"{str(lock)!r} must be a plain file")
         if config.resume:
-            if "run.json" not in held:
+            if not (self.path / "run.json").exists():
                 raise ValueError(f"{where} holds no run to --resume")
             return self._as_recorded(config)
-        if held and not config.overwrite:
-            raise ValueError(
-                f"{where} already holds {held[0]}: add --resume or --overwrite, or choose another"
-            )
         if config.overwrite and self._contains(config.init):
             raise ValueError(f"{where} holds the --init model, which --overwrite would remove")
+        self._leftovers(config)
         return config
+
+    def _leftovers(self, config: TrainConfig) -> list[Path]:
+        """List the files and folders of the old run, which a new run deletes.
+
+        Raises ValueError without leave to delete, and for a file that would be written over but
+        that the old run is not known to have made.
+        """
+        names = [name for name in (*FOLDERS, *RUN_FILES) if os.path.lexists(self.path / name)]
+        ran = "run.json" in names
+        if names and not (config.overwrite or config.resume):
+            what = "run.json" if ran else names[0]
+            way = "add --resume or --overwrite" if ran else "--overwrite removes runs only"
+            raise ValueError(f"{str(self.path)!r} already holds {what}: {way}, or choose another")
+        record: dict[str, Any] = self.record() if ran else {"config": {}}
+        paths = [*self._steps(), self.checkpoints / "best"]
+        if config.lora_rank or record["config"].get("lora_rank"):
+            paths += [self.path / "adapter" / name for name in ADAPTER_FILES]
+        paths += [self.path / name for name in RUN_FILES]
+        found = [path for path in paths if os.path.lexists(path)]
+        saved = self._saved(record)
+        for path in found:
+            if not (ran and self._is_own(path, record, saved)):
+                raise ValueError(
+                    f"{str(path)!r} is not known to be a run's, and a new run would replace it: "
+                    "move it away, or choose another folder"
+                )
+        events = self.path / "tensorboard"
+        if ran and not events.is_symlink():
+            found[:0] = [path for path in events.glob(f"events.out.*{EVENTS}") if _is_plain(path)]
+        return found
+
+    def _steps(self) -> list[Path]:
+        return [p for p in self.checkpoints.glob("step-*") if re.fullmatch("[0-9]+", p.name[5:])]
+
+    def _saved(self, record: Mapping[str, Any]) -> set[tuple[str, str]]:
+        """Collect (name, SHA-256) of the files of the run's checkpoints, as far as recorded."""
+        saved = set()
+        with suppress(TypeError, ValueError):
+            saved = {(name, sha256) for name, sha256 in record.get("saved", [])}
+        for step in self._steps():
+            with suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+                manifest = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
+                saved |= {(name, entry["sha256"]) for name, entry in manifest.items()}
+        return saved
+
+    def _is_own(self, path: Path, record: Mapping[str, Any], saved: set[tuple[str, str]]) -> bool:
+        """Return True for a file or folder that the recorded run has made."""
+        folder, name = path.parent, path.name
+        if path == self.checkpoints / "best" and path.is_symlink():
+            return re.fullmatch("step-[0-9]+", str(path.readlink())) is not None
+        if folder == self.checkpoints and path.is_dir() and not path.is_symlink():
+            held = list(path.iterdir())
+            names = {file.name for file in held}
+            return "state.json" in names <= CHECKPOINT_FILES and all(map(_is_plain, held))
+        if not _is_plain(path):
+            return False
+        if folder.name == "adapter":
+            return bool(record["config"].get("lora_rank")) and not folder.is_symlink()
+        if name == "manifest.json" or name not in MODEL_FILES:
+            return True
+        copies = (step / name for step in self._steps())
+        linked = any(copy.exists() and path.samefile(copy) for copy in copies)
+        return linked or (name, _sha256(path)) in saved
 
     def _contains(self, init: str) -> bool:
         model, out = Path(init).resolve(), self.path.resolve()
@@ -88,33 +168,36 @@ class RunFolder:
 
     def _as_recorded(self, config: TrainConfig) -> TrainConfig:
         recorded = self.record()["config"]
-        # DATA may have moved: hold_to() compares its SHA-256
         for name in set(config.given) - FREE_ON_RESUME:
-            if getattr(config, name) != recorded.get(name):
+            old, new = recorded.get(name), getattr(config, name)
+            # a file may have moved: hold_to() compares its SHA-256
+            moved = name in BY_DIGEST and old and new and "scratch" not in (old, new)
+            if new != old and not moved:
                 raise ValueError(
-                    f"{str(self.path)!r} holds a run with --{name} {recorded.get(name)!r}, "
-                    f"which --resume cannot change to {getattr(config, name)!r}"
+                    f"{str(self.path)!r} holds a run with --{name} {old!r}, "
+                    f"which --resume cannot change to {new!r}"
                 )
-        given = FREE_ON_RESUME & {*config.given, "data", "out", "resume", "overwrite"}
-        free = {name: getattr(config, name) for name in given}
+        free = FREE_ON_RESUME | BY_DIGEST
+        given = free & {*config.given, "data", "out", "resume", "overwrite", "dry_run"}
+        settings = recorded | {name: getattr(config, name) for name in given}
         try:
-            return replace(config, **(recorded | free))
+            return replace(config, **settings, given=config.given)
         except TypeError:
             raise ValueError(f"{str(self.path / 'run.json')!r} is damaged") from None
+        except ValueError as error:
+            raise ValueError(f"{str(self.path / 'run.json')!r}: {error}") from None
 
     def record(self) -> dict[str, Any]:
         """Return run.json's contents. Raises ValueError for a damaged file."""
-        try:
-            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            if (
-                isinstance(record["config"], dict)
-                and isinstance(record["digests"], dict)
-                and record["before"]
-            ):
-                return record
-        except (ValueError, TypeError, LookupError, RecursionError):
-            pass
-        raise ValueError(f"{str(self.path / 'run.json')!r} is damaged")
+        path = self.path / "run.json"
+        # reading a pipe could wait forever
+        if path.is_file():
+            with suppress(ValueError, TypeError, LookupError, RecursionError):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                parts = record["config"], record["digests"], record["before"]
+                if all(isinstance(part, dict) for part in parts) and record["before"]:
+                    return record
+        raise ValueError(f"{str(path)!r} is damaged")
 
     def lock(self) -> None:
         """Lock the folder until `close` or the end of this process, even by a kill.
@@ -123,17 +206,30 @@ class RunFolder:
         """
         if not self.writes:
             return
+        path = self.path / ".lock"
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("w")
+        is_new = not path.exists()
+        # "a" leaves a file of the user's as it is
+        lock = path.open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the last holder may have deleted the file after it was opened here
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise OSError("the lock was deleted")
         except OSError:
             lock.close()
             raise ValueError(f"{str(self.path)!r} is in use by another trainer") from None
         self._open_files.append(lock)
+        if is_new:
+            self._made.insert(0, path)
 
     def close(self) -> None:
-        """Release the lock and close the files."""
+        """Release the lock and close the files; if no run has started, delete what `lock` made."""
+        for path in self._made:
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        self._made = []
         for file in self._open_files:
             file.close()
         self._open_files, self._metrics = [], None
@@ -144,30 +240,92 @@ class RunFolder:
         digests: the SHA-256 of `data` and `init`. Raises ValueError for a different one.
         """
         if config.resume:
-            for what, digest in self.record()["digests"].items():
-                if digest != digests.get(what):
+            record = self.record()
+            for what, digest in digests.items():
+                known, name = record["digests"].get(what), getattr(config, what)
+                # older runs without LoRA lack the digest of init
+                unmoved = what == "init" and name == record["config"].get(what)
+                if digest != known and not (known is None and unmoved):
                     raise ValueError(
-                        f"{str(self.path)!r} holds a run on another {what} than "
-                        f"{getattr(config, what)!r} is now"
+                        f"{str(self.path)!r} holds a run on another {what} than {name!r} is now"
                     )
+            digests = record["digests"] | digests
         self._digests = digests
 
+    def settings(self, config: TrainConfig) -> dict[str, Any]:
+        """Return all that decides the run's numbers, for a checkpoint's state.json."""
+        names = {f.name for f in fields(config)} - FREE_ON_RESUME - BY_DIGEST - {"given"}
+        settings = {name: getattr(config, name) for name in sorted(names)}
+        return {"config": settings, "digests": self._digests}
+
+    def hold_to_checkpoint(self, config: TrainConfig, settings: Mapping[str, Any]) -> None:
+        """Compare run.json with a checkpoint's `settings`, {} in those of older versions.
+
+        Raises ValueError for a setting that was edited since.
+        """
+        now = {f.name: getattr(config, f.name) for f in fields(config)} | self.record()["digests"]
+        for name, value in (settings.get("config", {}) | settings.get("digests", {})).items():
+            # a later version may lack a setting
+            if name in now and now[name] != value:
+                raise ValueError(
+                    f"{str(self.path / 'run.json')!r} was edited: {name} is {now[name]!r}, in the "
+                    f"checkpoint {value!r}"
+                )
+
+    def check_unsaved(self) -> None:
+        """Raise ValueError if the run, which has no checkpoint now, has saved one before."""
+        record = self.record()
+        models = [name for name in MODEL_FILES if os.path.lexists(self.path / name)]
+        said = ["run.json"] if "after" in record else models
+        if not said and self._was_saved(record["config"].get("save_every")):
+            said = ["metrics.jsonl"]
+        if said:
+            raise ValueError(
+                f"{str(self.checkpoints)!r} holds no checkpoint, but {said[0]} is of a run that "
+                "has saved some: is a disk not mounted? Nothing was deleted"
+            )
+
+    def _was_saved(self, save_every: int | None) -> bool:
+        """Return True if metrics.jsonl goes on after a step that committed a checkpoint."""
+        path, rows = self.path / "metrics.jsonl", []
+        if path.is_file():
+            for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+                with suppress(AttributeError, ValueError, TypeError, LookupError, RecursionError):
+                    row = json.loads(line)
+                    # the first finite val_loss is the best so far, which is saved
+                    best = math.isfinite(row.get("val_loss", math.inf))
+                    rows.append(best or row["step"] % (save_every or math.inf) == 0)
+        return any(rows[:-1])
+
     def start(self, config: TrainConfig, before: dict[str, Any]) -> None:
-        """Begin a new run: delete an old run's files and write run.json."""
+        """Begin a new run: delete an old run's files and write run.json.
+
+        Raises FileExistsError, and deletes nothing, where `check` would refuse the folder by now.
+        """
         if not self.writes:
             return
-        for folder in ("checkpoints", "adapter", "tensorboard"):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
-        for name in RUN_FILES:
-            (self.path / name).unlink(missing_ok=True)
+        try:
+            old = self._leftovers(config)
+        except ValueError as error:
+            raise FileExistsError(str(error)) from None
+        # run.json last: it tells a run's files from others, if a kill comes in between
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for folder in FOLDERS:
+            with suppress(OSError):
+                (self.path / folder).rmdir()
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
         record = {"config": settings, "digests": self._digests, "before": before}
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
+        self._made = []
 
     def end(self, after: dict[str, Any]) -> None:
-        """Record that the run is finished, so --resume has nothing to do."""
-        self._replace("run.json", json.dumps(self.record() | {"after": after}, indent=2))
+        """Record that the run is finished, so --resume has nothing to do, and the model's files."""
+        # so that --overwrite knows the model where the checkpoints were deleted
+        saved = sorted(pair for pair in self._saved({}) if pair[0] in MODEL_FILES)
+        record = self.record() | {"after": after, "saved": saved}
+        self._replace("run.json", json.dumps(record, indent=2))
 
     def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
@@ -203,6 +361,15 @@ class RunFolder:
         sync(partial)
         partial.replace(self.path / name)
         sync(self.path)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

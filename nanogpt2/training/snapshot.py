@@ -6,6 +6,7 @@ This file does not know the training data or the loop.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +27,20 @@ class Snapshot:
     ids: Sequence[int] = ()  # the continuation's tokens
     accuracy: float | None = None  # of a classifier
     macro_f1: float | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Snapshot":
+        """Read a snapshot from run.json. Raises ValueError for a damaged one."""
+        try:
+            found = cls(**record)
+        except TypeError:
+            raise ValueError("run.json is damaged: unknown figures in before") from None
+        scores = [score for score in (found.accuracy, found.macro_f1) if score is not None]
+        numbers = all(type(number) in (int, float) for number in (found.val_loss, *scores))
+        ids = isinstance(found.ids, list | tuple) and all(type(i) is int for i in found.ids)
+        if not (numbers and ids and isinstance(found.sample, str)):
+            raise ValueError("run.json is damaged: wrong figures in before")
+        return found
 
 
 def take_snapshot(
