@@ -110,6 +110,8 @@ def test_a_run_without_evaluations_and_one_without_steps(tmp_path):
     assert not plot_losses(path, png) and not png.exists()
     path.write_text('{"step": 1, "loss": 2.5, "lr": 0.1}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.5, "lr": 0.1}]
+    path.write_text('{"step": 1, "loss": 2.5, "lr": 0.1}\n5\n[]\n{"step": 2}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.5, "lr": 0.1}]
     assert plot_losses(path, png) and png.exists()
 
 

@@ -303,6 +303,19 @@ def test_a_finished_run_on_a_read_only_disk(capsys, book, monkeypatch):
     assert run(*argv, "--out", "other") == 2
 
 
+def test_overwriting_takes_everything_of_the_old_run(book):
+    assert run(book, *SMALL, "--steps", "1", "--out", "base") == 0
+    argv = [book, "--init", "base", "--batch_size", "4", "--steps", "2"]
+    assert run(*argv, "--lora_rank", "2", "--tensorboard") == 0
+    Path("out/tensorboard/notes.txt").write_text("mine")
+    assert list(Path("out/tensorboard").glob("events*")) and any(Path("out/adapter").iterdir())
+    assert run(*argv, "--overwrite") == 0
+    assert [p.name for p in Path("out/tensorboard").iterdir()] == ["notes.txt"]
+    assert not Path("out/adapter").exists()
+    assert run(*argv, "--out", "new") == 0
+    assert numbers() == numbers("new")
+
+
 def test_an_edited_run_does_not_resume(capsys, book):
     argv = [book, *SMALL, "--steps", "4", "--save_every", "2"]
     assert run(*argv) == 0

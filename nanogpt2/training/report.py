@@ -28,11 +28,13 @@ REPEATED = 4
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; skip a last line that was cut short."""
+    """Read metrics.jsonl; skip a last line that was cut short, and lines of no step."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"step", "loss", "lr"} <= row.keys():
+                rows.append(row)
     return rows
 
 

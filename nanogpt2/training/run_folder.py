@@ -237,7 +237,8 @@ class RunFolder:
     def hold_to(self, config: TrainConfig, **digests: str) -> None:
         """Remember a new run's digests; compare a resumed run's digests with the recorded ones.
 
-        digests: the SHA-256 of `data` and `init`. Raises ValueError for a different one.
+        digests: the SHA-256 of `data`, with validation's, and of `init`. Raises ValueError for a
+        different one.
         """
         if config.resume:
             record = self.record()
@@ -246,8 +247,11 @@ class RunFolder:
                 # older runs without LoRA lack the digest of init
                 unmoved = what == "init" and name == record["config"].get(what)
                 if digest != known and not (known is None and unmoved):
+                    held_out = config.validation if what == "data" else None
+                    also = f" with --validation {held_out!r}" if held_out else ""
                     raise ValueError(
-                        f"{str(self.path)!r} holds a run on another {what} than {name!r} is now"
+                        f"{str(self.path)!r} holds a run on another {what} than "
+                        f"{name!r}{also} is now"
                     )
             digests = record["digests"] | digests
         self._digests = digests
