@@ -108,9 +108,9 @@ class RunFolder:
         names = [name for name in (*FOLDERS, *RUN_FILES) if os.path.lexists(self.path / name)]
         ran = "run.json" in names
         if names and not (config.overwrite or config.resume):
-            what = "run.json" if ran else names[0]
-            way = "add --resume or --overwrite" if ran else "--overwrite removes runs only"
-            raise ValueError(f"{str(self.path)!r} already holds {what}: {way}, or choose another")
+            what = "run.json" if ran else f"{names[0]} of no run"
+            way = "add --resume or --overwrite, or" if ran else "--overwrite removes runs only;"
+            raise ValueError(f"{str(self.path)!r} already holds {what}: {way} choose another")
         record: dict[str, Any] = self.record() if ran else {"config": {}}
         paths = [*self._steps(), self.checkpoints / "best"]
         if config.lora_rank or record["config"].get("lora_rank"):
