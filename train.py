@@ -70,6 +70,7 @@ def train(run: Run) -> None:
                 state["is_best"] = figures["val_loss"] < state["best"]
                 state["best"] = min(figures["val_loss"], state["best"])
                 state["stale"] = 0 if state["is_best"] else state["stale"] + 1
+                state |= {"best_step": step} if state["is_best"] else {}
             state["finished"] = step == config.steps or state["stale"] == config.patience
             stopped = trainer.world.largest(signals.received or 0)
             folder.log(figures)
@@ -188,8 +189,10 @@ def save(run: Run, state: dict[str, Any]) -> None:
     model, tensors = run.trainer.exported(), run.trainer.tensors()
     state["micro_batch"] = run.trainer.micro_batch
     if run.trainer.world.is_first:
-        run.folder.sync_metrics()
-        store.commit(run.folder.path, model, run.tokenizer, tensors, state, run.config.keep)
+        folder = run.folder
+        folder.sync_metrics()
+        made = model, run.tokenizer, tensors, state
+        store.commit(folder.path, *made, run.config.keep, folder.run_id)
 
 
 def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:

@@ -1,5 +1,7 @@
 """A run's state on disk: whole or not there at all."""
 
+import errno
+import json
 import os
 import random
 import shutil
@@ -11,14 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from reference import TINY, backward, settings, update
+from test_train import SMALL, book, numbers, run
 
 from nanogpt2.checkpoints.load import load_model
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import checkpoint as store
+from nanogpt2.training import removal
 from nanogpt2.training.distributed import World
 from nanogpt2.training.run_folder import RunFolder
 from nanogpt2.training.trainer import Trainer
+
+__all__ = ["book"]  # the fixture
 
 
 def trained(seed=0, steps=2):
@@ -150,7 +156,6 @@ class Disk:
         self.log = []  # (what was done, the file's or folder's name)
         for name in ("fsync", "rename", "replace", "link"):
             self._watch(monkeypatch, os, name, getattr(self, f"_{name}"))
-        self._watch(monkeypatch, shutil, "rmtree", self._rmtree)
 
     def _watch(self, monkeypatch, module, name, look):
         real = getattr(module, name)
@@ -186,6 +191,9 @@ class Disk:
 
     def _rename(self, source, target):
         source = Path(source)
+        if str(target).endswith(removal.GONE):
+            self._remove(source)
+            return
         # within an unfinished folder nothing counts yet
         if not source.is_symlink() and source.parent.suffix != ".tmp":
             assert self.holds(source), f"{source.name} renamed before it is on the disk"
@@ -202,9 +210,7 @@ class Disk:
     def _link(self, source, target):
         assert self.holds(Path(source))
 
-    def _rmtree(self, path, *rest):
-        if path.name.endswith(".tmp") or not path.exists():
-            return
+    def _remove(self, path):
         newest = store.checkpoints(path.parent)[-1]
         self.log.append(("remove", path.name))
         assert path != newest and self.holds(newest)
@@ -269,4 +275,101 @@ def test_the_order_of_a_commit(tmp_path, monkeypatch):
         "sync checkpoints",
         "publish",
     ]
-    assert after[-2:] == ["sync out", "prune"]
+    assert after[-3:] == ["sync out", "prune", "rename step-1"]
+
+
+# ---- whose a checkpoint is
+
+RUN = ["book.txt", *SMALL, "--steps", "4", "--save_every", "2", "--eval_every", "2", "--keep", "9"]
+
+
+def stated_run(path):
+    return json.loads((path / "manifest.json").read_text())["state.json"].get("run")
+
+
+def test_every_file_of_a_checkpoint_is_known_to_be_the_runs(tmp_path):
+    assert {file.name for file in save(tmp_path, 1).iterdir()} == removal.CHECKPOINT_FILES
+
+
+def test_overwriting_publishes_the_new_run(book):
+    """With checkpoints/ on another disk, which cannot be deleted whole."""
+    Path("disk").mkdir()
+    Path("out").mkdir()
+    Path("out/checkpoints").symlink_to("../disk")
+    assert run(*RUN, "--overwrite") == 0
+    old = stated_run(Path("out/checkpoints/step-4"))
+    Path("out/checkpoints/mine").mkdir()
+    Path("out/checkpoints/step-4/notes.txt").write_text("mine")
+    assert run(*RUN, "--overwrite", "--seed", "2") == 0
+    assert run(*RUN, "--seed", "2", "--out", "fresh") == 0
+    assert numbers() == numbers("fresh")
+    assert stated_run(Path("out/checkpoints/step-4")) not in (old, None)
+    assert RunFolder(Path("out")).run_id == stated_run(Path("out/checkpoints/step-4"))
+    assert Path("out/checkpoints").is_symlink()
+    # what the run did not make is still there
+    assert Path("out/checkpoints/mine").is_dir()
+    assert Path("out/checkpoints/step-4.old1/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a checkpoint that stays"])
+def test_what_cannot_be_deleted_is_an_error_before_anything_is_written(
+    book, capsys, monkeypatch, kind
+):
+    checkpoints = Path("out/checkpoints")
+    if kind == "a checkpoint that stays":
+        assert run(*RUN) == 0
+
+        def refuse(path, **options):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+    else:
+        Path("out").mkdir()
+        checkpoints.write_text("") if kind == "a file" else checkpoints.symlink_to("nowhere")
+    Path("out/.lock").touch()
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert run(*RUN, "--overwrite", "--seed", "2") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: ") and "out/checkpoints" in said[-1], said
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
+
+
+def test_another_runs_checkpoint_is_never_taken(book, capsys):
+    """Neither where a run is resumed nor where it comes to the same step."""
+    assert run(*RUN) == 0
+    assert run(*RUN, "--seed", "2", "--out", "other") == 0
+    for step in (2, 4):
+        shutil.copytree(f"other/checkpoints/step-{step}", f"mixed{step}/checkpoints/step-{step}")
+        shutil.copy("out/run.json", f"mixed{step}/run.json")
+    shutil.copytree("out/checkpoints/step-2", "mixed4/checkpoints/step-2")
+    shutil.copy("out/metrics.jsonl", "mixed4/metrics.jsonl")
+    capsys.readouterr()
+    assert run(*RUN, "--out", "mixed4", "--resume") == 0
+    said = capsys.readouterr().err
+    assert "mixed4/checkpoints/step-4 is another run's" in said and "after step 2" in said
+    assert numbers("mixed4") == numbers("out")
+    # it is kept, under another name
+    assert "moved to step-4.old1" in said
+    assert store.is_whole(Path("mixed4/checkpoints/step-4.old1"))
+
+    assert run(*RUN, "--out", "mixed2", "--resume") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --resume found only checkpoints damaged or of another run in ")
+    assert {path.name for path in Path("mixed2").iterdir()} == {"checkpoints", "run.json"}
+
+
+def test_a_run_without_an_id_goes_on(book):
+    """As the releases before wrote it."""
+    assert run(*RUN) == 0
+    whole = numbers()
+    shutil.rmtree("out/checkpoints/step-4")
+    without = json.loads(Path("out/run.json").read_text())
+    del without["run"], without["after"]
+    Path("out/run.json").write_text(json.dumps(without))
+    for manifest in Path("out/checkpoints").glob("step-*/manifest.json"):
+        entries = json.loads(manifest.read_text())
+        del entries["state.json"]["run"]
+        manifest.write_text(json.dumps(entries, indent=1))
+    assert run(*RUN, "--resume") == 0
+    assert numbers() == whole and stated_run(Path("out/checkpoints/step-4")) is None

@@ -79,7 +79,8 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     next batch.
     """
     with usage_error("--resume"):
-        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+        latest = store.latest_checkpoint
+        checkpoint = latest(folder.checkpoints, folder.run_id) if config.resume else None
     tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
     if state.get("finished") and "after" in folder.record():
         terminal.note(f"the run in {folder.path} is finished: nothing to resume")

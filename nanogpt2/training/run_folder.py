@@ -12,23 +12,15 @@ This file does not know models or batches.
 import fcntl
 import json
 import os
-import shutil
+import secrets
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from nanogpt2.config import TrainConfig
+from nanogpt2.training.removal import MODEL_FILES, remove_run
 
-MODEL_FILES = (
-    "model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "manifest.json",
-)
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", *MODEL_FILES)
 # settings that change a run's numbers by rounding at most: --resume may change them
 FREE_ON_RESUME = {
@@ -110,11 +102,17 @@ class RunFolder:
                 isinstance(record["config"], dict)
                 and isinstance(record["digests"], dict)
                 and record["before"]
+                and isinstance(record.get("run", ""), str)
             ):
                 return record
         except (ValueError, TypeError, LookupError, RecursionError):
             pass
         raise ValueError(f"{str(self.path / 'run.json')!r} is damaged")
+
+    @property
+    def run_id(self) -> str:
+        """The random id that the run's checkpoints state; empty for a run without one."""
+        return self.record().get("run", "")
 
     def lock(self) -> None:
         """Lock the folder until `close` or the end of this process, even by a kill.
@@ -156,12 +154,12 @@ class RunFolder:
         """Begin a new run: delete an old run's files and write run.json."""
         if not self.writes:
             return
-        for folder in ("checkpoints", "adapter", "tensorboard"):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
+        remove_run(self.path)
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
-        record = {"config": settings, "digests": self._digests, "before": before}
+        record = {"run": secrets.token_hex(8), "config": settings}
+        record |= {"digests": self._digests, "before": before}
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
 
