@@ -9,13 +9,15 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
 from reference import TINY, backward, settings, update
 from test_train import SMALL, book, numbers, run
 
-from nanogpt2.checkpoints.load import load_model
+from nanogpt2.checkpoints import folder as folder_files
+from nanogpt2.checkpoints.load import load_model, load_tokenizer
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import checkpoint as store
@@ -373,3 +375,154 @@ def test_a_run_without_an_id_goes_on(book):
         manifest.write_text(json.dumps(entries, indent=1))
     assert run(*RUN, "--resume") == 0
     assert numbers() == whole and stated_run(Path("out/checkpoints/step-4")) is None
+
+
+# ---- a folder that people and their programs have touched
+
+
+def touch_by_programs(checkpoints):
+    for folder in (checkpoints, *checkpoints.glob("step-*")):
+        (folder / ".DS_Store").write_text("Finder")
+        (folder / "notes.txt").write_text("mine")
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints/notes-checkpoint.txt").write_text("mine")
+
+
+def copy_without_links(checkpoints):
+    shutil.move(checkpoints, "moved")
+    shutil.copytree("moved", checkpoints)
+    (checkpoints / "best/notes.txt").write_text("mine")
+
+
+def point_best_back(checkpoints):
+    (checkpoints / "best").unlink()
+    (checkpoints / "best").symlink_to("step-2")
+
+
+def copy_a_step(checkpoints):
+    shutil.copytree(checkpoints / "step-4", checkpoints / "step-4 copy")
+    shutil.copytree(checkpoints / "step-2", checkpoints / "step-02")
+    (checkpoints / "step-1.tmp").write_text("mine")
+    (checkpoints / "step-1").write_text("mine")
+
+
+def link_a_step(checkpoints):
+    shutil.move(checkpoints / "step-2", "elsewhere")
+    (checkpoints / "step-2").symlink_to(Path("elsewhere").absolute())
+
+
+def put_a_file_in_the_way(checkpoints):
+    for name in ("step-6", "step-5.tmp"):
+        (checkpoints / name).write_text("mine")
+
+
+def make_read_only(checkpoints):
+    for path in checkpoints.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o444)
+
+
+TOUCHES = [touch_by_programs, copy_without_links, point_best_back, copy_a_step, link_a_step]
+TOUCHES += [put_a_file_in_the_way, make_read_only]
+
+
+def put_there(folder):
+    """How many files with their content people and their programs have put there."""
+    found = (path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    return Counter(data for data in found if data in (b"mine", b"Finder"))
+
+
+@pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: touch.__name__)
+def test_a_touched_folder_still_resumes_and_settles(tmp_path, monkeypatch, touch):
+    """Resumed, then saved until everything is pruned; what a person put there stays."""
+    out = tmp_path / "out"
+    made = trained().exported(), byte_tokenizer(), trained().tensors()
+    for step in (1, 2, 3, 4):
+        state = {"step": step, "is_best": step == 3, "best_step": min(step, 3)}
+        store.commit(out, *made, state, keep=3, run="a run")
+    monkeypatch.chdir(tmp_path)
+    touch(out / "checkpoints")
+    put = put_there(out / "checkpoints")
+    latest = store.latest_checkpoint(out / "checkpoints", "a run")
+    assert latest.name == "step-4"
+    store.settle(out, state, keep=3)
+    # the best is kept, whatever the link says
+    for step in (5, 6):
+        state = {"step": step, "is_best": False, "best_step": 3}
+        store.commit(out, *made, state, keep=1, run="a run")
+    assert store.is_whole(out / "checkpoints/step-3")
+    assert load_model(out / "checkpoints/best")
+    state = {"step": 7, "is_best": True, "best_step": 7}
+    store.commit(out, *made, state, keep=1, run="a run")
+    assert store.is_whole(store.latest_checkpoint(out / "checkpoints", "a run"))
+    assert load_model(out / "checkpoints/best") and load_model(out)
+    assert put_there(out / "checkpoints") == put
+    assert not any("notes" in path.name or path.name.startswith(".") for path in out.iterdir())
+
+
+def test_a_protected_checkpoint_stays(tmp_path, monkeypatch):
+    """A folder without write permission; root has it always, so the call fails by itself here."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if "step-1" in str(path.parent):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store.prune(tmp_path / "step-3", keep=1)
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-1", "step-3"]
+    assert store.is_whole(tmp_path / "step-1")
+
+
+def test_a_reader_of_the_best_never_finds_it_damaged(tmp_path):
+    """While another thread saves, moves the link and deletes the old target."""
+    made = trained().exported(), byte_tokenizer(), trained().tensors()
+    stop, best = Event(), tmp_path / "checkpoints/best"
+
+    def commit(step):
+        store.commit(tmp_path, *made, {"step": step, "is_best": True}, keep=1)
+
+    def save_on():
+        step = 1
+        while not stop.is_set():
+            commit(step := step + 1)
+
+    commit(1)
+    writer = Thread(target=save_on)
+    writer.start()
+    try:
+        for _ in range(40):
+            assert load_model(best).config.vocab_size == 257
+            assert load_tokenizer(best).vocab_size == 257
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_reader_whose_target_is_deleted_opens_the_new_one(tmp_path, monkeypatch):
+    """At the worst moments: after it has resolved the link, and between two of its files."""
+    made = trained().exported(), byte_tokenizer(), trained().tensors()
+    step = 1
+
+    def commit():
+        nonlocal step
+        store.commit(tmp_path, *made, {"step": step, "is_best": True}, keep=1)
+        step += 1
+
+    for name in ("read_manifest", "_read_json", "_weights_in"):
+        commit()
+        real, left = getattr(folder_files, name), [commit]
+
+        def act(*arguments, real=real, left=left):
+            found = real(*arguments)
+            for act_now in [left.pop()] if left else []:
+                act_now()
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(folder_files, name, act)
+            assert load_model(tmp_path / "checkpoints/best")
+        assert not left

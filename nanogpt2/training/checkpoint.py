@@ -82,7 +82,8 @@ def save_checkpoint(
     partial = final.with_suffix(".tmp")
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
-    partial.mkdir(exist_ok=True)
+    _make_way(partial, run)
+    partial.mkdir()
     save_model(model, partial, tokenizer)
     try:
         save_file(tensors, partial / TENSORS)
@@ -103,7 +104,7 @@ def save_checkpoint(
 
 
 def _make_way(final: Path, run: str) -> None:
-    """Delete a folder of this run in the place of a new checkpoint; move anything else aside."""
+    """Delete this run's folder where a checkpoint is to come; move anything else aside."""
     if run_of(final) in (run, None):
         remove_checkpoint(final)
     if os.path.lexists(final):

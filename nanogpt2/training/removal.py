@@ -66,7 +66,8 @@ def remove_checkpoint(path: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Delete the saves and removals in `folder` that a kill cut short."""
     for path in folder.iterdir():
-        if re.fullmatch(rf"step-[0-9]+(\.tmp|{re.escape(GONE)})", path.name):
+        is_ours = re.fullmatch(rf"step-[0-9]+(\.tmp|{re.escape(GONE)})", path.name)
+        if is_ours and path.is_dir() and not path.is_symlink():
             _remove(path, _is_of_checkpoint)
 
 
