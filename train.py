@@ -68,7 +68,7 @@ def train(run: Run) -> None:
             if step % config.eval_every == 0 or step == config.steps:
                 figures |= validate(trainer, run.validation)
                 state["is_best"] = figures["val_loss"] < state["best"]
-                state["best"] = min(figures["val_loss"], state["best"])
+                state["best"] = min(state["best"], figures["val_loss"])
                 state["stale"] = 0 if state["is_best"] else state["stale"] + 1
                 state |= {"best_step": step} if state["is_best"] else {}
             state["finished"] = step == config.steps or state["stale"] == config.patience

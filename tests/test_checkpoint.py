@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -14,6 +15,8 @@ from threading import Event, Thread
 import pytest
 import torch
 from reference import TINY, backward, settings, update
+from safetensors.torch import load_file
+from safetensors.torch import save as dump
 from test_train import SMALL, book, numbers, run
 
 from nanogpt2.checkpoints import folder as folder_files
@@ -526,3 +529,86 @@ def test_a_reader_whose_target_is_deleted_opens_the_new_one(tmp_path, monkeypatc
             patched.setattr(folder_files, name, act)
             assert load_model(tmp_path / "checkpoints/best")
         assert not left
+
+
+# ---- a state whose manifest holds and whose fields do not
+
+STATE = {"step": 4, "best": 1.5, "best_step": 3, "stale": 1, "finished": False, "is_best": False}
+STATE |= {"micro_batch": 4, "figures": {"loss": 1.5, "grad_norm": None, "val_loss": math.nan}}
+WRONG = {
+    "step": ["4", 4.0, 3, True, None, -4],
+    "best": [math.nan, "1.5", None, True],
+    "best_step": [5, -1, "3", None],
+    "stale": [-1, "0", 0.5, None],
+    "finished": [True, "no", 0, None],
+    "is_best": [0, "false", None],
+    "micro_batch": ["4", 0, 5, 4.0, None],
+    "figures": [None, [], {"loss": "low"}, {"val_loss": [1]}, {"val_loss": True}],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_malformed_field_of_the_state_is_named(name):
+    path, config = Path("checkpoints/step-4"), settings(steps=10, batch_size=4)
+    store.check_state(path, STATE, config)
+    store.check_state(path, STATE | {"best": math.inf}, config)
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=f"state.json': {name} must be "):
+            store.check_state(path, STATE | {name: value}, config)
+    without = {key: value for key, value in STATE.items() if key != name}
+    if name == "best_step":
+        # earlier releases did not state it
+        store.check_state(path, without, config)
+    else:
+        with pytest.raises(ValueError, match=f"{name} must be .*, not absent"):
+            store.check_state(path, without, config)
+
+
+def test_a_run_ends_at_its_last_step_or_by_patience():
+    path = Path("checkpoints/step-10")
+    state = STATE | {"step": 10, "finished": True}
+    store.check_state(path, state, settings(steps=10))
+    with pytest.raises(ValueError, match="finished must be True"):
+        store.check_state(path, state | {"finished": False}, settings(steps=10))
+    with pytest.raises(ValueError, match="step must be 10 and <= 9"):
+        store.check_state(path, state, settings(steps=9))
+    stopped = STATE | {"finished": True}
+    store.check_state(Path("step-4"), stopped, settings(steps=20, patience=1))
+
+
+def changed(path, name, data):
+    """Replace a checkpoint's file, and have the manifest state it."""
+    (path / name).write_bytes(data)
+    entries = json.loads((path / "manifest.json").read_text())
+    entries[name] |= store._digest(path / name)
+    (path / "manifest.json").write_text(store._manifest_text(entries))
+    assert store.is_whole(path)
+
+
+def test_a_malformed_checkpoint_is_one_line(book, capsys):
+    assert run(*RUN, "--steps", "6") == 0
+    path = Path("out/checkpoints/step-4")
+    shutil.rmtree("out/checkpoints/step-6")
+    state, tensors = (path / "state.json").read_bytes(), load_file(path / "training.safetensors")
+    spoiled = tensors | {"optimizer.wte.weight.exp_avg": torch.zeros(3)}
+    files = [("state.json", data) for data in (b"{", b"[]", b"\xff", b"[" * 100_000)]
+    files += [("training.safetensors", data) for data in (b"", b"\x08" + bytes(15))]
+    for name, data in files:
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name}' is no "):
+            store.read_checkpoint(path)
+        (path / name).write_bytes(whole)
+    files = [files[0], ("state.json", state.replace(b'"step": 4', b'"step": "4"'))]
+    files += [("training.safetensors", dump(spoiled))]
+    before = Path("out/metrics.jsonl").read_bytes()
+    for name, data in files:
+        whole = (path / name).read_bytes()
+        changed(path, name, data)
+        capsys.readouterr()
+        assert run(*RUN, "--steps", "6", "--resume") == 2, data[:20]
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --resume ") and name in line and len(line) <= 200, line
+        changed(path, name, whole)
+    assert Path("out/metrics.jsonl").read_bytes() == before
+    assert run(*RUN, "--steps", "6", "--resume") == 0

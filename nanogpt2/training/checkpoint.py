@@ -20,9 +20,11 @@ This file does not know the loop, the schedule or the tensors' meaning.
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from nanogpt2 import terminal
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
+from nanogpt2.config import TrainConfig
+from nanogpt2.config.flags import show
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.training.removal import remove_checkpoint, remove_unfinished
 from nanogpt2.training.run_folder import sync
@@ -167,8 +171,54 @@ def is_whole(path: Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the trainer's tensors and state.json; `load_model(path)` reads the model."""
-    return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+    """Return the trainer's tensors and state.json; `load_model(path)` reads the model.
+
+    Raises ValueError for a malformed file.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{str(path / STATE)!r} is no JSON object")
+    try:
+        return load_file(path / TENSORS), state
+    except SafetensorError as error:
+        raise ValueError(f"{str(path / TENSORS)!r} is no safetensors file: {error}") from None
+
+
+def check_state(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError for a field of state.json that a resumed run cannot go on from."""
+    number, steps, patience = _step_of(path), config.steps or 0, config.patience
+    most = config.batch_size or 0
+    # a run that is not finished has a step left; only --patience finishes one early
+    ends = [True] if number == steps else [False, True] if patience else [False]
+
+    def is_count(value: Any, low: int, high: float = math.inf) -> bool:
+        return type(value) is int and low <= value <= high
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "step": (f"{number} and <= {steps}", lambda v: is_count(v, number, min(number, steps))),
+        "best": ("a number", lambda v: is_number(v) and not math.isnan(v)),
+        "best_step": (f"0 to {number}", lambda v: is_count(v, 0, number)),
+        "stale": ("a count", lambda v: is_count(v, 0)),
+        "finished": (" or ".join(map(str, ends)), lambda v: type(v) is bool and v in ends),
+        "is_best": ("true or false", lambda v: type(v) is bool),
+        "micro_batch": (f"1 to {most}", lambda v: is_count(v, 1, most)),
+        "figures": (
+            "a table of numbers",
+            lambda v: type(v) is dict and all(f is None or is_number(f) for f in v.values()),
+        ),
+    }
+    # earlier releases did not state the best step
+    state = {"best_step": 0} | state
+    for name, (what, is_allowed) in allowed.items():
+        if not is_allowed(state.get(name)):
+            found = show(state[name]) if name in state else "absent"
+            raise ValueError(f"{str(path / STATE)!r}: {name} must be {what}, not {found}")
 
 
 def publish(path: Path, out: Path) -> None:

@@ -81,7 +81,7 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     with usage_error("--resume"):
         latest = store.latest_checkpoint
         checkpoint = latest(folder.checkpoints, folder.run_id) if config.resume else None
-    tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
+        tensors, state = store.read_checkpoint(checkpoint) if checkpoint else ({}, {})
     if state.get("finished") and "after" in folder.record():
         terminal.note(f"the run in {folder.path} is finished: nothing to resume")
         return None
@@ -103,6 +103,10 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
     trainer = Trainer(config, model, world)
+    if checkpoint:
+        with usage_error("--resume"):
+            store.check_state(checkpoint, state, config)
+            trainer.check(tensors, state["step"])
     prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
     if isinstance(corpus.train, Examples):
         first = state.get("step", 0) * config.batch_size * config.grad_accum
