@@ -50,6 +50,7 @@ class Run:
             self.folder.lock()
         if self.state:
             self.trainer.restore(self.tensors, self.state["micro_batch"])
+        self.trainer.world.limit_waits(self.config.timeout)
 
 
 @contextmanager
@@ -60,13 +61,18 @@ def joined(config: TrainConfig) -> Iterator[tuple[RunFolder, World]]:
     """
     folder = RunFolder(Path(config.out))
     with usage_error("--device"):
-        world = distributed.join(config.device)
+        world = distributed.join(config.device, config.fsdp)
     folder.writes = world.is_first
     terminal.enable_output(world.is_first)
     try:
         yield folder, world
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error), code=1)
+    except RuntimeError as error:
+        if not world.is_loss(error):
+            raise
+        wait = f"{config.timeout} s (--timeout)"
+        fail(f"another process ended, or did not answer within {wait}: --resume goes on", code=1)
     finally:
         folder.close()
         world.leave()

@@ -37,6 +37,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "dry_run",
     "keep",
+    "timeout",
 }
 
 
@@ -46,6 +47,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.writes = True  # True in the first process only
+        self.logged = 0  # the last complete step of this process
         self.loggers: list[Callable[[dict[str, Any]], None]] = []  # called at each step
         self._digests: dict[str, str] = {}
         self.checkpoints = path / "checkpoints"
@@ -169,6 +171,7 @@ class RunFolder:
 
     def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
+        self.logged = figures["step"]
         if not self.writes:
             return
         if self._metrics is None:
