@@ -7,7 +7,9 @@ Supporting code (batches, optimizers, checkpoint files, several devices) lives i
 import math
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def train(run: Run) -> None:
     config, folder, trainer = run.config, run.folder, run.trainer
     state, before = begin(run)
     signals, stopped = terminal.Signals(), 0
-    with terminal.Progress(config.steps, state["step"], "step") as bar:
+    with terminal.Progress(config.steps, state["step"], "step") as bar, rescued(run, state):
         while not (state["finished"] or stopped):
             step = state["step"] + 1
             figures = take_step(config, trainer, run.batches, step)
@@ -68,12 +70,13 @@ def train(run: Run) -> None:
             if step % config.eval_every == 0 or step == config.steps:
                 figures |= validate(trainer, run.validation)
                 state["is_best"] = figures["val_loss"] < state["best"]
-                state["best"] = min(figures["val_loss"], state["best"])
+                state["best"] = min(state["best"], figures["val_loss"])
                 state["stale"] = 0 if state["is_best"] else state["stale"] + 1
+                state |= {"best_step": step} if state["is_best"] else {}
             state["finished"] = step == config.steps or state["stale"] == config.patience
-            stopped = trainer.world.largest(signals.received or 0)
             folder.log(figures)
             bar.show(figures)
+            stopped = trainer.world.largest(signals.received or 0)
             if stopped or state["finished"] or state["is_best"] or step % config.save_every == 0:
                 save(run, state)
             if config.sample_every and step % config.sample_every == 0:
@@ -105,7 +108,7 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         if trainer.world.is_first:
             store.settle(folder.path, state, config.keep)
         terminal.note(f"resuming after step {state['step']}")
-    state["run"] = folder.settings(config)
+    state["settings"] = folder.settings(config)
     if config.tensorboard and trainer.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
     terminal.note(plan.describe(config, trainer, run.batches.sequences))
@@ -189,8 +192,28 @@ def save(run: Run, state: dict[str, Any]) -> None:
     model, tensors = run.trainer.exported(), run.trainer.tensors()
     state["micro_batch"] = run.trainer.micro_batch
     if run.trainer.world.is_first:
-        run.folder.sync_metrics()
-        store.commit(run.folder.path, model, run.tokenizer, tensors, state, run.config.keep)
+        folder = run.folder
+        folder.sync_metrics()
+        made = model, run.tokenizer, tensors, state
+        store.commit(folder.path, *made, run.config.keep, folder.run_id)
+
+
+@contextmanager
+def rescued(run: Run, state: dict[str, Any]) -> Iterator[None]:
+    """When another process stops inside, save the last complete step; raise the error again."""
+    world = run.trainer.world
+    try:
+        yield
+    except RuntimeError as error:
+        saved = run.folder.checkpoints / f"step-{state['step']}"
+        # a step is complete once it is logged; with FSDP the other process had a part of it
+        is_complete = run.folder.logged == state["step"] and not run.config.fsdp
+        if is_complete and world.is_first and world.is_loss(error) and not saved.exists():
+            # alone: without the other processes' generators
+            run.trainer.world = replace(world, size=1)
+            save(run, state)
+            terminal.note(f"saved {saved}")
+        raise
 
 
 def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows lacks it
+
 
 def prepare() -> None:
     """Make the standard streams and signals safe. Every script calls it first.
 
-    SIGINT exits with 130, SIGTERM with 143. A closed pipe ends the process silently.
+    SIGINT exits with 130, SIGTERM with 143, SIGHUP (a closed terminal) with 129. A closed pipe ends
+    the process silently.
     """
     _open_streams()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -142,9 +145,10 @@ class Progress:
 
 
 class Signals:
-    """Stores the first SIGINT or SIGTERM in `received` for the run to handle; a second one exits.
+    """Stores the first SIGINT, SIGTERM or SIGHUP in `received` for the run; a second one exits.
 
-    A broken pipe no longer ends the process.
+    A second SIGHUP does not: a closed terminal sends several. Nor does any under torchrun. A broken
+    pipe no longer ends the process.
     """
 
     def __init__(self) -> None:
@@ -154,6 +158,9 @@ class Signals:
 
     def _receive(self, number: int) -> None:
         if self.received is not None:
+            # torchrun repeats a signal that its processes also got; it kills them after 30 seconds
+            if number == HANGUP or "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             sys.exit(128 + number)
         self.received = number
         note("finishing the current step; a second signal stops at once")
@@ -165,6 +172,9 @@ def _on_signals(action: Callable[[int], Any]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
+    # nohup ignores SIGHUP, so that a process outlives its terminal
+    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
+        signal.signal(HANGUP, handle)
 
 
 # ---- drawing

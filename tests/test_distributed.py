@@ -303,3 +303,85 @@ def test_leaving_never_waits_for_ever(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, timeout=HUNG, env=environment)
+
+
+# ---- a process that stops
+
+# process 1 acts as it begins step 5
+STOPPING = """
+import os, runpy, signal, sys
+from nanogpt2.training import optim
+
+def stopping(step, *rest):
+    if step == 5 and os.environ["RANK"] == "1":
+        kill()
+    return rate(step, *rest)
+
+def kill():
+    parent = os.environ["WHAT"] == "torchrun"
+    number = signal.SIGSTOP if os.environ["WHAT"] == "hangs" else signal.SIGKILL
+    os.kill(os.getppid() if parent else os.getpid(), number)
+
+rate, optim.learning_rate = optim.learning_rate, stopping
+sys.argv[0] = os.environ["SCRIPT"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# starts both processes as torchrun does, and waits for the first
+STARTER = """
+import os, subprocess, sys
+started = [
+    subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | {"RANK": r, "LOCAL_RANK": r})
+    for r in ("0", "1")
+]
+code = started[0].wait()
+started[1].kill()
+started[1].wait()
+sys.exit(code)
+"""
+
+
+def started(what, *argv):
+    """Two processes without torchrun, which would wait 30 seconds for a stopped one."""
+    Path("stopping.py").write_text(STOPPING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    elastic = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    elastic |= {"MASTER_PORT": port, "WHAT": what, "SCRIPT": str(ROOT / "train.py")}
+    return subprocess.Popen(
+        [sys.executable, "-c", STARTER, "stopping.py", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | elastic,
+        text=True,
+    )
+
+
+STOP = ["book.txt", *BASE, "--steps", "100000", "--eval_every", "50000", "--timeout", "8"]
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"),
+    [("hangs", []), *only_by(pytest.mark.slow, ("dies", []), ("hangs", ["--fsdp"]))],
+)
+def test_a_process_that_stops_ends_the_run_with_its_last_step_saved(book, capsys, what, flags):
+    code, out, err = finished(started(what, *STOP, *flags))
+    assert code == 1 and out == "", err
+    errors = [line for line in err.splitlines() if "error" in line]
+    wait = "did not answer within 8 s (--timeout)"
+    assert errors == [f"error: another process ended, or {wait}: --resume goes on"], err
+    assert "Traceback" not in err
+    assert Path("out/checkpoints/step-4").exists() == (not flags)
+    if not flags:
+        assert [row["step"] for row in metrics()] == [1, 2, 3, 4]
+        state = json.loads(Path("out/checkpoints/step-4/state.json").read_text())
+        assert state["step"] == 4 and load_model("out")
+
+
+def test_processes_end_with_a_torchrun_that_was_killed(book):
+    """It can tell them nothing. They save as after SIGTERM; their end closes the pipes."""
+    code, _, err = finished(started("torchrun", *STOP))
+    assert code == -9 and err.count("--resume goes on") == 1, err
+    assert "Traceback" not in err
+    (saved,) = Path("out/checkpoints").glob("step-*")
+    assert int(saved.name[5:]) >= 5 and load_model("out")

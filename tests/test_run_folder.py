@@ -137,11 +137,7 @@ def test_what_a_run_would_delete_is_looked_for(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("model.safetensors", "config.json", "checkpoints/step-2/notes.txt"),
-        *("checkpoints/step-9/model.safetensors", "checkpoints/step-2/more/notes.txt"),
-    ],
+    "name", ["model.safetensors", "config.json", "checkpoints/step-9/model.safetensors"]
 )
 def test_a_file_of_ones_own_among_a_runs_files_is_refused(tmp_path, finished, name):
     path = finished / name
@@ -153,6 +149,16 @@ def test_a_file_of_ones_own_among_a_runs_files_is_refused(tmp_path, finished, na
     with pytest.raises(FileExistsError, match="move it away"):
         RunFolder(tmp_path / "out").start(settings(tmp_path, overwrite=True), before={})
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "more/notes.txt", ".DS_Store"])
+def test_a_file_in_a_checkpoint_stays(tmp_path, finished, name):
+    path = finished / "checkpoints/step-2" / name
+    write(path)
+    folder = RunFolder(tmp_path / "out")
+    folder.start(settings(tmp_path, overwrite=True), before={"val_loss": 1.0})
+    kept = {f for f in files(finished) if f.startswith("checkpoints")}
+    assert kept == {f"checkpoints/step-2/{name}"}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "run.json", "adapter"])

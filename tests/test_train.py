@@ -151,6 +151,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(book, tmp_path, number, code):
     assert numbers("stopped") == numbers("whole")
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_unless_nohup_ignores_it(book, monkeypatch, ignored):
+    rate = train.learning_rate
+
+    def hang_up(step, *rest):
+        if step == 3:
+            # the kernel sends one, the shell another one
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return rate(step, *rest)
+
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        monkeypatch.setattr(train, "learning_rate", hang_up)
+        assert run(book, *SMALL, "--steps", "6", "--save_every", "6") == (0 if ignored else 129)
+        assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert latest_checkpoint(Path("out/checkpoints")).name == ("step-6" if ignored else "step-3")
+
+
 def test_a_signal_after_the_last_step_stops_nothing(book, monkeypatch, capsys):
     def finish(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)

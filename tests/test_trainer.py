@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -361,3 +362,67 @@ def test_compiled_steps_are_the_same_within_rounding(inputs, tmp_path):
         for out in ("plain", "compiled")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+# ---- the tensors of a checkpoint are exactly those of the run
+
+KINDS = [{}, {"optimizer": "muon"}, {"ema": 0.5, "lora_rank": 2}, {"dtype": "float16"}]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_missing_malformed_and_unknown_tensors_are_named(options):
+    trainer = learner_of(**options)
+    backward(trainer, *batch(), 1.0, last=True)
+    update(trainer, lr=0.1)
+    tensors = trainer.tensors()
+    trainer.check(tensors, step=1)
+    for name, tensor in tensors.items():
+        for wrong in (None, tensor.double(), tensor.new_zeros(*tensor.shape, 2)):
+            found = {n: t for n, t in tensors.items() if n != name}
+            found |= {} if wrong is None else {name: wrong}
+            with pytest.raises(ValueError, match=f": {re.escape(name)} must be "):
+                trainer.check(found, step=1)
+    for name in ("optimizer.wte.weight.other", "rng.cpu.2", "rng.cpu.-1", "rng.gpu.0", "other"):
+        with pytest.raises(ValueError, match="must be "):
+            trainer.check(tensors | {name: tensors["rng.cpu.0"]}, step=1)
+    with pytest.raises(ValueError, match="optimizer"):
+        trainer.check({n: t for n, t in tensors.items() if "optimizer" not in n}, step=1)
+
+
+def test_float16_may_have_updated_nothing_yet():
+    """Every step so far overflowed: there is no optimizer's state, and the scale shows it."""
+    trainer = learner_of(dtype="float16")
+    backward(trainer, *batch(), 1e6, last=True)
+    trainer.clip_gradients()
+    update(trainer, lr=1.0, apply=False)
+    trainer.check(trainer.tensors(), step=1)
+    with pytest.raises(ValueError, match="not absent"):
+        trainer.check(trainer.tensors(), step=2)
+
+
+def test_another_number_of_processes_is_said_in_one_note(capsys, monkeypatch):
+    trainer = learner_of()
+    backward(trainer, *batch(), 1.0, last=True)
+    update(trainer, lr=0.1)
+    tensors = trainer.tensors()
+    trainer.restore(tensors, 1)
+    monkeypatch.setattr("nanogpt2.training.trainer.DistributedDataParallel", lambda model: model)
+    assert capsys.readouterr().err == ""
+    two = Trainer(settings(), GPT(TINY), World("cpu", 0, 2))
+    two.check(tensors, step=1)
+    two.restore(tensors, 1)
+    assert capsys.readouterr().err.count("\n") == 1
+    tensors["rng.cpu.1"] = tensors["rng.cpu.0"]
+    trainer.check(tensors, step=1)
+    trainer.restore(tensors, 1)
+    assert "generators of 2 processes, this run has 1" in capsys.readouterr().err
+
+
+def test_a_broken_generator_is_an_error():
+    trainer = learner_of()
+    backward(trainer, *batch(), 1.0, last=True)
+    update(trainer, lr=0.1)
+    tensors = trainer.tensors()
+    tensors["rng.cpu.0"] = torch.full_like(tensors["rng.cpu.0"], 255)
+    with pytest.raises(ValueError, match=r"rng\.cpu\.0"):
+        trainer.check(tensors, step=1)

@@ -57,6 +57,10 @@ def find_files(name: str | Path) -> ModelFiles:
         return ModelFiles((hub.fetch_weights(str(name)),), PRESETS[str(name)])
     path = Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
     folder = path if path.is_dir() else path.parent
+    if folder.is_symlink():
+        # a run's `best` may change its target between two reads
+        target = folder.resolve()
+        path, folder = (target if path == folder else target / path.name), target
     manifest = read_manifest(folder)
     found = (path,) if folder != path else _weights_in(folder, manifest)
     stated = _read_json(folder / "config.json", manifest)
@@ -122,10 +126,16 @@ def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, 
     # reading a pipe could wait forever
     if path.exists() and not path.is_file():
         raise ValueError(f"{str(path)!r} is no regular file")
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(f"{str(path)!r} must be {LARGEST_JSON} bytes at most, not {size}")
-    data = path.read_bytes()
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise ValueError(f"{str(path)!r} must be {LARGEST_JSON} bytes at most, not {size}")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        # deleted since
+        if stated is None:
+            return None
+        raise
     if stated is not None and stated["sha256"] != hashlib.sha256(data).hexdigest():
         raise ValueError(
             f"{str(path)!r} is not as {MANIFEST} states: it is damaged or was edited; "

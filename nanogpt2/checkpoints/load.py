@@ -5,6 +5,7 @@ is a model made or a tensor read, so a wrong file leaves nothing half-loaded. Pi
 opened. The names are in names.py, the formats in header.py and folder.py.
 """
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -191,7 +192,14 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 
     Raises ValueError or OSError, in one line that names the file or the tensor.
     """
-    return Checkpoint(name)
+    while True:
+        target = os.path.realpath(name)
+        try:
+            return Checkpoint(name)
+        except (ValueError, OSError):
+            # a run may have moved its link `best` and deleted the target: open the new one
+            if os.path.realpath(name) == target:
+                raise
 
 
 def load_model(

@@ -95,6 +95,7 @@ class TrainConfig:
     compile: bool = flag(False, "use torch.compile: minutes to start, faster steps")
     activation_checkpointing: bool = flag(False, "recompute activations instead of keeping them")
     fsdp: bool = flag(False, "with torchrun: shard the weights too, for gpt2-xl")
+    timeout: int = flag(300, "with torchrun: seconds to wait for a process that stopped", low=1)
     # evaluation and output
     eval_every: int | None = flag(None, "steps between evaluations (default: ten in a run)", low=1)
     save_every: int | None = flag(None, "steps between checkpoints (default: as eval_every)", low=1)

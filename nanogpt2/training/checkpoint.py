@@ -5,10 +5,12 @@ A checkpoint is a folder `step-N`:
     model.safetensors, config.json, ...   the model, as `load_model` and transformers read it
     training.safetensors                  the trainer's other tensors: optimizer, generators, ...
     state.json                            the rest
-    manifest.json                         {file: {size, sha256}} of all these files
+    manifest.json                         {file: {size, sha256}} of all these files; for state.json
+                                          also `run`, the id of the run in run.json
 
 A save writes `step-N.tmp`, the manifest last, syncs every file to the disk, then renames the
-folder. A reader trusts a folder only if its files match its manifest. After the rename, `best`
+folder. A reader trusts a folder only if its files match its manifest and it states the reader's
+run. Other files and folders are ignored, and never deleted. After the rename, `best`
 points at the best checkpoint, the new model replaces the run's model, and old checkpoints are
 deleted. A resumed run repeats these three, in case a kill came between them. Nothing is pickled.
 
@@ -16,10 +18,14 @@ This file does not know the loop, the schedule or the tensors' meaning.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,10 @@ from nanogpt2 import terminal
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
+from nanogpt2.config import TrainConfig
+from nanogpt2.config.flags import show
 from nanogpt2.tokenizer import Tokenizer
+from nanogpt2.training.removal import remove_checkpoint, remove_unfinished
 from nanogpt2.training.run_folder import sync
 
 STATE, TENSORS = "state.json", "training.safetensors"
@@ -44,13 +53,14 @@ def commit(
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    run: str = "",
 ) -> None:
     """Save a run as `out`/checkpoints/step-`state["step"]`; publish its model in `out`.
 
-    Deletes old checkpoints last, but keeps the newest `keep` and the best. Raises OSError, and
-    then leaves every earlier checkpoint intact.
+    run: the run's id. Deletes old checkpoints last, but keeps the newest `keep` and the best.
+    Raises OSError, and then leaves every earlier checkpoint intact.
     """
-    save_checkpoint(out / "checkpoints", model, tokenizer, tensors, state)
+    save_checkpoint(out / "checkpoints", model, tokenizer, tensors, state, run)
     settle(out, state, keep)
 
 
@@ -60,7 +70,7 @@ def settle(out: Path, state: dict[str, Any], keep: int) -> None:
     if state["is_best"]:
         mark_best(saved)
     publish(saved, out)
-    prune(saved, keep)
+    prune(saved, keep, state.get("best_step"))
 
 
 def save_checkpoint(
@@ -69,14 +79,15 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
+    run: str = "",
 ) -> Path:
     """Write `folder/step-N` and return its path. Raises OSError; then the others are unchanged."""
     final = folder / f"step-{state['step']}"
-    if is_whole(final):
-        return final
     partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    _make_way(partial, run)
+    partial.mkdir()
     save_model(model, partial, tokenizer)
     try:
         save_file(tensors, partial / TENSORS)
@@ -85,54 +96,129 @@ def save_checkpoint(
         raise OSError(str(error)) from error
     (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+    entries[STATE] |= {"run": run} if run else {}
     (partial / MANIFEST).write_text(_manifest_text(entries), encoding="utf-8")
     for file in partial.iterdir():
         sync(file)
     sync(partial)
-    # replace a damaged folder of this step
-    shutil.rmtree(final, ignore_errors=True)
+    _make_way(final, run)
     partial.rename(final)
     sync(folder)
     return final
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint; None without any checkpoint.
+def _make_way(final: Path, run: str) -> None:
+    """Delete this run's folder where a checkpoint is to come; move anything else aside."""
+    if run_of(final) in (run, None):
+        remove_checkpoint(final)
+    if os.path.lexists(final):
+        names = (final.with_name(f"{final.name}.old{number}") for number in itertools.count(1))
+        aside = next(path for path in names if not os.path.lexists(path))
+        final.rename(aside)
+        terminal.note(f"{final} held files of others: moved to {aside.name}")
 
-    Prints a note for each damaged checkpoint it skips. Raises ValueError when all are damaged.
+
+def latest_checkpoint(folder: Path, run: str | None = None) -> Path | None:
+    """Return the newest intact checkpoint of a run, by default of any; None without a checkpoint.
+
+    run: the id that the checkpoint must state; empty for a run without an id. Prints a note for
+    each checkpoint it skips. Raises ValueError when it skips all.
     """
     found = checkpoints(folder)
     for path in reversed(found):
-        if is_whole(path):
+        if not is_whole(path):
+            terminal.note(f"{path} is damaged: trying the checkpoint before it")
+        elif run not in (None, run_of(path)):
+            terminal.note(f"{path} is another run's: trying the checkpoint before it")
+        else:
             return path
-        terminal.note(f"{path} is damaged: trying the checkpoint before it")
     if found:
-        raise ValueError(f"found only damaged checkpoints in {str(folder)!r}; none was deleted")
+        whose = "damaged checkpoints" if run is None else "checkpoints damaged or of another run"
+        raise ValueError(f"found only {whose} in {str(folder)!r}; none was deleted")
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = [p for p in folder.glob("step-*") if re.fullmatch("step-[1-9][0-9]*", p.name)]
+    return sorted((path for path in found if path.is_dir()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def run_of(path: Path) -> str | None:
+    """Return the run's id that a checkpoint states, "" if it states none; None if it is damaged."""
+    try:
+        return (read_manifest(path) or {})[STATE].get("run", "")
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 def is_whole(path: Path) -> bool:
     """Return True if every file has the size and SHA-256 that the manifest states."""
     try:
         entries = read_manifest(path) or {}
-        return (
-            {WEIGHTS, TENSORS, STATE} <= entries.keys()
-            and (path / MANIFEST).read_text(encoding="utf-8") == _manifest_text(entries)
-            and all(_digest(path / name) == entry for name, entry in entries.items())
+        if (path / MANIFEST).read_text(encoding="utf-8") != _manifest_text(entries):
+            return False
+        entries.get(STATE, {}).pop("run", None)
+        return {WEIGHTS, TENSORS, STATE} <= entries.keys() and all(
+            _digest(path / name) == entry for name, entry in entries.items()
         )
     except (OSError, ValueError):
         return False
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the trainer's tensors and state.json; `load_model(path)` reads the model."""
-    return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+    """Return the trainer's tensors and state.json; `load_model(path)` reads the model.
+
+    Raises ValueError for a malformed file.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{str(path / STATE)!r} is no JSON object")
+    try:
+        return load_file(path / TENSORS), state
+    except SafetensorError as error:
+        raise ValueError(f"{str(path / TENSORS)!r} is no safetensors file: {error}") from None
+
+
+def check_state(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError for a field of state.json that a resumed run cannot go on from."""
+    number, steps, patience = _step_of(path), config.steps or 0, config.patience
+    most = config.batch_size or 0
+    # a run that is not finished has a step left; only --patience finishes one early
+    ends = [True] if number == steps else [False, True] if patience else [False]
+
+    def is_count(value: Any, low: int, high: float = math.inf) -> bool:
+        return type(value) is int and low <= value <= high
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "step": (f"{number} and <= {steps}", lambda v: is_count(v, number, min(number, steps))),
+        "best": ("a number", lambda v: is_number(v) and not math.isnan(v)),
+        "best_step": (f"0 to {number}", lambda v: is_count(v, 0, number)),
+        "stale": ("a count", lambda v: is_count(v, 0)),
+        "finished": (" or ".join(map(str, ends)), lambda v: type(v) is bool and v in ends),
+        "is_best": ("true or false", lambda v: type(v) is bool),
+        "micro_batch": (f"1 to {most}", lambda v: is_count(v, 1, most)),
+        "figures": (
+            "a table of numbers",
+            lambda v: type(v) is dict and all(f is None or is_number(f) for f in v.values()),
+        ),
+    }
+    # earlier releases did not state the best step
+    state = {"best_step": 0} | state
+    for name, (what, is_allowed) in allowed.items():
+        if not is_allowed(state.get(name)):
+            found = show(state[name]) if name in state else "absent"
+            raise ValueError(f"{str(path / STATE)!r}: {name} must be {what}, not {found}")
 
 
 def publish(path: Path, out: Path) -> None:
@@ -147,9 +233,7 @@ def publish(path: Path, out: Path) -> None:
     partial.write_text(_manifest_text(lasting), encoding="utf-8")
     sync(partial)
     partial.replace(out / MANIFEST)
-    for file in path.iterdir():
-        if file.name in (MANIFEST, STATE, TENSORS):
-            continue
+    for file in (path / name for name in (*lasting, WEIGHTS)):
         partial = out / f".{file.name}.tmp"
         # a killed run may have left a hard link to a checkpoint's file: never write through it
         partial.unlink(missing_ok=True)
@@ -171,28 +255,36 @@ def _link(file: Path, target: Path) -> None:
 
 
 def mark_best(path: Path) -> None:
-    """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically."""
-    partial = path.parent / "best.tmp"
+    """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically.
+
+    Where `best` is a folder, as in a copy of a run without links, it gets the model's files.
+    """
+    best, partial = path.parent / "best", path.parent / "best.tmp"
+    if best.is_dir() and not best.is_symlink():
+        publish(path, best)
+        return
     partial.unlink(missing_ok=True)
     partial.symlink_to(path.name)
-    partial.replace(path.parent / "best")
+    partial.replace(best)
     sync(path.parent)
 
 
-def prune(saved: Path, keep: int) -> None:
+def prune(saved: Path, keep: int, best_step: int | None = None) -> None:
     """Keep the newest `keep` checkpoints up to `saved`, and the best; delete older ones.
 
-    Ignores checkpoints after `saved`: the run resumed before them because they are damaged. Deletes
-    unfinished saves too.
+    Keeps the target of `best` and step `best_step`, which differ where a person moved the link.
+    Ignores other runs' checkpoints, and those after `saved`: the run resumed before them because
+    they are damaged. Deletes unfinished saves too.
     """
-    folder = saved.parent
-    best = (folder / "best").resolve()
-    found = checkpoints(folder)
-    for path in found[: found.index(saved) + 1][:-keep]:
-        if path.resolve() != best:
-            shutil.rmtree(path)
-    for path in folder.glob("step-*.tmp"):
-        shutil.rmtree(path)
+    folder, run = saved.parent, run_of(saved)
+    best = {os.path.realpath(folder / "best"), os.path.realpath(folder / f"step-{best_step}")}
+    found = [p for p in checkpoints(folder) if _step_of(p) <= _step_of(saved) and run_of(p) == run]
+    for path in found[:-keep]:
+        if os.path.realpath(path) not in best:
+            # a person may have protected it
+            with suppress(PermissionError):
+                remove_checkpoint(path)
+    remove_unfinished(folder)
 
 
 def _manifest_text(entries: dict[str, Any]) -> str:

@@ -5,23 +5,33 @@ torchrun `join` makes a world of one process, where every operation here does no
 each process the whole model and a part of the sequences. FSDP2 also shards the weights, the
 gradients and the optimizer's state, block by block, for models too large for one device.
 
+A process that waits for another one raises RuntimeError when that one dies, and after a timeout
+when that one hangs; `is_loss` recognizes the error. The processes end with torchrun.
+
 This file does not know the data or the loop.
 Sources: Li et al. 2020 (DDP); Zhao et al. 2023 (FSDP); torch.distributed.
 """
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanogpt2.devices import choose_device
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _left: list[Any] = []  # groups that this process has left
 
 
@@ -80,6 +90,20 @@ class World:
             if self.is_first and self.size > 1:
                 dist.barrier()
 
+    def limit_waits(self, seconds: int) -> None:
+        """Wait until all processes are ready; from then on wait `seconds` at most for any of them.
+
+        Before, one process may load or encode for long: the limit is torch's, 10 to 30 minutes.
+        """
+        if self.size > 1:
+            dist.barrier()
+            _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+    def is_loss(self, error: BaseException) -> bool:
+        """Return True for an error that says that another process died or did not answer."""
+        # gloo raises a plain RuntimeError, which names its source file
+        return self.size > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+
     def leave(self) -> None:
         """Leave the process group, so that the others do not wait for this process."""
         if dist.is_initialized():
@@ -89,19 +113,26 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str) -> World:
+def join(device: str, fsdp: bool = False) -> World:
     """Join the processes that torchrun started, each on its own device.
 
     Raises ValueError for a missing device.
     """
     if not dist.is_torchelastic_launched():
         return World(choose_device(device))
+    if sys.platform == "linux":
+        # a torchrun that was killed cannot end its processes: let the kernel send SIGTERM
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     kind = choose_device(device)
     if kind == "cuda":
         kind = f"cuda:{dist.get_node_local_rank()}"
         if dist.get_node_local_rank() >= torch.cuda.device_count():
             raise ValueError(f"{kind!r} is not on this machine: too many processes for its GPUs")
         torch.cuda.set_device(kind)
+        if not fsdp:
+            # by default NCCL aborts the process at a timeout, with no chance to save. FSDP could
+            # save nothing, and its gathers must overlap the computation
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
     return World(kind, dist.get_rank(), dist.get_world_size())
 

@@ -50,6 +50,7 @@ class Run:
         """Restore the trainer from the checkpoint, if any."""
         if self.state:
             self.trainer.restore(self.tensors, self.state["micro_batch"])
+        self.trainer.world.limit_waits(self.config.timeout)
 
 
 @contextmanager
@@ -60,13 +61,18 @@ def joined(config: TrainConfig) -> Iterator[tuple[RunFolder, World]]:
     """
     folder = RunFolder(Path(config.out))
     with usage_error("--device"):
-        world = distributed.join(config.device)
+        world = distributed.join(config.device, config.fsdp)
     folder.writes = world.is_first
     terminal.enable_output(world.is_first)
     try:
         yield folder, world
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error), code=1)
+    except RuntimeError as error:
+        if not world.is_loss(error):
+            raise
+        wait = f"{config.timeout} s (--timeout)"
+        fail(f"another process ended, or did not answer within {wait}: --resume goes on", code=1)
     finally:
         folder.close()
         world.leave()
@@ -107,6 +113,10 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
     trainer = Trainer(config, model, world)
+    if checkpoint:
+        with usage_error("--resume"):
+            store.check_state(checkpoint, state, config)
+            trainer.check(tensors, state["step"])
     prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
     if isinstance(corpus.train, Examples):
         first = state.get("step", 0) * config.batch_size * config.grad_accum
@@ -134,15 +144,16 @@ def read_checkpoint(
 ) -> tuple[Path | None, dict[str, Tensor], dict[str, Any]]:
     """Find and read the checkpoint to resume: its path, the trainer's tensors and state.json."""
     with usage_error("--resume"):
-        checkpoint = store.latest_checkpoint(folder.checkpoints) if config.resume else None
+        if not config.resume:
+            return None, {}, {}
+        checkpoint = store.latest_checkpoint(folder.checkpoints, folder.run_id)
         if checkpoint is None:
-            if config.resume:
-                folder.check_unsaved()
+            folder.check_unsaved()
             return None, {}, {}
         tensors, state = store.read_checkpoint(checkpoint)
         # before training: the end of the run would report a damaged one
         Snapshot.from_record(folder.record()["before"])
-        folder.hold_to_checkpoint(config, state.get("run", {}))
+        folder.hold_to_checkpoint(config, state.get("settings", {}))
     return checkpoint, tensors, state
 
 

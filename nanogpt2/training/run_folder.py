@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-import shutil
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -25,19 +25,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanogpt2.config import TrainConfig
+from nanogpt2.training.removal import CHECKPOINT_FILES, MODEL_FILES, remove_checkpoint
 
-MODEL_FILES = (
-    "model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "manifest.json",
-)
 RUN_FILES = ("metrics.jsonl", "loss.png", *MODEL_FILES, "run.json")
 FOLDERS = ("checkpoints", "adapter", "tensorboard")
-CHECKPOINT_FILES = {*MODEL_FILES, "training.safetensors", "state.json"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # the end of the names of event files, to know them from others' files
 EVENTS = ".nanogpt2"
@@ -56,6 +47,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "dry_run",
     "keep",
+    "timeout",
 }
 # files that may have moved: --resume compares their SHA-256
 BY_DIGEST = {"validation", "init"}
@@ -67,6 +59,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.writes = True  # True in the first process only
+        self.logged = 0  # the last complete step of this process
         self.loggers: list[Callable[[dict[str, Any]], None]] = []  # called at each step
         self._digests: dict[str, str] = {}
         self.checkpoints = path / "checkpoints"
@@ -149,9 +142,9 @@ class RunFolder:
         if path == self.checkpoints / "best" and path.is_symlink():
             return re.fullmatch("step-[0-9]+", str(path.readlink())) is not None
         if folder == self.checkpoints and path.is_dir() and not path.is_symlink():
-            held = list(path.iterdir())
-            names = {file.name for file in held}
-            return "state.json" in names <= CHECKPOINT_FILES and all(map(_is_plain, held))
+            # other files in it stay: remove_checkpoint
+            made = [file for file in path.iterdir() if file.name in CHECKPOINT_FILES]
+            return (path / "state.json") in made and all(map(_is_plain, made))
         if not _is_plain(path):
             return False
         if folder.name == "adapter":
@@ -195,9 +188,15 @@ class RunFolder:
             with suppress(ValueError, TypeError, LookupError, RecursionError):
                 record = json.loads(path.read_text(encoding="utf-8"))
                 parts = record["config"], record["digests"], record["before"]
-                if all(isinstance(part, dict) for part in parts) and record["before"]:
+                is_valid = all(isinstance(part, dict) for part in parts)
+                if is_valid and record["before"] and isinstance(record.get("run", ""), str):
                     return record
         raise ValueError(f"{str(path)!r} is damaged")
+
+    @property
+    def run_id(self) -> str:
+        """The random id that the run's checkpoints state; empty for a run without one."""
+        return self.record().get("run", "")
 
     def lock(self) -> None:
         """Lock the folder until `close` or the end of this process, even by a kill.
@@ -268,7 +267,11 @@ class RunFolder:
         Raises ValueError for a setting that was edited since.
         """
         now = {f.name: getattr(config, f.name) for f in fields(config)} | self.record()["digests"]
-        for name, value in (settings.get("config", {}) | settings.get("digests", {})).items():
+        try:
+            stated = {**settings.get("config", {}), **settings.get("digests", {})}
+        except (AttributeError, TypeError):
+            raise ValueError("the checkpoint's state.json: settings must be a table") from None
+        for name, value in stated.items():
             # a later version may lack a setting
             if name in now and now[name] != value:
                 raise ValueError(
@@ -314,12 +317,13 @@ class RunFolder:
             raise FileExistsError(str(error)) from None
         # run.json last: it tells a run's files from others, if a kill comes in between
         for path in old:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove_checkpoint(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for folder in FOLDERS:
             with suppress(OSError):
                 (self.path / folder).rmdir()
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
-        record = {"config": settings, "digests": self._digests, "before": before}
+        record = {"run": secrets.token_hex(8), "config": settings}
+        record |= {"digests": self._digests, "before": before}
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
         self._made = []
@@ -333,6 +337,7 @@ class RunFolder:
 
     def log(self, figures: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
+        self.logged = figures["step"]
         if not self.writes:
             return
         if self._metrics is None:

@@ -36,6 +36,12 @@ from nanogpt2.training.estimate import device_rate, memory_used, model_flops
 from nanogpt2.training.lora import add_lora, merged
 from nanogpt2.training.optim import make_optimizers
 
+# the state of a parameter in each optimizer; `step` is one number, the rest has its shape
+SLOTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+FIRST_SCALE = 65536.0  # float16's loss scale at the start, GradScaler's default
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,7 +67,9 @@ class Trainer:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay)
-        self.scaler = torch.amp.GradScaler(world.device_type, enabled=config.dtype == "float16")
+        self.scaler = torch.amp.GradScaler(
+            world.device_type, FIRST_SCALE, enabled=config.dtype == "float16"
+        )
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
             self.parallel = DistributedDataParallel(model)
@@ -188,8 +196,11 @@ class Trainer:
         average.<name>. Every process must call this; only the first process's result is whole.
         """
         found = {name: full_tensor(tensor).cpu() for name, tensor in self._slots()}
-        found |= self._generators()
-        found |= {
+        return found | self._generators() | self._others()
+
+    def _others(self) -> dict[str, Tensor]:
+        """Return the loss scale and the weights that are not exported."""
+        found = {
             f"scaler.{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()
         }
         if self.config.lora_rank or self.average is not None:
@@ -198,6 +209,45 @@ class Trainer:
             state = self.average.module.state_dict()
             found |= {f"average.{n}": state[n].cpu() for n in self.parameters}
         return found
+
+    def check(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Raise ValueError unless these are the tensors that this run has after `step` steps.
+
+        The generators may be those of another number of processes.
+        """
+        expected = {name: (t.dtype, t.shape) for name, t in self._others().items()}
+        scale = tensors.get("scaler.scale")
+        # a step that overflows halves float16's scale and updates nothing
+        if scale is None or scale.shape or scale != FIRST_SCALE * 0.5**step:
+            names = {id(p): name for name, p in self.parameters.items()}
+            for optimizer in self.optimizers:
+                for p in (p for group in optimizer.param_groups for p in group["params"]):
+                    for slot in SLOTS[type(optimizer)]:
+                        shape = torch.Size() if slot == "step" else p.shape
+                        expected[f"optimizer.{names[id(p)]}.{slot}"] = (p.dtype, shape)
+        state = torch.get_rng_state()
+        for name, tensor in _under("rng.", tensors).items():
+            kind, _, rank = name.partition(".")
+            if kind == "cpu":
+                expected["rng." + name] = (state.dtype, state.shape)
+            elif kind == "cuda" and f"rng.cpu.{rank}" in tensors:
+                expected["rng." + name] = (state.dtype, tensor.shape)
+        count = sum(name.startswith("rng.cpu.") for name in expected)
+        expected |= {f"rng.cpu.{i}": (state.dtype, state.shape) for i in range(count or 1)}
+        for name in sorted(expected.keys() | tensors.keys()):
+            found = (tensors[name].dtype, tensors[name].shape) if name in tensors else None
+            if found != expected.get(name):
+                raise ValueError(
+                    f"training.safetensors: {name} must be {_described(expected.get(name))}, "
+                    f"not {_described(found)}"
+                )
+        for name in (f"rng.cpu.{number}" for number in range(count)):
+            try:
+                torch.Generator().set_state(tensors[name])
+            except RuntimeError:
+                raise ValueError(
+                    f"training.safetensors: {name} is no state of a generator"
+                ) from None
 
     def restore(self, tensors: dict[str, Tensor], micro_batch: int) -> None:
         """Restore the state that `tensors` returned; the exported weights are loaded already."""
@@ -222,7 +272,12 @@ class Trainer:
         if scaler:
             self.scaler.load_state_dict({key: value.item() for key, value in scaler.items()})
         states = _under("rng.", tensors)
-        # with another number of processes some generators start afresh
+        count = sum(name.startswith("cpu.") for name in states)
+        if count != self.world.size:
+            terminal.note(
+                f"the checkpoint has the generators of {count} processes, this run has "
+                f"{self.world.size}: any other starts afresh, so dropout draws other masks"
+            )
         if f"cpu.{self.world.rank}" in states:
             torch.set_rng_state(states[f"cpu.{self.world.rank}"])
         if self.world.device_type == "cuda" and f"cuda.{self.world.rank}" in states:
@@ -244,6 +299,13 @@ class Trainer:
             for kind, state in states.items()
             for rank, each in enumerate(self.world.gather(state))
         }
+
+
+def _described(tensor: tuple[torch.dtype, torch.Size] | None) -> str:
+    """Describe a tensor for an error message."""
+    if tensor is None:
+        return "absent"
+    return f"{str(tensor[0]).removeprefix('torch.')} {list(tensor[1])}"
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
