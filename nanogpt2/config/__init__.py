@@ -34,7 +34,15 @@ from nanogpt2.config.sample import (
     SampleConfig,
     refuse_ignored,
 )
-from nanogpt2.config.sources import DATA_KINDS, DATA_NAMES, check_data, data_files, data_kind
+from nanogpt2.config.sources import (
+    DATA_KINDS,
+    DATA_NAMES,
+    Skip,
+    check_data,
+    data_files,
+    data_kind,
+    no_report,
+)
 from nanogpt2.config.train import TrainConfig
 
 __all__ = [
@@ -65,6 +73,8 @@ __all__ = [
     "check_data",
     "data_files",
     "data_kind",
+    "Skip",
+    "no_report",
     "MAX_SEED",
     "parse",
     "fail",

@@ -26,8 +26,8 @@ OWN_FILES = (
 Skip = Callable[[str, str], None]  # called with a reason and a file's or a folder's name
 
 
-def _no_report(reason: str, name: str) -> None:
-    pass
+def no_report(reason: str, name: str) -> None:
+    """Count nothing: the default `Skip`."""
 
 
 def check_data(source: str, out: str | None = None) -> None:
@@ -36,7 +36,7 @@ def check_data(source: str, out: str | None = None) -> None:
         data_files(source, out)
 
 
-def data_files(source: str, out: str | None = None, skip: Skip = _no_report) -> list[Path]:
+def data_files(source: str, out: str | None = None, skip: Skip = no_report) -> list[Path]:
     """List the files of a path or a glob, sorted by name; of a folder, the files of known kinds.
 
     out: the folder that the run writes, which is no data. Raises ValueError if no file is left.
