@@ -7,7 +7,7 @@ lock is written to the run's folder here. This file does not know the loop.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
         batches = make_batches(corpus.train, block_size, config.seed)
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
+    terminal.note(corpus.describe(block_size))
+    folder.read = [asdict(reading) for reading in corpus.readings]
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
     trainer = Trainer(config, model, world)
     if checkpoint:
@@ -185,4 +187,7 @@ def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus
         columns=Columns(config.text_column, config.label_column),
         vocab_size=model.config.vocab_size,
         labels=getattr(model, "labels", None),
+        encoding=config.encoding,
+        skip_bad=config.skip_bad,
+        out=config.out,
     )

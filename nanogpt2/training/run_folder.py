@@ -61,6 +61,7 @@ class RunFolder:
         self.writes = True  # True in the first process only
         self.logged = 0  # the last complete step of this process
         self.loggers: list[Callable[[dict[str, Any]], None]] = []  # called at each step
+        self.read: list[dict[str, Any]] = []  # what was read from each source, for run.json
         self._digests: dict[str, str] = {}
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
@@ -323,7 +324,7 @@ class RunFolder:
                 (self.path / folder).rmdir()
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
         record = {"run": secrets.token_hex(8), "config": settings}
-        record |= {"digests": self._digests, "before": before}
+        record |= {"digests": self._digests, "read": self.read, "before": before}
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
         self._made = []
