@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nanogpt2 import terminal
 from nanogpt2.data.chat import segments
-from nanogpt2.data.encode import encode_chat, encode_labelled, encode_texts
+from nanogpt2.data.encode import encode_chat, encode_labelled, encode_text
 from nanogpt2.data.files import DataFile, find_files
 from nanogpt2.data.records import RECORD_FORMATS, Record, read_records
 from nanogpt2.data.shards import Ids, open_shard, write_shard
@@ -93,11 +93,12 @@ class Streams:
         texts: list[list[NDArray[np.integer]]] = []
         for file in files:
             if file.format == ".txt":
-                texts += encode_texts(file.text(), self.tokenizer)
+                texts.append(encode_text(file.text(), self.tokenizer))
             else:
                 for record in read_records(file):
                     text = record.text(self.columns.text)
-                    texts += encode_texts([text], self.tokenizer)
+                    texts.append(encode_text([text], self.tokenizer))
+        texts = [pieces for pieces in texts if pieces]
         if not texts:
             raise ValueError(f"{source!r} is empty: no text in it")
         order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
