@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -302,6 +304,19 @@ def test_readings_of_a_question(tmp_path):
     write_lines(path, parts)
     assert read_questions(path)["plain"][0].context == QUESTION["ctx"]
     assert clean(" a [header] b [title] c ") == "a b. c"
+
+
+def test_markup_is_removed_in_linear_time():
+    rng = random.Random(4)
+    for _ in range(300):
+        text = "".join(
+            rng.choices(["[", "]", "[title]", " ", "\n", "\r", "a"], k=rng.randrange(20))
+        )
+        expected = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        assert clean(text) == expected.replace("  ", " ")
+    # each takes minutes if every bracket searches to the end
+    for text in ("[" * 500_000, "[a" * 250_000 + "\n]", "]" + "[" * 500_000):
+        assert clean(text) == text
 
 
 def their_choice(theirs, context, endings, lengths):
