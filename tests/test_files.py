@@ -156,7 +156,7 @@ def test_an_archive_of_one_byte_is_refused(tmp_path, monkeypatch, pack):
     """48 KB can unpack to more than the memory; a text never shrinks that far."""
     monkeypatch.setattr(files, "BOMB_SIZE", 1 << 22)
     path = tmp_path / ("a.gz" if pack is gzip.compress else "a.zst")
-    path.write_bytes(pack(bytes(1 << 26)))
+    path.write_bytes(pack(bytes(1 << (24 if pack is gzip.compress else 26))))
     pieces = DataFile(str(path), ".txt").pieces()
     with pytest.raises(ValueError, match=r"'.*' unpacks to more than 250 times its size and 4 MiB"):
         assert max(len(piece) for piece in pieces) <= 1 << 25

@@ -101,7 +101,7 @@ class DataFile:
             raise ValueError(f"{self.name!r} needs zstandard: pip install zstandard") from None
         frame = None
         # 4 bytes can unpack to 128 KiB
-        while piece := file.read(PIECE_SIZE // 1024):
+        while piece := file.read(max(1, PIECE_SIZE >> 10)):
             while piece:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 try:
