@@ -5,8 +5,9 @@ its type, default, range and help text stand in one place. The constructor raise
 value out of range. Nothing here knows tensors.
 
 model.py: the shape of a GPT-2, and the names and files of models. generation.py: the options of
-generate(). sample.py and train.py: the scripts' command lines. flags.py, one floor below, declares,
-checks and reads the fields. Import every name from this package.
+generate(). sample.py and train.py: the scripts' command lines. sources.py: the files that a source
+names. flags.py, one floor below, declares, checks and reads the fields. Import every name from this
+package.
 """
 
 from nanogpt2.config.flags import MAX_SEED, fail, parse, usage_error, value_of
@@ -33,14 +34,16 @@ from nanogpt2.config.sample import (
     SampleConfig,
     refuse_ignored,
 )
-from nanogpt2.config.train import (
+from nanogpt2.config.sources import (
     DATA_KINDS,
     DATA_NAMES,
-    TrainConfig,
+    Skip,
     check_data,
     data_files,
     data_kind,
+    no_report,
 )
+from nanogpt2.config.train import TrainConfig
 
 __all__ = [
     "TokenIds",
@@ -70,6 +73,8 @@ __all__ = [
     "check_data",
     "data_files",
     "data_kind",
+    "Skip",
+    "no_report",
     "MAX_SEED",
     "parse",
     "fail",

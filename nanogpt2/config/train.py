@@ -4,36 +4,35 @@ None means automatic: training/plan.py fills in a value for the model and the de
 opens no file.
 """
 
-import glob
+import codecs
 import os
 from dataclasses import MISSING, dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from nanogpt2.config.flags import MAX_SEED, check, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
-
-DATA_NAMES = ("pydocs", "shakespeare")
-DATA_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+from nanogpt2.config.sources import check_data
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """python train.py DATA [flags]: train or fine-tune a GPT-2 on text.
 
-    DATA is a file (text, or records as .jsonl, .csv, .tsv or .parquet; also .gz and .zst), a folder
-    or a glob of such files, a .tokens file, - for standard input, or a name: pydocs (the language
-    reference that every Python carries) or shakespeare (downloaded once). --out becomes a folder
-    that `sample.py --model` and transformers load. Several devices: torchrun --nproc_per_node=N
-    train.py DATA.
+    DATA is a file (text, or records as .jsonl, .json, .csv, .tsv or .parquet; also .gz and .zst), a
+    folder or a glob of such files, a .tokens file, - for standard input, or a name: pydocs (the
+    language reference that every Python carries) or shakespeare (downloaded once). --out becomes a
+    folder that `sample.py --model` and transformers load. Several devices: torchrun
+    --nproc_per_node=N train.py DATA.
     """
 
     data: str = flag(MISSING, "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
     task: str = flag("lm", "what to learn from DATA", choices=("lm", "chat", "classify"))
     validation: str | None = flag(None, "texts to validate on (default: a tenth of DATA)")
-    text_column: str = flag("text", "of a .jsonl, .csv, .tsv or .parquet file")
+    text_column: str = flag("text", "of a .jsonl, .json, .csv, .tsv or .parquet file")
     label_column: str = flag("label", "with --task classify")
+    encoding: str = flag("utf-8", "of DATA's files without a byte-order mark")
+    skip_bad: bool = flag(False, "skip and count the records that cannot be used")
     init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
     # the run's folder
     out: str = flag("out", "folder to write the model to")
@@ -106,6 +105,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if not is_encoding(self.encoding):
+            raise ValueError(f"encoding must be a text encoding, not {show(self.encoding)}")
         if self.resume and self.overwrite:
             raise ValueError(
                 "overwrite must be left out where resume is given: one keeps the run, one drops it"
@@ -181,49 +182,22 @@ class TrainConfig:
         if "text_column" in given and given.get("task") == "chat":
             raise ValueError("text_column must be left out with --task chat, whose columns are set")
         with usage_error("DATA"):
-            check_data(given["data"])
+            check_data(given["data"], given.get("out", "out"))
         if given.get("validation") is not None:
             with usage_error("--validation"):
-                check_data(given["validation"])
+                check_data(given["validation"], given.get("out", "out"))
         if given.get("init") != "scratch":
             with usage_error("--init"):
                 check_model(given.get("init", "gpt2"))
         return cls(**given, given=tuple(given))
 
 
-def check_data(source: str) -> None:
-    """Raise ValueError if `source` cannot be training data. Reads no text."""
-    if source not in (*DATA_NAMES, "-"):
-        data_files(source)
-
-
-def data_files(source: str) -> list[Path]:
-    """List the files of a path or a glob, sorted by name; of a folder, the files of known kinds.
-
-    Raises ValueError if no file matches.
-    """
-    path = Path(source)
-    if not source or "\0" in source:
-        found = []
-    elif path.is_dir():
-        found = [p for p in path.rglob("*") if data_kind(p) and p.is_file()]
-        if not found:
-            raise ValueError(
-                f"{show(source)} has no file to read ({', '.join(DATA_KINDS)}; also .gz, .zst)"
-            )
-    elif path.is_file():
-        found = [path]
-    else:
-        # Path.glob rejects absolute patterns
-        names = glob.glob(source, recursive=True)  # noqa: PTH207
-        found = [path for path in map(Path, names) if path.is_file()]
-    if not found:
-        known = ", ".join(DATA_NAMES)
-        raise ValueError(f"{show(source)} is not a file, a folder or a known text ({known})")
-    return sorted(found)
-
-
-def data_kind(path: str | Path) -> str | None:
-    """Return a file's kind by its suffix: one of DATA_KINDS, or None."""
-    name = str(path).lower().removesuffix(".gz").removesuffix(".zst")
-    return next((kind for kind in DATA_KINDS if name.endswith(kind)), None)
+def is_encoding(name: str) -> bool:
+    """Tell whether Python knows a text encoding of this name."""
+    try:
+        codecs.lookup(name)
+        # no empty text: its encoding is not looked up
+        " ".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return True

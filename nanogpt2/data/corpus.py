@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt2 import terminal
 from nanogpt2.config import IGNORE_INDEX
+from nanogpt2.data.content import SPLIT_SEED, Columns
 from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
+from nanogpt2.data.reading import Reading
 from nanogpt2.data.shards import Ids
-from nanogpt2.data.streams import SPLIT_SEED, Columns, Streams
+from nanogpt2.data.streams import Streams
 from nanogpt2.tokenizer import Tokenizer
 
 CACHE = Path("~/.cache/nanogpt2/tokens")
@@ -25,6 +28,7 @@ TASKS = ("lm", "chat", "classify")
 MIN_TOKENS = 90  # a tenth validates, and that must fill a sequence of 8 tokens
 VALIDATION_FRACTION = 0.1
 MAX_VALIDATION_TOKENS = 65_536  # more would only slow the evaluations down
+MANY_LABELS = 50  # more may be the wrong column
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,25 @@ class Corpus:
     validation: Ids | Examples
     sha256: str  # of the files, the task and the columns
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
+    # of the source, and of the validation source if there is one
+    readings: tuple[Reading, ...] = ()
+
+    def describe(self, block_size: int) -> str:
+        """Count the examples longer than `block_size`; return what was read, in lines."""
+        parts = (self.train, self.validation)
+        lines = []
+        for n, reading in enumerate(self.readings):
+            lines.append(reading.describe())
+            own = parts if len(self.readings) == 1 else parts[n : n + 1]
+            examples = [part for part in own if isinstance(part, Examples)]
+            reading.cut = sum(part.too_long(block_size) for part in examples)
+            if reading.cut:
+                cut = "texts are cut at their end" if self.labels else "questions are cut"
+                lines.append(
+                    f"{reading.cut:,} of {reading.records:,} {cut}: longer than block_size "
+                    f"{block_size}; the longest has {max(e.longest for e in examples):,} tokens"
+                )
+        return "\n".join(lines)
 
     @property
     def max_block_sizes(self) -> tuple[int, int]:
@@ -62,6 +85,9 @@ def load_corpus(
     vocab_size: int | None = None,
     labels: tuple[str, ...] | None = None,
     block_size: int | None = None,
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+    out: str | None = None,
     cache: Path = CACHE,
 ) -> Corpus:
     """Tokenise a source, once for each content and tokenizer, and hold some of it out.
@@ -69,29 +95,57 @@ def load_corpus(
     validation: a second source, to hold out instead; for task lm it must fill `block_size`.
     vocab_size: the model's; the tokenizer's by default.
     labels: the labels of a classifier that is trained further.
+    encoding: of files without a byte-order mark.
+    skip_bad: skip and count the records that cannot be used.
+    out: the folder that the run writes, which is no data.
     Raises ValueError or OSError for a source that cannot be used.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
-    streams = Streams(tokenizer, task, columns, vocab_size or tokenizer.vocab_size, cache)
-    stream, digest = streams.read(source)
+    size = vocab_size or tokenizer.vocab_size
+    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out)
+    stream, digest, reading = streams.read(source)
+    readings, sha256, second = [reading], digest.hex(), None
     if validation is not None:
-        second, second_digest = streams.read(validation)
-        digest = hashlib.sha256(digest + second_digest).digest()
+        second, second_digest, reading = streams.read(validation)
+        readings.append(reading)
+        sha256 = hashlib.sha256(digest + second_digest).hexdigest()
+    parts: tuple[Ids, Ids] | tuple[Examples, Examples]
     if task == "lm":
-        if validation is None:
-            return Corpus(*_split_ids(stream, source), digest.hex())
-        if len(second) < (block_size or 1) + 1:
-            raise ValueError(
-                f"{validation!r} is too short: {len(second)} tokens to validate on, block_size "
-                f"{block_size or 1} needs {(block_size or 1) + 1}"
-            )
-        return Corpus(stream, second, digest.hex())
+        parts = _texts(stream, second, source, validation, block_size or 1)
+    else:
+        parts = _records(stream, second, source, validation, task, labels)
+    tokens = [part.tokens if isinstance(part, Examples) else len(part) for part in parts]
+    for reading, count in zip(readings, tokens if validation else [sum(tokens)], strict=True):
+        reading.tokens = count
+    return Corpus(*parts, sha256, getattr(parts[0], "labels", ()), tuple(readings))
+
+
+def _texts(
+    ids: Ids, second: Ids | None, source: str, validation: str | None, block_size: int
+) -> tuple[Ids, Ids]:
+    if second is None:
+        return _split_ids(ids, source)
+    if len(second) < block_size + 1:
+        raise ValueError(
+            f"{validation!r} is too short: {len(second)} tokens to validate on, block_size "
+            f"{block_size} needs {block_size + 1}"
+        )
+    return ids, second
+
+
+def _records(
+    stream: Ids,
+    second: Ids | None,
+    source: str,
+    validation: str | None,
+    task: str,
+    labels: tuple[str, ...] | None,
+) -> tuple[Examples, Examples]:
     train = _examples(stream, source, task, labels)
-    if validation is None:
-        return Corpus(*_split_examples(train, source), digest.hex(), train.labels)
-    held_out = _examples(second, validation, task, train.labels)
-    return Corpus(train, held_out, digest.hex(), train.labels)
+    if second is None:
+        return _split_examples(train, source)
+    return train, _examples(second, validation or source, task, train.labels)
 
 
 def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
@@ -112,6 +166,10 @@ def _examples(
         examples = labelled_examples(stream, labels or ())
     except ValueError as error:
         raise ValueError(f"{source!r} {error}") from None
+    if len(examples.labels) > MANY_LABELS and not labels:
+        terminal.note(
+            f"note: {source!r} has {len(examples.labels)} distinct labels: is --label_column right?"
+        )
     if len(examples.labels) < 2:
         raise ValueError(f"{source!r} has one label alone, {examples.labels[0]!r}; two are needed")
     return examples

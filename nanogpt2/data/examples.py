@@ -50,6 +50,10 @@ class Examples:
         """Tokens in all examples."""
         return int(self.lengths.sum())
 
+    def too_long(self, block_size: int) -> int:
+        """Number of the examples that `example` cuts to `block_size`."""
+        return int((self.lengths > block_size).sum())
+
     def example(self, i: int, block_size: int) -> tuple[Ints, Ints]:
         """Return (inputs, targets), each int64 (T,), with T <= block_size.
 

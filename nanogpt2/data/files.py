@@ -1,21 +1,23 @@
 """A source -> its files -> their bytes, unpacked -> their text, decoded. All in pieces.
 
 A source is a path, a folder, a glob, - for standard input, or a name (pydocs, shakespeare). Text is
-UTF-8 unless a byte-order mark says otherwise. This file does not know the meaning of the text.
+UTF-8, or in the encoding given, unless a byte-order mark says otherwise. Its lines end in a line
+feed, whatever they ended in. This file does not know the meaning of the text.
 """
 
 import codecs
 import gzip
+import io
 import sys
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 from nanogpt2 import hub
-from nanogpt2.config import data_files, data_kind
+from nanogpt2.config import Skip, data_files, data_kind, no_report
 
 PIECE_SIZE = 1 << 20  # bytes
 # an archive that unpacks to more than both is one byte repeated, not text
@@ -30,6 +32,16 @@ BYTE_ORDER_MARKS = (
 )
 
 
+class EncodingError(ValueError):
+    """A file in another encoding than it is read in."""
+
+    def __init__(self, file: "DataFile", encoding: str, byte: str, is_guessed: bool) -> None:
+        super().__init__(f"{file.name!r} is not {encoding.upper()}: {byte}")
+        self.file, self.encoding, self.byte = file, encoding, byte
+        # nothing but ASCII before, and no mark: the encoding may be any other
+        self.is_guessed = is_guessed
+
+
 @dataclass(frozen=True)
 class DataFile:
     """A file on disk, or bytes with a name. It can be read repeatedly."""
@@ -37,6 +49,7 @@ class DataFile:
     name: str
     format: str  # .txt, .jsonl, ...: the suffix that its content is read by
     data: bytes | None = None
+    encoding: str = "utf-8"  # without a byte-order mark
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes, unpacked. Raises ValueError for a damaged archive, or one of no text."""
@@ -55,29 +68,31 @@ class DataFile:
             raise ValueError(f"{self.name!r} is damaged: {error}") from None
 
     def text(self) -> Iterator[str]:
-        """Yield the text. Raises ValueError that names the offset of an undecodable byte."""
+        """Yield the text. Raises EncodingError that names the offset of an undecodable byte."""
         pieces = self.pieces()
         start = next(pieces, b"")
         # collect more bytes than the longest mark has
         while len(start) <= 4 and (more := next(pieces, b"")):
             start += more
         found = (pair for pair in BYTE_ORDER_MARKS if start.startswith(pair[0]))
-        mark, encoding = next(found, (b"", "utf-8"))
+        mark, encoding = next(found, (b"", codecs.lookup(self.encoding).name))
+        # without a mark these two need the order of the bytes
+        encoding += "-le" if encoding in ("utf-16", "utf-32") else ""
         decoder = codecs.getincrementaldecoder(encoding)()
-        piece, offset = start[len(mark) :], len(mark)
+        newlines = io.IncrementalNewlineDecoder(None, translate=True)
+        piece, offset, is_ascii = start[len(mark) :], len(mark), not mark
         while True:
             # the decoder still holds the bytes of a character that the last piece left incomplete
             begun = offset - len(decoder.getstate()[0])
             try:
-                yield decoder.decode(piece, final=not piece)
+                yield newlines.decode(decoder.decode(piece, final=not piece), final=not piece)
             except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                raise ValueError(
-                    f"{self.name!r} is not {encoding.upper()}: byte 0x{byte:02x} at offset "
-                    f"{begun + error.start}"
-                ) from None
+                byte = f"byte 0x{error.object[error.start]:02x} at offset {begun + error.start}"
+                is_ascii = is_ascii and error.object[: error.start].isascii()
+                raise EncodingError(self, encoding, byte, is_ascii) from None
             if not piece:
                 return
+            is_ascii = is_ascii and piece.isascii()
             offset += len(piece)
             piece = next(pieces, b"")
 
@@ -115,25 +130,51 @@ class DataFile:
             raise ValueError(f"{self.name!r} is damaged: its end is missing")
 
 
-def find_files(source: str, stdin_format: str = ".txt") -> list[DataFile]:
+def find_files(
+    source: str,
+    stdin_format: str = ".txt",
+    *,
+    encoding: str = "utf-8",
+    out: str | None = None,
+    skip: Skip = no_report,
+) -> list[DataFile]:
     """Return the files of a source, sorted by name; standard input has the format `stdin_format`.
 
-    Raises ValueError or OSError for a source without a file to read.
+    encoding: of the files without a byte-order mark. out: the folder that a run writes, which is no
+    data. skip: told of each file that is not read. Raises ValueError or OSError for a source
+    without a file to read.
     """
     if source == "-":
-        return [DataFile("standard input", stdin_format, sys.stdin.buffer.read())]
+        data = sys.stdin.buffer.read()
+        return [DataFile("standard input", stdin_format, data, encoding)]
     if source == "pydocs":
         from pydoc_data.topics import topics
 
         return [DataFile(f"pydocs {n}", ".txt", topics[n].encode()) for n in sorted(topics)]
     if source == "shakespeare":
         return [DataFile(str(hub.fetch_shakespeare()), ".txt")]
-    paths = data_files(source)
+    paths = data_files(source, out, skip)
     if any(path.suffix == ".tokens" for path in paths) and len(paths) > 1:
         raise ValueError(f"{source!r} has a .tokens file among others: give one such file alone")
-    return [DataFile(str(path), _format(path)) for path in paths]
+    return [DataFile(str(path), _format(path), encoding=encoding) for path in paths]
+
+
+def encoding_of(files: Sequence[DataFile]) -> str | None:
+    """Return an encoding that reads files which are not UTF-8; None if they may be binary."""
+    for encoding in ("cp1252", "latin-1"):
+        try:
+            for file in files:
+                if any(b"\0" in piece for piece in file.pieces()):
+                    return None
+                for _ in replace(file, encoding=encoding).text():
+                    pass
+            return encoding
+        except EncodingError:
+            continue
+    return None
 
 
 def _format(path: Path) -> str:
     # a file named on the command line is text if its suffix is unknown
-    return ".tokens" if path.suffix == ".tokens" else data_kind(path) or ".txt"
+    kind = ".tokens" if path.suffix == ".tokens" else data_kind(path) or ".txt"
+    return ".jsonl" if kind == ".ndjson" else kind

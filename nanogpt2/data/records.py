@@ -1,24 +1,45 @@
 """Files of records -> one mapping for each record, with its file and line.
 
-    .jsonl     one JSON object a line; blank lines are skipped
-    .csv .tsv  a line of names, then one record a line; a quoted field may contain line breaks
-    .parquet   one record a row; needs pyarrow
+    .jsonl .json  one JSON object a line, objects one after another, or an array of objects
+    .csv          a line of names, then one record a line; a quoted field may contain line breaks;
+                  the delimiter is the one in the line of names: , or ; or a tab or |
+    .tsv          the same with tabs; a quote that does not enclose a field is text
+    .parquet      one record a row; needs pyarrow; only the columns that are used are read
 
-A malformed file is a ValueError that names the file and the line. This file does not know the
-meaning of the columns.
+Columns without a name are ignored. A file that cannot be cut into records is a ValueError that
+names the file. A malformed record is yielded all the same, and its use is a `RecordError`, so that
+the records after it can be read. This file does not know the meaning of the columns.
 """
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import numbers
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from typing_extensions import override
 
 from nanogpt2.data.files import DataFile
 
-RECORD_FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
+RECORD_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_FIELD_SIZE = 2**31 - 1  # characters in a CSV field
+DELIMITERS = ",;\t|"
+# a field between tabs: in quotes that enclose it, or as it stands
+TAB_FIELD = re.compile(r'"([^"]*(?:""[^"]*)*)"(?=\t|\Z)|([^\t]*)')
+
+
+class RecordError(ValueError):
+    """A record that cannot be used: `where` is its file and line."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}{reason}")
+        self.where, self.reason = where, reason
 
 
 @dataclass(frozen=True)
@@ -29,37 +50,62 @@ class Record:
     values: Mapping[str, Any]
 
     def value(self, column: str) -> Any:
-        """Return a column's value. Raises ValueError that lists the columns if it is missing."""
+        """Return a column's value. Raises RecordError that lists the columns if it is missing."""
         if column not in self.values:
             found = ", ".join(map(repr, self.values)) or "none"
-            raise ValueError(f"{self.where} has no column {column!r}; columns found: {found}")
-        return self.values[column]
+            raise RecordError(self.where, f" has no column {column!r}; columns found: {found}")
+        try:
+            return self.values[column]
+        except (ValueError, OverflowError) as error:
+            # a time that Python cannot express
+            raise RecordError(self.where, f": {column!r} cannot be read: {error}") from None
 
     def text(self, column: str) -> str:
-        """Return a column's text. Raises ValueError for a blank text or another type."""
+        """Return a column's text. Raises RecordError for a blank text or another type."""
         value = self.value(column)
         if not isinstance(value, str):
-            raise ValueError(f"{self.where}: {column!r} must be text, not {excerpt(value)}")
+            raise RecordError(self.where, f": {column!r} must be text, not {excerpt(value)}")
         if not value.strip():
-            raise ValueError(f"{self.where}: {column!r} is empty")
+            raise RecordError(self.where, f": {column!r} is empty")
         return value
 
     def label(self, column: str) -> str:
-        """Return a label's name: a text, or an integer as text."""
+        """Return a label's name: a text, or a number, true or false as text."""
         value = self.value(column)
-        if type(value) is int:
+        if isinstance(value, bool):
+            return str(value).lower()
+        # a missing number is NaN, which differs from itself
+        if isinstance(value, numbers.Number) and value == value:
             return str(value)
         if not isinstance(value, str):
-            raise ValueError(
-                f"{self.where}: {column!r} must be text or a whole number, not {excerpt(value)}"
-            )
+            allowed = "text, a number, true or false"
+            raise RecordError(self.where, f": {column!r} must be {allowed}, not {excerpt(value)}")
         return self.text(column).strip()
+
+
+class _Malformed(Mapping[str, Any]):
+    """The values of a malformed record: each use raises its error."""
+
+    def __init__(self, error: RecordError) -> None:
+        self.error = error
+
+    @override
+    def __getitem__(self, name: str) -> Any:
+        raise self.error
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        raise self.error
+
+    @override
+    def __len__(self) -> int:
+        raise self.error
 
 
 def read_records(file: DataFile) -> Iterator[Record]:
     """Yield the records of a file, in order. Raises ValueError for a malformed file."""
-    if file.format == ".jsonl":
-        yield from _jsonl(file)
+    if file.format in (".jsonl", ".json"):
+        yield from _json(file)
     elif file.format == ".parquet":
         yield from _parquet(file)
     else:
@@ -70,6 +116,10 @@ def excerpt(value: object) -> str:
     """Return the beginning of a value, for an error message."""
     text = value if isinstance(value, str) else repr(value)
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _malformed(where: str, reason: str) -> Record:
+    return Record(where, _Malformed(RecordError(where, reason)))
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
@@ -85,40 +135,182 @@ def _lines(parts: Iterable[str]) -> Iterator[str]:
         yield "".join(held)
 
 
-def _jsonl(file: DataFile) -> Iterator[Record]:
+# ---- JSON
+
+
+def _json(file: DataFile) -> Iterator[Record]:
+    is_first = True
     for number, line in enumerate(_lines(file.text()), 1):
-        if not line.strip():
+        if not (text := line.strip()):
             continue
-        where = f"{file.name!r} line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} is not a JSON object: {excerpt(line.strip())}")
-        yield Record(where, values)
+        values = _value(text)
+        if is_first and text[0] in "[{" and not isinstance(values, dict):
+            # an array, or an object over several lines
+            objects = _objects(file, is_needed=values is None and (text[0] == "[" or text == "{"))
+            if objects is not None:
+                for i, value in enumerate(objects, 1):
+                    yield _json_record(f"{file.name!r} item {i}", value, str(value))
+                return
+        is_first = False
+        yield _json_record(f"{file.name!r} line {number}", values, text)
 
 
-def _table(file: DataFile, delimiter: str) -> Iterator[Record]:
-    csv.field_size_limit(MAX_FIELD_SIZE)
-    rows = csv.reader(_lines(file.text()), delimiter=delimiter, strict=True)
-    names: list[str] = []
-    line = 1  # of the row's first line
+def _json_record(where: str, values: Any, text: str) -> Record:
+    if isinstance(values, dict):
+        return Record(where, values)
+    return _malformed(where, f" is not a JSON object: {excerpt(text)}")
+
+
+def _value(text: str) -> Any:
+    """Return the value of a JSON text; None if it is malformed."""
     try:
-        for row in rows:
-            where, line = f"{file.name!r} line {line}", rows.line_num + 1
-            if row and not names:
-                names = [name.strip() for name in row]
-                if len(set(names)) < len(names):
-                    raise ValueError(f"{where} names a column twice: {', '.join(names)}")
-            elif row:
-                if len(row) != len(names):
-                    raise ValueError(
-                        f"{where} has {len(row)} fields, not {len(names)} as the first line"
-                    )
-                yield Record(where, dict(zip(names, row, strict=True)))
-    except csv.Error as error:
-        raise ValueError(f"{file.name!r} line {line} is malformed: {error}") from None
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _objects(file: DataFile, is_needed: bool) -> list[Any] | None:
+    """Return the items of an array, or objects one after another; None for anything else.
+
+    is_needed: the file cannot be JSON Lines, so anything else is a ValueError.
+    """
+    text, decoder, found = "".join(file.text()).strip(), json.JSONDecoder(), []
+    at = 0
+    try:
+        while at < len(text):
+            value, at = decoder.raw_decode(text, at)
+            found.append(value)
+            while at < len(text) and text[at].isspace():
+                at += 1
+    except (ValueError, RecursionError) as error:
+        if is_needed:
+            raise ValueError(f"{file.name!r} is not JSON Lines or an array: {error}") from None
+        return None
+    if len(found) == 1 and isinstance(found[0], list):
+        return found[0]
+    return found if all(isinstance(value, dict) for value in found) else None
+
+
+# ---- tables
+
+
+def _table(file: DataFile, usual: str) -> Iterator[Record]:
+    csv.field_size_limit(MAX_FIELD_SIZE)
+    lines = _lines(file.text())
+    blank, head = 0, ""
+    for head in lines:
+        if head.strip():
+            break
+        blank += 1
+    # outside quotes
+    bare = re.sub('"[^"]*"', "", head)
+    delimiter = usual if usual in bare else max(usual + DELIMITERS, key=bare.count)
+    lines = itertools.chain([head], lines)
+    rows = _tab_rows(lines) if delimiter == "\t" else _quoted_rows(lines, delimiter, file.name)
+    names: list[str] = []
+    for line, row in rows:
+        where = f"{file.name!r} line {blank + line}"
+        if isinstance(row, str):
+            if not names:
+                raise ValueError(f"{where}{row}")
+            yield _malformed(where, row)
+        elif row and not names:
+            names = [name.strip() for name in row]
+            named = [name for name in names if name]
+            if len(set(named)) < len(named):
+                raise ValueError(f"{where} names a column twice: {', '.join(named)}")
+        elif row and len(row) != len(names):
+            reason = f" has {len(row)} fields, not {len(names)} as the first line"
+            yield _malformed(where, reason)
+        elif row:
+            yield Record(where, {k: v for k, v in zip(names, row, strict=True) if k})
+
+
+def _quoted_rows(
+    lines: Iterable[str], delimiter: str, name: str
+) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield each row's first line and its fields, or what is wrong with it."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        line = rows.line_num + 1
+        try:
+            yield line, next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if rows.line_num > line:
+                # the lines that it swallowed may be records: none of them may be dropped
+                raise ValueError(
+                    f"{name!r} line {line} opens a quote that does not end as it must (read to "
+                    f"line {rows.line_num}): {error}"
+                ) from None
+            yield line, f" is malformed: {error}"
+
+
+def _tab_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
+    """Yield each row's first line and its fields.
+
+    A quoted field spans lines only if these are not records by themselves: a stray quote must not
+    swallow the records up to the next one.
+    """
+    source, held = enumerate(lines, 1), deque[tuple[int, str]]()
+    width = 0
+    while (now := held.popleft() if held else next(source, None)) is not None:
+        line, text = now[0], now[1].rstrip("\n")
+        row, ahead = _tab_fields(text), list[tuple[int, str]]()
+        while not _is_closed(row) and (more := held.popleft() if held else next(source, None)):
+            ahead.append(more)
+            if len(_tab_fields(more[1].rstrip("\n"))) == width == len(_tab_fields(text)):
+                break
+            row = _tab_fields("".join([now[1], *(part for _, part in ahead)]).rstrip("\n"))
+        if ahead and not (_is_closed(row) and len(row) == (width or len(row))):
+            held.extendleft(reversed(ahead))
+            row = _tab_fields(text)
+        if len(row) != width == text.count("\t") + 1:
+            row = text.split("\t")
+        width = width or len(row)
+        yield line, row if text else []
+
+
+def _tab_fields(text: str) -> list[str]:
+    fields, at = [], 0
+    while at <= len(text) and (found := TAB_FIELD.match(text, at)):
+        fields.append(found[2] if found[1] is None else found[1].replace('""', '"'))
+        at = found.end() + 1
+    return fields
+
+
+def _is_closed(row: list[str]) -> bool:
+    """Tell whether no field begins with a quote that is open at the row's end."""
+    return not (row[-1].startswith('"') and row[-1].count('"') % 2)
+
+
+# ---- Parquet
+
+
+class _Row(Mapping[str, Any]):
+    """A row of a group of rows; a column is read from the file once a row is asked for it."""
+
+    def __init__(self, names: list[str], column: Callable[[str], Any], index: int) -> None:
+        self.names, self.column, self.index = names, column, index
+
+    @override
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.column(name)[self.index].as_py()
+
+    @override
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _parquet(file: DataFile) -> Iterator[Record]:
@@ -129,10 +321,19 @@ def _parquet(file: DataFile) -> Iterator[Record]:
     number = 0
     try:
         # Parquet's index is at the end of the file, so read all of it
-        content = io.BytesIO(b"".join(file.pieces()))
-        for batch in parquet.ParquetFile(content).iter_batches():
-            for values in batch.to_pylist():
+        content = parquet.ParquetFile(io.BytesIO(b"".join(file.pieces())))
+        names = content.schema_arrow.names
+        for group in range(content.num_row_groups):
+
+            @cache
+            def column(name: str, group: int = group) -> Any:
+                try:
+                    return content.read_row_group(group, columns=[name]).column(0)
+                except (ArrowException, OSError) as error:
+                    raise ValueError(f"{file.name!r} is damaged: {error}") from None
+
+            for index in range(content.metadata.row_group(group).num_rows):
                 number += 1
-                yield Record(f"{file.name!r} row {number}", values)
+                yield Record(f"{file.name!r} row {number}", _Row(names, column, index))
     except ArrowException as error:
         raise ValueError(f"{file.name!r} is not a Parquet file: {error}") from None

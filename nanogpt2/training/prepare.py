@@ -6,7 +6,7 @@ written to the run's folder here. This file does not know the loop.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         model = GPTClassifier(model, corpus.labels)
     with usage_error():
         block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
+        terminal.note(corpus.describe(block_size))
+        folder.read = [asdict(reading) for reading in corpus.readings]
         batches = make_batches(corpus.train, block_size, config.seed)
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
@@ -138,4 +140,7 @@ def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus
         columns=Columns(config.text_column, config.label_column),
         vocab_size=model.config.vocab_size,
         labels=getattr(model, "labels", None),
+        encoding=config.encoding,
+        skip_bad=config.skip_bad,
+        out=config.out,
     )

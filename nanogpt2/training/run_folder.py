@@ -55,6 +55,7 @@ class RunFolder:
         self.path = path
         self.writes = True  # True in the first process only
         self.loggers: list[Callable[[dict[str, Any]], None]] = []  # called at each step
+        self.read: list[dict[str, Any]] = []  # what was read from each source, for run.json
         self._digests: dict[str, str] = {}
         self.checkpoints = path / "checkpoints"
         self._metrics: TextIO | None = None
@@ -161,7 +162,7 @@ class RunFolder:
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
-        record = {"config": settings, "digests": self._digests, "before": before}
+        record = {"config": settings, "digests": self._digests, "read": self.read, "before": before}
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
 
