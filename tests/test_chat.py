@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanogpt2.config.presets import TASKS
 from nanogpt2.data.chat import segments
-from nanogpt2.data.records import Record
+from nanogpt2.data.records import Record, RecordError
 from nanogpt2.tokenizer import gpt2_tokenizer
 
 
@@ -35,6 +35,57 @@ def test_messages():
         ("You: bye\nFriend:", False),
         (" Bye.", True),
     ]
+
+
+def test_messages_by_other_names():
+    turns = [("human", "hi"), ("gpt", "Hello!")]
+    parts = [("You: hi\nFriend:", False), (" Hello!", True)]
+    for name in ("conversations", "conversation", "messages"):
+        assert cut(**{name: [{"from": role, "value": text} for role, text in turns]}) == parts
+    content = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo!"}]
+    assert messages(("user", "hi"), ("assistant", content)) == parts
+    system = [("Be kind.\n" + parts[0][0], False), parts[1]]
+    for role in ("system", "developer"):
+        assert messages((role, "Be kind."), ("user", "hi"), ("assistant", "Hello!")) == system
+    assert messages(("system", ""), ("user", "hi"), ("assistant", "Hello!")) == parts
+    pair = {"prompt": [{"role": "user", "content": "hi"}]}
+    pair["completion"] = [{"role": "assistant", "content": "Hello!"}]
+    assert cut(**pair) == parts
+
+
+@pytest.mark.parametrize("empty", ["", None, " \n"])
+def test_instructions(empty):
+    parts = [("You: Add.\n1 and 2\nFriend:", False), (" 3", True)]
+    assert cut(instruction="Add.", input="1 and 2", output="3") == parts
+    assert cut(instruction="Add.", context=" 1 and 2 ", response="3 ", category="x") == parts
+    alone = [("You: Add.\nFriend:", False), (" 3", True)]
+    assert cut(instruction="Add.", input=empty, output="3") == alone
+    assert cut(instruction="Add.", output="3") == alone
+
+
+def test_calls_of_tools_and_their_results_are_left_out():
+    left_out = []
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "t"}]}
+    old = {"role": "assistant", "function_call": {"name": "clock"}}
+    asked, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    parts = [("You: hi\nFriend:", False), (" yes", True)]
+    for used, role in ((call, "tool"), (old, "function")):
+        turns = [asked, used, {"role": role, "content": "5"}, answer]
+        record = Record("'x.jsonl' line 3", {"messages": turns})
+        assert segments(record, lambda reason, where: left_out.append(where)) == parts
+    assert left_out == [f"'x.jsonl' line 3, message {n}" for n in (2, 3, 2, 3)]
+    # words beside a call are trained on
+    said = [asked, call | {"content": "One moment."}, {"role": "tool", "content": "5"}, answer]
+    assert cut(messages=said)[1] == (" One moment.\n", True)
+
+
+def test_an_empty_prompt_and_a_written_end():
+    assert cut(prompt="", completion="b") == [("", False), ("b", True)]
+    for end in ("<|endoftext|>", " <|endoftext|>\n", "<|endoftext|><|endoftext|>"):
+        assert cut(prompt="a", completion=f" b{end}") == [("a", False), (" b", True)]
+        assert messages(("user", "a"), ("assistant", f"b{end}"))[1] == (" b", True)
+    with pytest.raises(RecordError, match="line 3: 'completion' is empty"):
+        cut(prompt="a", completion="<|endoftext|>")
 
 
 words = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
@@ -64,8 +115,24 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
     ("values", "message"),
     [
         ({"prompt": "a"}, "line 3 has no column 'completion'; columns found: 'prompt'"),
-        ({"text": "a"}, "line 3 has no column 'prompt'; columns found: 'text'"),
-        ({"prompt": "", "completion": "b"}, "line 3: 'prompt' is empty"),
+        (
+            {"text": "a"},
+            r"line 3 has no column 'prompt' \(nor 'messages', .*'instruction'\); .* found: 'text'",
+        ),
+        ({"prompt": None, "completion": "b"}, "line 3: 'prompt' must be text, not 'None'"),
+        ({"prompt": "a", "completion": ""}, "line 3: 'completion' is empty"),
+        ({"instruction": "a"}, "line 3 has no column 'output'"),
+        ({"instruction": "a", "input": 5, "output": "b"}, "line 3: 'input' must be text, not '5'"),
+        ({"instruction": "a", "output": None}, "line 3: 'output' must be text, not 'None'"),
+        ({"conversations": None}, "'conversations' must be a list of messages, not 'None'"),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            "line 3, message 1: 'content' must be text, not 'None'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
+            "line 3: the last message must be the assistant's, not tool's",
+        ),
         ({"prompt": "a", "completion": 5}, "line 3: 'completion' must be text, not '5'"),
         ({"messages": []}, "'messages' must be a list of messages"),
         ({"messages": "hi"}, "'messages' must be a list of messages, not 'hi'"),
@@ -73,8 +140,8 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
         ({"messages": [{"content": "a"}]}, "message 1 has no column 'role'"),
         ({"messages": [{"role": "user", "content": " "}]}, "message 1: 'content' is empty"),
         (
-            {"messages": [{"role": "tool", "content": "a"}]},
-            "message 1: role must be system, user, assistant, not 'tool'",
+            {"messages": [{"role": "robot", "content": "a"}]},
+            "message 1: role must be system, user, assistant, not 'robot'",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}]},
@@ -83,5 +150,5 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
     ],
 )
 def test_malformed_conversations(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecordError, match=message):
         cut(**values)

@@ -83,12 +83,144 @@ def test_records_are_texts_too(here):
     expected = [f"{i} sheep" for i in range(30)] + ["one sheep", "two sheep", "no sheep", ""]
     assert sorted(texts) == sorted(expected)
     with pytest.raises(
-        ValueError, match=r"a.jsonl' line 1 has no column 'text'; columns found: 'body"
+        ValueError, match=r"32 of 33 records are bad .* has no column 'text'; columns found: 'body"
     ):
         load_corpus("data", BYTES)
+    # no flag helps where no record is good
+    with pytest.raises(ValueError, match=r"line 1 has no column .*\(so are all 30 records\)$"):
+        load_corpus("data/a.jsonl", BYTES, skip_bad=True)
     (here / "data/b.csv").write_text("id,body\n1,one sheep\n2,\n")
-    with pytest.raises(ValueError, match=r"b.csv' line 3: 'body' is empty"):
+    with pytest.raises(ValueError, match=r"b.csv' line 3: 'body' is empty \(--skip_bad skips it"):
         load_corpus("data", BYTES, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad"),
+    [
+        ("lm", {"text": "a text " * 9}, [{"text": " "}, {"text": None}, {"body": "x"}]),
+        ("classify", {"text": "a"}, [{"text": "a"}, {"text": "", "label": "x"}, {"label": "x"}]),
+        (
+            "chat",
+            {"prompt": "a", "completion": "b"},
+            [
+                {"messages": [{"role": "user", "content": "last"}]},
+                {"messages": [{"role": "assistant", "content": None}]},
+                {"prompt": "a"},
+            ],
+        ),
+    ],
+)
+def test_bad_records_are_one_error_or_are_skipped_and_counted(here, task, good, bad):
+    goods = [good | ({"label": "xy"[i % 2]} if task == "classify" else {}) for i in range(8)]
+    lines = [json.dumps(row) for i in range(8) for row in (goods[i], bad[i % 3])]
+    # a comma too many; an array
+    lines += [json.dumps(goods[0])[:-1] + ",}", "[1]"]
+    (here / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as raised:
+        load_corpus("a.jsonl", BYTES, task)
+    said = str(raised.value)
+    assert "10 of 18 records are bad (--skip_bad skips them): " in said
+    assert "'a.jsonl' line 2, line 4, line 6; the first" in said.replace(", message 1", "")
+    corpus = load_corpus("a.jsonl", BYTES, task, skip_bad=True)
+    (reading,) = corpus.readings
+    assert reading.records == 8 and reading.skipped["bad records"].count == 10
+    assert len(reading.skipped["bad records"].first) == 3
+    write(here / "b.jsonl", *goods)
+    same = load_corpus("b.jsonl", BYTES, task)
+    for part, other in ((corpus.train, same.train), (corpus.validation, same.validation)):
+        assert np.array_equal(getattr(part, "stream", part), getattr(other, "stream", other))
+
+
+def test_bad_records_of_several_long_names_fit_a_line(here):
+    for name in "abc":
+        write(here / f"data/{name * 60}.jsonl", {"text": "a text " * 20}, {"text": ""})
+    with pytest.raises(ValueError) as raised:
+        load_corpus("data", BYTES)
+    said = f"error: DATA {raised.value}"[:200]
+    assert said.count(".jsonl' line 2") == 3 and "3 of 6" in said and "--skip_bad" in said
+
+
+def test_a_bad_record_of_the_validation_source_counts_too(here):
+    write(here / "a.jsonl", {"text": "a text " * 20})
+    write(here / "b.jsonl", {"text": "other words " * 20}, {"text": ""})
+    with pytest.raises(ValueError, match=r"'b.jsonl' line 2: 'text' is empty"):
+        load_corpus("a.jsonl", BYTES, validation="b.jsonl")
+    corpus = load_corpus("a.jsonl", BYTES, validation="b.jsonl", skip_bad=True)
+    first, second = corpus.readings
+    assert not first.skipped and second.skipped["bad records"].count == 1
+    assert (first.tokens, second.tokens) == (len(corpus.train), len(corpus.validation))
+    assert "read 'a.jsonl': 1 file, 1 record, 141 tokens\nread 'b.jsonl'" in corpus.describe(8)
+
+
+def test_texts_in_another_encoding_are_one_error(here):
+    words = "caf\xe9 " * 20
+    (here / "data").mkdir()
+    for name in "abcde":
+        (here / f"data/{name}.txt").write_bytes(words.encode("latin-1"))
+    (here / "data/f.txt").write_text("plain ASCII")
+    with pytest.raises(ValueError) as raised:
+        load_corpus("data", BYTES)
+    said = str(raised.value)
+    assert "5 of 6 files are not UTF-8 (--encoding cp1252 would read them): " in said
+    assert "'data/a.txt' (byte 0xe9 at offset 3)" in said and said.endswith(", ...")
+    corpus = load_corpus("data", BYTES, encoding="cp1252")
+    assert texts_of(corpus.train)[0] in (words, "plain ASCII")
+    corpus = load_corpus("data", BYTES, "classify", encoding="cp1252", labels=("data", "x"))
+    assert len(corpus.train) == 5
+    # one encoding cannot read both
+    (here / "data/f.txt").write_text(words)
+    with pytest.raises(ValueError, match=r"\(other files are: convert from cp1252\)"):
+        load_corpus("data", BYTES)
+    assert load_corpus("data", BYTES, skip_bad=True).readings[0].skipped["not UTF-8"].count == 5
+    # a damaged UTF-8 file is not in another encoding
+    (here / "a.txt").write_bytes(words.encode() + b"\xff")
+    with pytest.raises(ValueError, match=r"'a.txt' is not UTF-8: byte 0xff at offset 120$"):
+        load_corpus("a.txt", BYTES)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 1 << 20])
+@pytest.mark.parametrize("tokenizer", [BYTES, gpt2_tokenizer()], ids=["bytes", "gpt2"])
+def test_a_written_end_of_text_separates_texts(here, monkeypatch, size, tokenizer):
+    monkeypatch.setattr(files, "PIECE_SIZE", size)
+    texts = [f"text number {i}, to be" for i in range(30)]
+    joined = "<|endoftext|>".join(texts)
+    (here / "a.txt").write_text(f"<|endoftext|>{joined}<|endoftext|>\n<|endoftext|>\n")
+    write(here / "b.jsonl", {"text": joined[:205]}, {"text": joined[205:]})
+    for source, count in (("a.txt", 30), ("b.jsonl", 31)):
+        corpus = load_corpus(source, tokenizer)
+        ids = np.concatenate([corpus.train, corpus.validation])
+        assert (ids == tokenizer.end_of_text).sum() == corpus.readings[0].records == count
+    (here / "a.txt").write_text(joined)
+    found = tokenizer.decode(load_corpus("a.txt", tokenizer).train.tolist()).split("<|endoftext|>")
+    assert {*found[:-1]} < {*texts} and found[:-1] != sorted(found[:-1])
+
+
+def test_line_ends_are_line_feeds(here):
+    (here / "a.txt").write_bytes(b"one line\rtwo lines\r\nthree\n" * 9)
+    corpus = load_corpus("a.txt", BYTES)
+    assert texts_of(np.concatenate([corpus.train, corpus.validation]))[0] == (
+        "one line\ntwo lines\nthree\n" * 9
+    )
+
+
+def test_settings_beside_texts_are_skipped_and_said(here):
+    (here / "data").mkdir()
+    (here / "data/a.txt").write_text("a text " * 20)
+    (here / "data/settings.json").write_text('{\n  "name": "a"\n}')
+    (here / "data/one.json").write_text('{"text": "a text too"}')
+    (reading,) = load_corpus("data", BYTES).readings
+    assert reading.records == 2
+    assert [*reading.skipped] == ["one JSON object that is no record"]
+    with pytest.raises(ValueError, match="has no column 'text'; columns found: 'name'"):
+        load_corpus("data/settings.json", BYTES)
+
+
+def test_the_runs_own_folder_is_no_data(here):
+    (here / "data/out").mkdir(parents=True)
+    (here / "data/a.txt").write_text("a text " * 20)
+    (here / "data/out/b.txt").write_text("the run's own words " * 20)
+    assert len(load_corpus("data", BYTES, out="data/out").train) == 127
+    assert len(load_corpus("data", BYTES).train) > 127
 
 
 def test_validation_is_capped(here):
@@ -135,7 +267,7 @@ def test_texts_are_tokenised_once(here, monkeypatch):
     path, cache = here / "book.txt", here / "cache"
     path.write_text("to be or not to be, that is the question\n" * 20)
     first = load_corpus("book.txt", gpt2_tokenizer(), cache=cache)
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.tokens"))) == 1
 
     calls = []
     real = Tokenizer.encode_parts
@@ -148,11 +280,11 @@ def test_texts_are_tokenised_once(here, monkeypatch):
     load_corpus("book.txt", BYTES, cache=cache)
     path.write_text("other words\n" * 40)
     assert load_corpus("book.txt", gpt2_tokenizer(), cache=cache).sha256 != first.sha256
-    assert calls and len(list(cache.iterdir())) == 3
+    assert calls and len(list(cache.glob("*.tokens"))) == 3
     # so does a tokenizer of the same name with other merges
     merges = "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in ("to", "be", "or", "no"))
     load_corpus("book.txt", Tokenizer("gpt2", merges), cache=cache)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.glob("*.tokens"))) == 4
 
 
 def test_another_task_or_column_is_another_entry(here):
@@ -172,7 +304,7 @@ def test_a_damaged_cache_is_made_again(here, capsys, damage, task):
     write(here / "a.jsonl", *({"text": f"a text {i}", "label": i % 2} for i in range(20)))
     load = lambda: load_corpus("a.jsonl", BYTES, task, cache=here / "cache")  # noqa: E731
     load()
-    (entry,) = (here / "cache").iterdir()
+    (entry,) = (here / "cache").glob("*.tokens")
     whole = entry.read_bytes()
     damaged = {None: whole[:-7], "a bit": whole[:-7] + b"\x01" + whole[-6:]}.get(damage, damage)
     entry.write_bytes(damaged)
@@ -180,6 +312,21 @@ def test_a_damaged_cache_is_made_again(here, capsys, damage, task):
     load()
     assert entry.read_bytes() == whole
     assert "damaged: making it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"skipped": 5}', '{"skipped": {}, "more": 5}', None])
+def test_what_was_read_is_read_again_if_its_record_is_damaged(here, damage):
+    (here / "a.jsonl").write_text('{"text": "' + "a text" * 20 + '"}\n\n5\n')
+    load = lambda: load_corpus("a.jsonl", BYTES, skip_bad=True, cache=here / "cache")  # noqa: E731
+    first = load().readings
+    (entry,) = (here / "cache").glob("*.json")
+    whole = entry.read_text()
+    if damage is None:
+        entry.unlink()
+    else:
+        entry.write_text(damage)
+    assert load().readings == first and first[0].skipped["bad records"].count == 1
+    assert entry.read_text() == whole
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(here, capsys):
@@ -199,7 +346,7 @@ def test_a_token_file_is_used_directly(here):
     assert corpus.validation.tolist() == [*range(180, 200)]
     with pytest.raises(ValueError, match=r"'ids.tokens' holds token id 199, outside the .* of 199"):
         load_corpus("ids.tokens", BYTES, vocab_size=199)
-    with pytest.raises(ValueError, match=r"'ids.tokens' holds tokens; chat needs .jsonl, .csv"):
+    with pytest.raises(ValueError, match=r"'ids.tokens' holds tokens; chat needs .jsonl"):
         load_corpus("ids.tokens", BYTES, "chat")
     write_shard("ids.tokens", [[5] * 99, [-1]], np.int32)
     with pytest.raises(ValueError, match="token id -1, outside the vocabulary of 257"):
@@ -233,7 +380,7 @@ def test_chat(here):
     assert seen == {pair["prompt"] + pair["completion"] for pair in pairs}
 
     (here / "b.txt").write_text("no conversation")
-    with pytest.raises(ValueError, match=r"'b.txt' is text; chat needs .jsonl, .csv"):
+    with pytest.raises(ValueError, match=r"'b.txt' is text; chat needs .jsonl, .json, .csv"):
         load_corpus("b.txt", BYTES, "chat")
     both = load_corpus("a.jsonl", BYTES, "chat", validation="a.jsonl")
     assert len(both.train) == len(both.validation) == 20
@@ -320,6 +467,14 @@ def test_the_label_of_a_text_file_is_its_folders_name(here):
     assert renamed.labels == ("ham", "zebra") and renamed.sha256 != corpus.sha256
 
 
+def test_many_labels_are_said(here, capsys):
+    said = "'a.jsonl' has 51 distinct labels: is --label_column right?"
+    for count in (51, 50):
+        write(here / "a.jsonl", *({"text": "x", "label": i % count} for i in range(200)))
+        load_corpus("a.jsonl", BYTES, "classify")
+        assert (said in capsys.readouterr().err) == (count == 51)
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
@@ -328,7 +483,7 @@ def test_the_label_of_a_text_file_is_its_folders_name(here):
         ([*mails(5), {"text": "a", "label": " "}], "line 6: 'label' is empty"),
         ([*mails(5), {"text": "", "label": "ham"}], "line 6: 'text' is empty"),
         ([*mails(5), {"text": "a"}], "line 6 has no column 'label'; columns found: 'text'"),
-        ([*mails(5), {"text": "a", "label": None}], "must be text or a whole number, not 'None'"),
+        ([*mails(5), {"text": "a", "label": None}], "must be text, a number, .* not 'None'"),
     ],
 )
 def test_records_that_cannot_be_classified(here, records, message):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanogpt2.config import check_data, data_files, data_kind
 from nanogpt2.data import files
-from nanogpt2.data.files import DataFile, find_files
+from nanogpt2.data.files import DataFile, encoding_of, find_files
 
 
 def text_of(data, name="book.txt"):
@@ -22,13 +22,18 @@ def test_a_folder_holds_the_files_of_known_formats_by_name(tmp_path):
     for name in ("b.txt", "sub/c.csv.gz", "a.JSONL", "d.parquet", "e.tsv.zst", "sub/deep/a.txt.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    for name in ("ignored.md", "ids.tokens", "notes", "x.gz", "model.json"):
+    for name in ("f.json", "g.ndjson.gz", "ignored.md", "ids.tokens", "notes", "x.gz"):
         (tmp_path / name).write_text("")
-    found = find_files(str(tmp_path))
+    skipped = []
+    found = find_files(str(tmp_path), skip=lambda reason, name: skipped.append((reason, name)))
     assert [file.name.removeprefix(f"{tmp_path}/") for file in found] == [
-        "a.JSONL", "b.txt", "d.parquet", "e.tsv.zst", "sub/c.csv.gz", "sub/deep/a.txt.gz",
+        "a.JSONL", "b.txt", "d.parquet", "e.tsv.zst", "f.json", "g.ndjson.gz",
+        "sub/c.csv.gz", "sub/deep/a.txt.gz",
     ]  # fmt: skip
-    assert [file.format for file in found] == [".jsonl", ".txt", ".parquet", ".tsv", ".csv", ".txt"]
+    formats = [".jsonl", ".txt", ".parquet", ".tsv", ".json", ".jsonl", ".csv", ".txt"]
+    assert [file.format for file in found] == formats
+    others = ("ids.tokens", "ignored.md", "notes", "x.gz")
+    assert skipped == [("of another kind", str(tmp_path / name)) for name in others]
     assert data_kind("a.md") is None and data_kind("a.csv") == ".csv"
 
 
@@ -42,6 +47,74 @@ def test_a_named_file_or_a_globs_may_have_any_suffix(tmp_path, monkeypatch):
     assert [file.name for file in find_files(f"{tmp_path}/**/a.*")] == [f"{tmp_path}/a.md"]
     # the name of an existing file is not a pattern
     assert [file.name for file in find_files("c[1].txt")] == ["c[1].txt"]
+
+
+def tree(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def names_in(source, **options):
+    skipped = []
+    found = find_files(source, skip=lambda reason, name: skipped.append((reason, name)), **options)
+    return [file.name for file in found], skipped
+
+
+@pytest.mark.parametrize("source", ["d", "d/**/*.txt", "./d/**/*.txt", "**/*.txt", "d/**/**/*.txt"])
+def test_every_real_file_is_read_once_whatever_links_there_are(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "d/a.txt", "d/z/b.txt", "d/z/q/c.txt", "far/x.txt")
+    links = {"self": ".", "up": "..", "again": "z", "far": "../far", "one.txt": "a.txt"}
+    for name, target in links.items():
+        (tmp_path / "d" / name).symlink_to(target)
+    for folder in ("d/z", "d/z/q", "far"):
+        for name in ("self", "other"):
+            (tmp_path / folder / name).symlink_to(tmp_path / "d")
+    (tmp_path / "d/broken.txt").symlink_to("nowhere")
+    far = "far/x.txt" if source == "**/*.txt" else "d/far/x.txt"
+    found, skipped = names_in(source)
+    assert found == sorted(["d/a.txt", far, "d/z/b.txt", "d/z/q/c.txt"])
+    assert ("a link to a file already read", "d/one.txt") in skipped
+
+
+def test_a_folder_of_links_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "store/one/a.txt", "store/b.txt")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/one").symlink_to("../store/one")
+    (tmp_path / "d/b.txt").symlink_to("../store/b.txt")
+    assert names_in("d")[0] == ["d/b.txt", "d/one/a.txt"]
+
+
+@pytest.mark.parametrize("source", ["d", "d/**/*"])
+def test_hidden_files_and_the_files_of_runs_are_no_data(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "d/a.txt", "d/.hidden.txt", "d/.git/x.txt", "d/sub/.cache/y.txt")
+    # the run's folder, on another disk; an earlier run with a text beside it; a model
+    tree(tmp_path, "disk/merges.txt", "disk/vocab.json", "disk/note.txt")
+    (tmp_path / "d/out").symlink_to("../disk")
+    tree(tmp_path, "d/old/merges.txt", "d/old/vocab.json", "d/old/run.json", "d/old/book.txt")
+    tree(tmp_path, "d/old/metrics.jsonl", "d/old/checkpoints/step-1/merges.txt")
+    tree(tmp_path, "d/gpt2/config.json", "d/gpt2/merges.txt", "d/gpt2/vocab.json")
+    # of nobody's
+    tree(tmp_path, "d/plain/merges.txt")
+    found, skipped = names_in(source, out="d/out")
+    assert found == ["d/a.txt", "d/old/book.txt", "d/plain/merges.txt"]
+    # a glob does not match hidden files in the first place
+    hidden = {"d/.git", "d/sub/.cache"} | ({"d/.hidden.txt"} if source == "d" else set())
+    assert {name for reason, name in skipped if reason == "hidden"} == hidden
+    own = [name for reason, name in skipped if reason == "of a model or a run"]
+    assert {"d/out", "d/old/merges.txt", "d/old/checkpoints", "d/gpt2/merges.txt"} < {*own}
+    # what is named itself is read
+    assert names_in("d/old/merges.txt")[0] == ["d/old/merges.txt"]
+    assert names_in("d/.git")[0] == ["d/.git/x.txt"]
+
+
+def test_data_may_be_the_runs_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree(tmp_path, "a.txt", "run.json", "metrics.jsonl", "merges.txt", "checkpoints/s/merges.txt")
+    assert names_in(".", out=".")[0] == ["a.txt"]
 
 
 @pytest.mark.parametrize("source", ["", "missing.txt", "texts/*.txt", "nothing", "a\0b", "[", "**"])
@@ -86,7 +159,8 @@ def test_encodings_in_pieces_of_any_size(monkeypatch, size, encoding):
     monkeypatch.setattr(files, "PIECE_SIZE", size)
     text = "naïve 文字 😀\r\n\u2028end"
     mark = {"utf-16-be": "\ufeff", "utf-32-be": "\ufeff"}.get(encoding, "")
-    assert text_of((mark + text).encode(encoding)) == text
+    # every line end is a line feed
+    assert text_of((mark + text).encode(encoding)) == text.replace("\r\n", "\n")
     assert text_of(mark.encode(encoding)) == ""
 
 
@@ -97,7 +171,8 @@ def test_any_text(text, size, encoding):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "PIECE_SIZE", size)
         data = text.encode(encoding, "replace")
-        assert text_of(data) == data.decode(encoding)
+        lines = data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        assert text_of(data) == lines
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 1 << 20])
@@ -118,6 +193,29 @@ def test_an_undecodable_byte_is_named(monkeypatch, size, data, message):
     with pytest.raises(ValueError, match=message) as raised:
         text_of(data)
     assert "'book.txt'" in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+def test_an_encoding_is_used_where_no_mark_stands(monkeypatch, size):
+    monkeypatch.setattr(files, "PIECE_SIZE", size)
+
+    def read(data, encoding):
+        return "".join(DataFile("a.txt", ".txt", data, encoding).text())
+
+    for encoding in ("cp1252", "latin-1", "utf-16", "utf-16-be", "utf-32", "shift_jis", "utf-7"):
+        text = "\u65e5\u672c" if encoding == "shift_jis" else "caf\xe9"
+        data = text.encode({"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(encoding, encoding))
+        assert read(data, encoding) == text
+        assert read("caf\xe9".encode("utf-8-sig"), encoding) == "caf\xe9"
+
+
+def test_an_encoding_is_proposed_if_it_would_read():
+    def proposed(*data):
+        return encoding_of([DataFile("a.txt", ".txt", one) for one in data])
+
+    assert proposed(b"caf\xe9", b"it\x92s") == "cp1252"
+    assert proposed(b"caf\xe9", b"\x81") == "latin-1"
+    assert proposed(b"caf\xe9", b"\x89PNG\0") is None
 
 
 def frames(data):

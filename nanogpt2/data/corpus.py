@@ -52,10 +52,11 @@ class Corpus:
             examples = [part for part in own if isinstance(part, Examples)]
             reading.cut = sum(part.too_long(block_size) for part in examples)
             if reading.cut:
-                cut = "texts are cut at their end" if self.labels else "questions are cut"
+                what, kept = ("texts", "start") if self.labels else ("questions", "end")
                 lines.append(
-                    f"{reading.cut:,} of {reading.records:,} {cut}: longer than block_size "
-                    f"{block_size}; the longest has {max(e.longest for e in examples):,} tokens"
+                    f"{reading.cut:,} of {reading.records:,} {what} are cut to their {kept}: "
+                    f"longer than block_size {block_size} (the longest of all: "
+                    f"{max(part.longest for part in examples):,})"
                 )
         return "\n".join(lines)
 
@@ -115,10 +116,11 @@ def load_corpus(
         parts = _texts(stream, second, source, validation, block_size or 1)
     else:
         parts = _records(stream, second, source, validation, task, labels)
+    train, held_out = parts
     tokens = [part.tokens if isinstance(part, Examples) else len(part) for part in parts]
     for reading, count in zip(readings, tokens if validation else [sum(tokens)], strict=True):
         reading.tokens = count
-    return Corpus(*parts, sha256, getattr(parts[0], "labels", ()), tuple(readings))
+    return Corpus(train, held_out, sha256, getattr(train, "labels", ()), tuple(readings))
 
 
 def _texts(

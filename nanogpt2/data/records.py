@@ -230,7 +230,8 @@ def _quoted_rows(
     lines: Iterable[str], delimiter: str, name: str
 ) -> Iterator[tuple[int, list[str] | str]]:
     """Yield each row's first line and its fields, or what is wrong with it."""
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    text = ""
+    rows = csv.reader((text := line for line in lines), delimiter=delimiter, strict=True)
     while True:
         line = rows.line_num + 1
         try:
@@ -244,7 +245,11 @@ def _quoted_rows(
                     f"{name!r} line {line} opens a quote that does not end as it must (read to "
                     f"line {rows.line_num}): {error}"
                 ) from None
-            yield line, f" is malformed: {error}"
+            if text.count('"') % 2:
+                yield line, f" is malformed: {error}"
+            else:
+                # "quoted" and more: one field, as other readers have it
+                yield line, next(csv.reader([text], delimiter=delimiter))
 
 
 def _tab_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
