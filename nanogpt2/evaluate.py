@@ -223,7 +223,9 @@ def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -
     if config.json:
         head = {"task": config.task, "model": config.model, "file": config.file}
         rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}
-        return json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
+        line = json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
+        # JSON has no number for a perplexity beyond the floats
+        return json.dumps(json.loads(line, parse_constant=lambda _: None))
     tables = {name: figures[name] for name in ("classes", "confusion") if name in figures}
     rows = [["figure", "measured"], ["block_size", str(block_size)]]
     plain = {name: value for name, value in figures.items() if name not in tables}

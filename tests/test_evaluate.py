@@ -178,6 +178,14 @@ def test_records_are_texts_as_for_training(capsys, models, tmp_path):
     assert run_json(capsys, *argv, "--encoding", "cp1252")["tokens"] == 5
 
 
+def test_a_perplexity_beyond_the_floats_is_null(capsys, models, tmp_path):
+    # exp of the nats of one word of 400 bytes
+    (tmp_path / "a.txt").write_text("x" * 400)
+    found = run_json(capsys, str(tmp_path / "a.txt"), "--model", models[2])
+    assert found["word_perplexity"] is None and found["perplexity"] > 1
+    assert "inf" in run(capsys, str(tmp_path / "a.txt"), "--model", models[2])
+
+
 def test_bits_per_byte_of_tokens_of_several_bytes(tmp_path):
     from nanogpt2.tokenizer import gpt2_tokenizer
 
