@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt2 import terminal
 from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.data.content import SPLIT_SEED, Columns
 from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
@@ -58,6 +57,8 @@ class Corpus:
                     f"longer than block_size {block_size} (the longest of all: "
                     f"{max(part.longest for part in examples):,})"
                 )
+        if len(self.labels) > MANY_LABELS:
+            lines.append(f"note: {len(self.labels)} distinct labels: is --label_column right?")
         return "\n".join(lines)
 
     @property
@@ -168,10 +169,6 @@ def _examples(
         examples = labelled_examples(stream, labels or ())
     except ValueError as error:
         raise ValueError(f"{source!r} {error}") from None
-    if len(examples.labels) > MANY_LABELS and not labels:
-        terminal.note(
-            f"note: {source!r} has {len(examples.labels)} distinct labels: is --label_column right?"
-        )
     if len(examples.labels) < 2:
         raise ValueError(f"{source!r} has one label alone, {examples.labels[0]!r}; two are needed")
     return examples

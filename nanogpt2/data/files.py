@@ -85,14 +85,15 @@ class DataFile:
             # the decoder still holds the bytes of a character that the last piece left incomplete
             begun = offset - len(decoder.getstate()[0])
             try:
-                yield newlines.decode(decoder.decode(piece, final=not piece), final=not piece)
+                text = decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{error.object[error.start]:02x} at offset {begun + error.start}"
                 is_ascii = is_ascii and error.object[: error.start].isascii()
                 raise EncodingError(self, encoding, byte, is_ascii) from None
+            yield newlines.decode(text, final=not piece)
             if not piece:
                 return
-            is_ascii = is_ascii and piece.isascii()
+            is_ascii = is_ascii and text.isascii()
             offset += len(piece)
             piece = next(pieces, b"")
 

@@ -187,7 +187,8 @@ def _objects(file: DataFile, is_needed: bool) -> list[Any] | None:
             raise ValueError(f"{file.name!r} is not JSON Lines or an array: {error}") from None
         return None
     if len(found) == 1 and isinstance(found[0], list):
-        return found[0]
+        found = found[0]
+        return found if not found or any(isinstance(value, dict) for value in found) else None
     return found if all(isinstance(value, dict) for value in found) else None
 
 

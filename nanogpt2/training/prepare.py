@@ -41,6 +41,7 @@ class Run:
     batches: Batches
     validation: ValidationBatches
     prompt: list[int]  # the samples continue this prompt
+    read: str  # what was read of the data, in lines
     state: dict[str, Any]  # state.json of the checkpoint to resume; empty for a new run
     tensors: dict[str, Tensor]  # the trainer's tensors in that checkpoint
 
@@ -48,6 +49,7 @@ class Run:
         """Lock the folder, then restore the trainer from the checkpoint, if any."""
         with usage_error("--out"):
             self.folder.lock()
+        terminal.note(self.read)
         if self.state:
             self.trainer.restore(self.tensors, self.state["micro_batch"])
 
@@ -98,10 +100,12 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         model = GPTClassifier(model, corpus.labels)
     with usage_error():
         block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
-        terminal.note(corpus.describe(block_size))
-        folder.read = [asdict(reading) for reading in corpus.readings]
         batches = make_batches(corpus.train, block_size, config.seed)
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
+    read = corpus.describe(block_size)
+    if config.dry_run:
+        terminal.note(read)
+    folder.read = [asdict(reading) for reading in corpus.readings]
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
     trainer = Trainer(config, model, world)
     prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
@@ -109,7 +113,9 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         first = state.get("step", 0) * config.batch_size * config.grad_accum
         x, y = batches.rows(first, min(2, config.batch_size))
         terminal.note(preview(x, y, tokenizer, corpus.labels))
-    return Run(config, folder, trainer, tokenizer, batches, validation, prompt, state, tensors)
+    return Run(
+        config, folder, trainer, tokenizer, batches, validation, prompt, read, state, tensors
+    )
 
 
 def make_model(
