@@ -45,16 +45,15 @@ def main(config: SampleConfig) -> None:
     """Read the prompt, load the model, print the texts."""
     with usage_error("PROMPT" if config.prompt_file is None else "--prompt_file"):
         prompt = read_prompt(config.prompt, config.prompt_file)
-    with usage_error("--prompts"):
-        key = "text" if config.classify else "prompt"
-        lines = read_prompts(config.prompts, config.skip_bad, key) if config.prompts else {}
     with usage_error("--device"):
         device = choose_device(config.device)
     with usage_error():
         ops.choose_kernels(config.kernels, device)
     if config.classify:
-        show_labels(config, device, [*lines.values()] or [prompt])
+        show_labels(config, device, prompt)
         return
+    with usage_error("--prompts"):
+        lines = read_prompts(config.prompts, config.skip_bad) if config.prompts else {}
     how = (device, config.dtype, config.quantize, config.kernels)
     with usage_error("--model"), open_checkpoint(config.model) as checkpoint, large_blocks_apart():
         tokenizer, model = checkpoint.tokenizer, checkpoint.generator(*how)

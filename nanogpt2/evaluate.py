@@ -20,23 +20,30 @@ from nanogpt2.config import (
     check_data,
     check_model,
     fail,
+    is_encoding,
     parse,
     usage_error,
 )
 from nanogpt2.config.flags import check, flag
 
 TASKS = ("perplexity", "lambada", "hellaswag", "classify")
-# flags of one task alone
-OWN_FLAGS = {"stride": "perplexity", "text_column": "classify", "label_column": "classify"}
+# flags of some tasks alone
+OWN_FLAGS = {
+    "stride": ("perplexity",),
+    "text_column": ("classify", "perplexity"),
+    "label_column": ("classify",),
+    "skip_bad": ("classify", "perplexity"),
+}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """python -m nanogpt2.evaluate FILE [flags]: measure a GPT-2.
 
-    FILE is, by --task: perplexity, a text, a folder of them or a name as for train.py; else records
-    (.jsonl and the like): lambada's have `text`; hellaswag's `ctx`, `endings` and `label`;
-    classify's `text` and `label`, for a --model that train.py --task classify made.
+    FILE is a source as for train.py: texts, or records (.jsonl, .csv and the like). By --task:
+    perplexity reads the texts, of records the column `text`; lambada's records have `text`;
+    hellaswag's `ctx`, `endings` and `label`; classify's `text` and `label`, or the texts lie in
+    folders named by their labels, for a --model that train.py --task classify made.
     """
 
     file: str = flag(MISSING, "the text or the examples", positional=True)
@@ -56,12 +63,20 @@ class EvaluateConfig:
         None, "perplexity: tokens between windows (default: half the block size)", low=1
     )
     limit: int | None = flag(None, "only the first examples, or tokens of the text", low=1)
-    text_column: str = flag("text", "classify: the column of the texts")
-    label_column: str = flag("label", "classify: the column of the labels")
+    text_column: str | None = flag(
+        None, "perplexity, classify: the column of the texts (default: as trained, or text)"
+    )
+    label_column: str | None = flag(
+        None, "classify: the column of the labels (default: as trained, or label)"
+    )
+    encoding: str = flag("utf-8", "of FILE, without a byte-order mark")
+    skip_bad: bool = flag(False, "perplexity, classify: skip the records that cannot be used")
     json: bool = flag(False, "print one JSON object")
 
     def __post_init__(self) -> None:
         check(self)
+        if not is_encoding(self.encoding):
+            raise ValueError(f"encoding must be a text encoding, not {self.encoding!r}")
         if self.quantize and (self.dtype != "float32" or self.task == "classify"):
             raise ValueError("quantize must come with dtype float32 and a model that writes texts")
 
@@ -69,9 +84,11 @@ class EvaluateConfig:
     def from_flags(cls, given: dict[str, Any]) -> "EvaluateConfig":
         """Build the configuration from the flags that were given."""
         config = cls(**given)
-        for name, task in OWN_FLAGS.items():
-            if name in given and task != config.task:
-                raise ValueError(f"{name} must come with --task {task}, not {config.task}")
+        for name, tasks in OWN_FLAGS.items():
+            if name in given and config.task not in tasks:
+                raise ValueError(
+                    f"{name} must come with --task {' or '.join(tasks)}, not {config.task}"
+                )
         with usage_error("FILE"):
             check_data(config.file)
         with usage_error("--model"):
@@ -86,9 +103,10 @@ if __name__ == "__main__":
 
 from nanogpt2 import ops
 from nanogpt2.checkpoints.load import open_checkpoint
+from nanogpt2.data.labelled import column_names
 from nanogpt2.devices import choose_device
 from nanogpt2.evaluation.classification import measure_classification
-from nanogpt2.evaluation.examples import read_examples, read_texts
+from nanogpt2.evaluation.examples import read_classified, read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
 from nanogpt2.evaluation.lambada import measure_lambada, read_lambada
 from nanogpt2.evaluation.perplexity import joined, measure_perplexity
@@ -132,7 +150,8 @@ def main(config: EvaluateConfig) -> None:
 
 def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Strided perplexity of a text."""
-    ids = joined(read_texts(config.file), tokenizer)
+    column = config.text_column or "text"
+    ids = joined(read_texts(config.file, column, config.encoding, config.skip_bad), tokenizer)
     if len(ids) < 2:
         raise ValueError(f"{config.file!r} must hold 2 tokens or more, not {len(ids)}")
     if config.limit == 1:
@@ -157,7 +176,8 @@ def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
 
 def lambada_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Last words."""
-    passages = read_lambada(read_examples(config.file, config.limit), tokenizer)
+    records = read_examples(config.file, config.limit, config.encoding)
+    passages = read_lambada(records, tokenizer)
 
     def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         found = measure_lambada(model, tokenizer, passages, config.batch_size, block_size, advance)
@@ -168,7 +188,7 @@ def lambada_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
 
 def hellaswag_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Endings."""
-    readings = read_hellaswag(read_examples(config.file, config.limit))
+    readings = read_hellaswag(read_examples(config.file, config.limit, config.encoding))
 
     def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         return measure_hellaswag(model, tokenizer, readings, config.batch_size, block_size, advance)
@@ -178,18 +198,15 @@ def hellaswag_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
 
 def classify_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Labels."""
-    records = read_examples(config.file, config.limit)
-    columns = (config.text_column, config.label_column)
-    for record in records:
-        record.text(columns[0])
-        record.label(columns[1])
+    names = column_names(config.model, config.text_column, config.label_column, needs_label=True)
+    examples = read_classified(config.file, names, config.limit, config.encoding, config.skip_bad)
 
     def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
         return measure_classification(
-            model, tokenizer, records, columns, config.batch_size, block_size, advance
+            model, tokenizer, examples, config.batch_size, block_size, advance
         )
 
-    return len(records), measure
+    return len(examples), measure
 
 
 JOBS = {
@@ -206,7 +223,9 @@ def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -
     if config.json:
         head = {"task": config.task, "model": config.model, "file": config.file}
         rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}
-        return json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
+        line = json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
+        # JSON has no number for a perplexity beyond the floats
+        return json.dumps(json.loads(line, parse_constant=lambda _: None))
     tables = {name: figures[name] for name in ("classes", "confusion") if name in figures}
     rows = [["figure", "measured"], ["block_size", str(block_size)]]
     plain = {name: value for name, value in figures.items() if name not in tables}

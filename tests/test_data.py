@@ -254,13 +254,10 @@ def test_a_long_text_is_tokenised_in_pieces(here, monkeypatch, size):
     text = "To be, or not to be: that's the question.\n\n  Whether 'tis nobler\t" * 50
     (here / "book.txt").write_text(text)
     monkeypatch.setattr(files, "PIECE_SIZE", size)
-    tokenizer, longest = gpt2_tokenizer(), []
-    real = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda s, t: longest.append(len(t)) or real(s, t))
+    tokenizer = gpt2_tokenizer()
+    ids = [*tokenizer.encode(text), tokenizer.end_of_text]
     corpus = load_corpus("book.txt", tokenizer)
-    ids = [*real(tokenizer, text), tokenizer.end_of_text]
     assert [*corpus.train.tolist(), *corpus.validation.tolist()] == ids
-    assert max(longest) < size + 30
 
 
 # ---- the cache
@@ -273,8 +270,8 @@ def test_texts_are_tokenised_once(here, monkeypatch):
     assert len(list(cache.glob("*.tokens"))) == 1
 
     calls = []
-    real = type(BYTES).encode
-    monkeypatch.setattr(type(BYTES), "encode", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = Tokenizer.encode_parts
+    monkeypatch.setattr(Tokenizer, "encode_parts", lambda *a: calls.append(1) or real(*a))
     again = load_corpus("book.txt", gpt2_tokenizer(), cache=cache)
     assert not calls and again.sha256 == first.sha256
     assert np.array_equal(again.train, first.train) and again.train.dtype == np.uint16

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt2.data.encode import END, encode_chat, encode_labelled, encode_text, safe_pieces
+from nanogpt2.data.encode import END, encode_chat, encode_labelled, encode_text
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 
 GPT2, BYTES = gpt2_tokenizer(), byte_tokenizer()
@@ -23,28 +23,13 @@ def ids_of(parts, tokenizer=GPT2):
 @given(st.lists(texts))
 def test_pieces_give_the_ids_of_the_whole(parts):
     text = "".join(parts)
-    assert "".join(safe_pieces(parts)) == text
     expected = [*GPT2.encode(text), GPT2.end_of_text] if text.strip() else []
     assert ids_of(parts) == expected
 
 
-@given(texts)
-def test_every_cut_that_is_made_is_safe(text):
-    # parts this short put a possible cut nearly everywhere
-    pieces = [*safe_pieces(text[i : i + 3] for i in range(0, len(text), 3))]
-    assert [i for piece in pieces for i in GPT2.encode(piece)] == GPT2.encode(text)
-
-
-def test_pieces_are_cut_where_they_can_be_and_nowhere_else():
-    pieces = [*safe_pieces(["to be ", "or not", " to be\n\nthat"])]
-    assert pieces == ["to be or", " not to", " be\n\nthat"]
-    assert [*safe_pieces(["one", "word", "   "])] == ["one" + "word" + "   "]
-    assert [*safe_pieces([])] == [""]
-
-
 def test_a_text_is_arrays_that_end_in_end_of_text():
     pieces = encode_text(["a b ", "c d"], BYTES)
-    assert [piece.tolist() for piece in pieces] == [[*b"a b c"], [*b" d"], [256]]
+    assert np.concatenate(pieces).tolist() == [*b"a b c d", 256]
     assert {piece.dtype for piece in pieces} == {np.dtype(np.uint16)}
     assert encode_text([" \n", "\t"], BYTES) == encode_text([], BYTES) == []
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -158,6 +160,32 @@ def test_a_folder_of_texts_is_joined_as_for_training(capsys, models, tmp_path):
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / 9, rel=1e-5)
 
 
+def test_records_are_texts_as_for_training(capsys, models, tmp_path):
+    folder = models[2]
+    (tmp_path / "a.txt").write_text("one one<|endoftext|>two<|endoftext|> \n")
+    expected = run_json(capsys, str(tmp_path / "a.txt"), "--model", folder)
+    ids = [*b"one one", 256, *b"two"]
+    assert expected["tokens"] == len(ids) - 1
+    (tmp_path / "b.csv").write_text("n,body\n1,one one\n2,\n3,two\n")
+    write_lines(tmp_path / "c.json", {"body": "one one"}, {"text": "x"}, {"body": "two"})
+    for name in ("b.csv", "c.json"):
+        argv = [str(tmp_path / name), "--model", folder, "--text_column", "body"]
+        assert "--skip_bad skips it" in refused(capsys, *argv)
+        assert run_json(capsys, *argv, "--skip_bad") == expected | {"file": argv[0]}
+    (tmp_path / "d.csv").write_bytes("text\nna\xefve\n".encode("latin-1"))
+    argv = [str(tmp_path / "d.csv"), "--model", folder]
+    assert "byte 0xef at offset 7; --encoding cp1252" in refused(capsys, *argv)
+    assert run_json(capsys, *argv, "--encoding", "cp1252")["tokens"] == 5
+
+
+def test_a_perplexity_beyond_the_floats_is_null(capsys, models, tmp_path):
+    # exp of the nats of one word of 400 bytes
+    (tmp_path / "a.txt").write_text("x" * 400)
+    found = run_json(capsys, str(tmp_path / "a.txt"), "--model", models[2])
+    assert found["word_perplexity"] is None and found["perplexity"] > 1
+    assert "inf" in run(capsys, str(tmp_path / "a.txt"), "--model", models[2])
+
+
 def test_bits_per_byte_of_tokens_of_several_bytes(tmp_path):
     from nanogpt2.tokenizer import gpt2_tokenizer
 
@@ -302,6 +330,19 @@ def test_readings_of_a_question(tmp_path):
     write_lines(path, parts)
     assert read_questions(path)["plain"][0].context == QUESTION["ctx"]
     assert clean(" a [header] b [title] c ") == "a b. c"
+
+
+def test_markup_is_removed_in_linear_time():
+    rng = random.Random(4)
+    for _ in range(300):
+        text = "".join(
+            rng.choices(["[", "]", "[title]", " ", "\n", "\r", "a"], k=rng.randrange(20))
+        )
+        expected = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        assert clean(text) == expected.replace("  ", " ")
+    # each takes minutes if every bracket searches to the end
+    for text in ("[" * 500_000, "[a" * 250_000 + "\n]", "]" + "[" * 500_000):
+        assert clean(text) == text
 
 
 def their_choice(theirs, context, endings, lengths):
@@ -464,11 +505,12 @@ def test_wrong_files_are_one_line(capsys, models, tmp_path, monkeypatch):
     folder, path = models[2], Path("bad.jsonl")
     monkeypatch.chdir(tmp_path)
     for task, content, message in [
-        ("perplexity", b"", "must be plain text, not .jsonl"),
+        ("perplexity", b"", "must hold 2 tokens or more, not 0"),
+        ("perplexity", b'{"txt": "a b"}', "has no column 'text'; columns found: 'txt'"),
         ("lambada", b"", "is empty"),
         ("lambada", b'{"text": "a b"}\n{"text": ', 'line 2 is not a JSON object: \'{"text":'),
         ("lambada", b"a\xff", "is not UTF-8: byte 0xff at offset 1"),
-        ("lambada", b"\n[1]\n", "line 2 is not a JSON object: '[1]'"),
+        ("lambada", b"\n[1]\n", "item 1 is not a JSON object: '1'"),
         ("lambada", b'{"txt": "a b", "id": 1}', "has no column 'text'; columns found: 'txt', 'id'"),
         ("lambada", b'{"text": 7}', "line 1: 'text' must be text, not '7'"),
         ("lambada", b'{"text": "word "}', "line 1 must hold two words or more, not 'word'"),
@@ -508,6 +550,8 @@ def test_wrong_flags_are_one_line(capsys, models, tmp_path):
         (["--label_column", "y"], "--label_column must come with --task classify"),
         (["--block_size", "17"], "--block_size must be <= 16, the model's, not 17"),
         (["--block_size", "4", "--stride", "5"], "--stride must be <= 4, the block size, not 5"),
+        (["--encoding", "utf-99"], "--encoding must be a text encoding, not 'utf-99'"),
+        (["--task", "lambada", "--skip_bad"], "--skip_bad must come with --task classify or perpl"),
         (["--task", "glue"], "--task must be one of perplexity, lambada, hellaswag, classify"),
         (["--limit", "0"], "--limit must be a whole number >= 1"),
         (["--limit", "1"], "--limit must be >= 2, tokens of a text, not 1"),

@@ -247,3 +247,20 @@ def test_zst_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.zst").write_bytes(b"x")
     with pytest.raises(ValueError, match="pip install zstandard"):
         [*find_files(str(tmp_path / "a.zst"))[0].text()]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.ZstdCompressor().compress])
+def test_an_archive_of_one_byte_is_refused(tmp_path, monkeypatch, pack):
+    """48 KB can unpack to more than the memory; a text never shrinks that far."""
+    monkeypatch.setattr(files, "BOMB_SIZE", 1 << 22)
+    path = tmp_path / ("a.gz" if pack is gzip.compress else "a.zst")
+    path.write_bytes(pack(bytes(1 << (24 if pack is gzip.compress else 26))))
+    pieces = DataFile(str(path), ".txt").pieces()
+    with pytest.raises(ValueError, match=r"'.*' unpacks to more than 250 times its size and 4 MiB"):
+        assert max(len(piece) for piece in pieces) <= 1 << 25
+    # neither a small one nor one of ordinary text
+    path.write_bytes(pack(bytes(1 << 22)))
+    assert sum(map(len, DataFile(str(path), ".txt").pieces())) == 1 << 22
+    text = b"".join(b"%d words in a line\n" % i for i in range(300_000))
+    path.write_bytes(pack(text))
+    assert b"".join(DataFile(str(path), ".txt").pieces()) == text

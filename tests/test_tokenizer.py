@@ -136,3 +136,102 @@ def test_bytes():
 @settings(deadline=None)
 def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# ---- long texts
+
+# what a window's end may part: words, blanks, contractions, characters, surrogate pairs
+ALPHABETS = [
+    "abcdefghijklmnopqrstuvwxyz",
+    "ab",
+    "a",
+    " ",
+    "\0",
+    " \n\t\r",
+    "0123456789",
+    "!'#",
+    "\n",
+]
+ALPHABETS += [
+    "'",
+    "=",
+    "-=_*",
+    "\u00c3\u00c2",
+    "\u65e5\u672c\u8a9e",
+    "\u00e9e\u0301\u0660\u2028\x1c",
+    "\ud83d\ude00a",
+]
+ALPHABETS += [["'s", "'ll", "'", "x"], ["the", " of", "ing", " "], ["<|endoftext|>", "<|"]]
+ALPHABETS += [["\U0001f600", "\U0001f469\u200d\U0001f469", "\u2764\ufe0f"]]
+
+
+def long_text(rng):
+    parts = []
+    for _ in range(rng.randrange(1, 6)):
+        alphabet = [*rng.choice(ALPHABETS), *rng.choice(["", *ALPHABETS])]
+        parts += rng.choices(alphabet, k=rng.choice([1, 3, 30, 300, 3000]))
+    return "".join(parts)
+
+
+def test_a_long_text_has_the_ids_of_the_whole(monkeypatch, tiktokens):
+    monkeypatch.setattr(module, "WINDOW", 1000)
+    rng, ours = random.Random(1), gpt2_tokenizer()
+    for _ in range(150):
+        text = long_text(rng)
+        assert ours.encode(text) == tiktokens.encode_ordinary(text), ascii(text)
+        special = tiktokens.encode(text, allowed_special="all")
+        assert ours.encode(text, allow_special=True) == special, ascii(text)
+
+
+def test_a_seam_that_does_not_hold_moves_back(monkeypatch):
+    # pairs of the other merge order appear wherever a window ends
+    monkeypatch.setattr(module, "WINDOW", 100)
+    monkeypatch.setattr(module, "OVERLAPS", (1, 2, 5, 10, 20, 40))
+    rng, ours = random.Random(2), gpt2_tokenizer()
+    for _ in range(300):
+        text = "".join(rng.choices("etaoinshrdlu", k=500))
+        assert ours.encode(text) == ours._encoding.encode_ordinary(text)
+
+
+def test_a_contraction_at_a_seam_with_other_merges(monkeypatch):
+    # without a token for 's, a window may start inside it, and "s" then joins the word behind
+    monkeypatch.setattr(module, "WINDOW", 100)
+    monkeypatch.setattr(module, "OVERLAPS", (5, 6, 7, 8, 12, 20))
+    rng, ours = random.Random(3), module.Tokenizer("own", "#version: 0.2\ns o\nso n\nl l\nl s\n")
+    for _ in range(300):
+        text = "".join(rng.choices(["'s", "'ll", "'", "so", "son", "l", "!", " "], k=200))
+        assert ours.encode(text) == ours._encoding.encode_ordinary(text)
+
+
+class Engine:
+    """tiktoken's encoding; keeps the length of the longest text that it was given."""
+
+    def __init__(self, encoding):
+        self.encoding, self.longest = encoding, 0
+
+    def encode_ordinary(self, text):
+        self.longest = max(self.longest, len(text))
+        return self.encoding.encode_ordinary(text)
+
+    def __getattr__(self, name):
+        return getattr(self.encoding, name)
+
+
+@pytest.mark.parametrize("part", ["a", " ", "\0", "\n", "'", "1", "\u65e5", "word ", "\U0001f600"])
+def test_the_engine_sees_short_texts_whatever_the_text(monkeypatch, part):
+    """A long word costs tiktoken 50 times its size, and a million blanks make it panic."""
+    ours = gpt2_tokenizer()
+    engine = Engine(ours._encoding)
+    monkeypatch.setattr(ours, "_encoding", engine)
+    text = part * (10 * module.WINDOW)
+    assert ours.decode(ours.encode(text)) == text
+    assert engine.longest < 2 * module.WINDOW
+    # without a seam that holds, the text is cut at the window's end
+    monkeypatch.setattr(module, "OVERLAPS", ())
+    assert ours.decode(ours.encode(text)) == text
+    assert engine.longest < 2 * module.WINDOW
+
+
+def test_a_million_blanks():
+    blanks = " " * 1_100_000
+    assert gpt2_tokenizer().encode(blanks + "x") == [220] * 1_099_999 + [2124]

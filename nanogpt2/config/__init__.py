@@ -43,7 +43,7 @@ from nanogpt2.config.sources import (
     data_kind,
     no_report,
 )
-from nanogpt2.config.train import TrainConfig
+from nanogpt2.config.train import TrainConfig, is_encoding
 
 __all__ = [
     "TokenIds",
@@ -70,6 +70,7 @@ __all__ = [
     "DATA_NAMES",
     "DATA_KINDS",
     "TrainConfig",
+    "is_encoding",
     "check_data",
     "data_files",
     "data_kind",

@@ -6,7 +6,7 @@ This file refuses flags that have no effect beside others. generation.py holds e
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nanogpt2.config.flags import check, fail, flag, usage_error
+from nanogpt2.config.flags import check, fail, flag, show, usage_error
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
 from nanogpt2.config.model import (
     DEVICES,
@@ -17,6 +17,7 @@ from nanogpt2.config.model import (
     check_model,
 )
 from nanogpt2.config.presets import TASKS
+from nanogpt2.config.train import is_encoding
 
 SAMPLING_FLAGS = (
     "temperature",
@@ -41,6 +42,8 @@ NEUTRAL_FLAGS = (
     "output_scores",
 )
 DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)
+# how --classify reads --prompts
+READING_FLAGS = ("text_column", "label_column", "encoding")
 # the flags that have an effect with --classify
 CLASSIFY_FLAGS = (
     "classify",
@@ -49,6 +52,7 @@ CLASSIFY_FLAGS = (
     "prompts",
     "batch_size",
     "skip_bad",
+    *READING_FLAGS,
     "model",
     "device",
     "dtype",
@@ -86,6 +90,13 @@ class SampleConfig:
     batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
     unique: bool = flag(False, "with --prompts: no repeated text for a prompt")
     skip_bad: bool = flag(False, "with --prompts: skip broken lines")
+    text_column: str | None = flag(
+        None, "with --classify --prompts: of a .jsonl, .csv, ... (default: as trained, or text)"
+    )
+    label_column: str | None = flag(
+        None, "with --classify --prompts: the right labels (default: as trained, or label)"
+    )
+    encoding: str = flag("utf-8", "with --classify --prompts: of files without a byte-order mark")
     # other modes
     classify: bool = flag(False, "label the text with a trained classifier")
     interactive: bool = flag(False, "write together with the model; :help lists the commands")
@@ -100,6 +111,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if not is_encoding(self.encoding):
+            raise ValueError(f"encoding must be a text encoding, not {show(self.encoding)}")
         ways = ("prompts", "interactive", "compare", "explain", "color", "tree")
         chosen = [name for name in ways if getattr(self, name)]
         if len(chosen) > 1:
@@ -126,6 +139,9 @@ class SampleConfig:
         for name in ("unique", "skip_bad", "batch_size"):
             if name in given and "prompts" not in given:
                 fail(f"--{name} must come with --prompts")
+        for name in READING_FLAGS:
+            if name in given and not (given.get("classify") and "prompts" in given):
+                fail(f"--{name} must come with --classify --prompts")
         if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
             one = "prompts" if "prompts" in given else "prompt_file"
             fail(f"--{one} must be left out where another prompt is given")

@@ -6,6 +6,7 @@ chat.py      a conversation's record -> segments of text, each trained on or onl
 encode.py    texts and records -> token ids, in pieces
 shards.py    token ids <-> a memory-mapped file with a checksum
 streams.py   a source and a task -> a stream of ids, kept in a cache
+labelled.py  a source -> texts and their labels, to classify
 examples.py  one example of a chat or a classification -> its inputs and targets
 corpus.py    a stream -> a training split and a validation split
 loader.py    -> batches, each a function of the seed and its position

@@ -40,6 +40,14 @@ def folder_label(file: DataFile) -> str:
     return Path(file.name).absolute().parent.name if file.format == ".txt" else ""
 
 
+def records_of(file: DataFile, columns: Columns) -> Iterator[Record]:
+    """Return a file's records; a text file is one, whose label is the folder's name."""
+    if file.format != ".txt":
+        return read_records(file)
+    values = {columns.text: "".join(file.text()), columns.label: folder_label(file)}
+    return iter([Record(repr(file.name), values)])
+
+
 def split_texts(parts: Iterable[str]) -> Iterator[Iterator[str]]:
     """Cut a text, given in parts, at <|endoftext|>. Read each text before the next one."""
     source, texts = iter(parts), deque([""])
@@ -123,13 +131,9 @@ class Content:
             self.bad += bad
 
     def _records(self, file: DataFile) -> Iterator[Record]:
-        if file.format != ".txt":
-            return read_records(file)
-        if self.task == "chat":
+        if file.format == ".txt" and self.task == "chat":
             raise ValueError(f"{file.name!r} is text; chat needs {', '.join(RECORD_FORMATS)}")
-        text = "".join(file.text())
-        values = {self.columns.text: text, self.columns.label: folder_label(file)}
-        return iter([Record(repr(file.name), values)])
+        return records_of(file, self.columns)
 
     def _encode(self, record: Record) -> list[Pieces]:
         if self.task == "chat":

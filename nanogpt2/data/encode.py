@@ -1,4 +1,4 @@
-"""Texts and records -> arrays of token ids. A long text is encoded in pieces, to save memory.
+"""Texts and records -> arrays of token ids, in pieces. They need 2 bytes an id, or 4 in records.
 
 A text for language modelling becomes its ids and <|endoftext|>. An example of a chat or a
 classification becomes a run of int32 entries that ends with END. A token that is only read is
@@ -7,8 +7,7 @@ the label's name, stored in UTF-8 with one complemented byte an entry. The class
 assigned later, when all labels are known. This file does not know files.
 """
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,46 +15,31 @@ from numpy.typing import NDArray
 from nanogpt2.tokenizer import Tokenizer
 
 END = np.int32(-(2**31))
-SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
-
-
-def safe_pieces(parts: Iterable[str]) -> Iterator[str]:
-    """Cut a text into other pieces whose ids, joined, equal the ids of the whole text.
-
-    Byte pairs are merged only within a word of GPT-2's pattern. A word has white space only at its
-    start, so a cut is safe wherever white space follows another character.
-    """
-    held: list[str] = []
-    for part in parts:
-        cut = SAFE_CUT.search(part)
-        if held and cut:
-            yield "".join([*held, part[: cut.start()]])
-            held, part = [], part[cut.start() :]
-        held.append(part)
-    yield "".join(held)
 
 
 def encode_text(parts: Iterable[str], tokenizer: Tokenizer) -> list[NDArray[np.integer]]:
     """Return a text's ids and <|endoftext|>, in pieces; an empty list for a blank text."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    pieces: list[NDArray[np.integer]] = []
-    blank = True
-    for piece in safe_pieces(parts):
-        pieces.append(np.array(tokenizer.encode(piece), dtype))
-        blank = blank and not piece.strip()
-    return [] if blank else [*pieces, np.array([tokenizer.end_of_text], dtype)]
+    pieces: list[NDArray[np.integer]] = [
+        np.array(ids, dtype) for ids in tokenizer.encode_parts(parts) if ids
+    ]
+    # each piece is whole characters
+    if not any(tokenizer.decode(piece.tolist()).strip() for piece in pieces):
+        return []
+    return [*pieces, np.array([tokenizer.end_of_text], dtype)]
 
 
 def encode_chat(segments: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> NDArray[np.int32]:
     """Return the entries of a conversation; <|endoftext|> ends its last completion."""
-    entries: list[int] = []
+    entries = []
     for text, trained in segments:
-        ids = tokenizer.encode(text)
-        entries += [~i for i in ids] if trained else ids
-    return np.array([*entries, ~tokenizer.end_of_text, END], np.int32)
+        ids = np.array(tokenizer.encode(text), np.int32)
+        entries.append(~ids if trained else ids)
+    return np.concatenate([*entries, np.array([~tokenizer.end_of_text, END], np.int32)])
 
 
 def encode_labelled(text: str, label: str, tokenizer: Tokenizer) -> NDArray[np.int32]:
     """Return the entries of a text and its label."""
     spelled = [~byte for byte in label.encode("utf-8", "surrogatepass")]
-    return np.array([*tokenizer.encode(text), *spelled, END], np.int32)
+    ids = np.array(tokenizer.encode(text), np.int32)
+    return np.concatenate([ids, np.array([*spelled, END], np.int32)])

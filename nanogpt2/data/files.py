@@ -20,6 +20,8 @@ from nanogpt2 import hub
 from nanogpt2.config import Skip, data_files, data_kind, no_report
 
 PIECE_SIZE = 1 << 20  # bytes
+# an archive that unpacks to more than both is one byte repeated, not text
+BOMB_SIZE, BOMB_RATIO = 1 << 28, 250  # bytes, times the archive's bytes
 # UTF-32 before UTF-16, whose mark is the beginning of UTF-32's
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -50,10 +52,18 @@ class DataFile:
     encoding: str = "utf-8"  # without a byte-order mark
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the bytes, unpacked. Raises ValueError for a damaged archive."""
+        """Yield the bytes, unpacked. Raises ValueError for a damaged archive, or one of no text."""
+        size = 0
         try:
             with self._open() as file:
-                yield from self._unpacked(file)
+                for piece in self._unpacked(file):
+                    size += len(piece)
+                    if size > BOMB_SIZE and size > BOMB_RATIO * file.tell():
+                        raise ValueError(
+                            f"{self.name!r} unpacks to more than {BOMB_RATIO} times its size and "
+                            f"{BOMB_SIZE >> 20} MiB: expected a text"
+                        )
+                    yield piece
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{self.name!r} is damaged: {error}") from None
 
@@ -106,8 +116,8 @@ class DataFile:
         except ImportError:
             raise ValueError(f"{self.name!r} needs zstandard: pip install zstandard") from None
         frame = None
-        # a small piece can unpack to a large one
-        while piece := file.read(PIECE_SIZE // 16):
+        # 4 bytes can unpack to 128 KiB
+        while piece := file.read(max(1, PIECE_SIZE >> 10)):
             while piece:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 try:

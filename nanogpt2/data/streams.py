@@ -8,17 +8,22 @@ know about training and validation splits.
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
 from nanogpt2.data.content import Columns, Content, folder_label
+from nanogpt2.data.encode import END
 from nanogpt2.data.files import DataFile, find_files
 from nanogpt2.data.reading import Reading, reading_from
 from nanogpt2.data.records import RECORD_FORMATS
@@ -27,6 +32,24 @@ from nanogpt2.tokenizer import Tokenizer
 
 # increase it whenever the same files give other tokens
 CACHE_VERSION = 2
+# a temporary file of whole_file in the cache, and when no live run still writes it
+LEFTOVER = re.compile(r"\.[0-9a-f]{64}-.+\.(tokens|json)\.[0-9a-f]+\.tmp")
+LEFT_AFTER = 3 * 24 * 3600  # seconds since the last write
+
+
+@dataclass(frozen=True)
+class _Digested(DataFile):
+    """A file that is digested as it is read: last[0] is the SHA-256 of the last whole reading."""
+
+    last: list[bytes] = field(default_factory=lambda: [b""], compare=False)
+
+    @override
+    def pieces(self) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for piece in super().pieces():
+            digest.update(piece)
+            yield piece
+        self.last[0] = digest.digest()
 
 
 @dataclass(frozen=True)
@@ -50,63 +73,92 @@ class Streams:
         """
         reading = Reading(source)
         stdin_format = ".txt" if self.task == "lm" else ".jsonl"
-        files = find_files(
+        found = find_files(
             source, stdin_format, encoding=self.encoding, out=self.out, skip=reading.skip
         )
+        files = [_Digested(**vars(file)) for file in found]
         reading.files = len(files)
-        shape = (CACHE_VERSION, self.task, astuple(self.columns), self.encoding, self.skip_bad)
-        digest = hashlib.sha256(repr(shape).encode())
         for file in files:
-            data = hashlib.sha256()
-            for piece in file.pieces():
-                data.update(piece)
-            named = folder_label(file) if self.task == "classify" else ""
-            digest.update(repr((file.format, named)).encode() + data.digest())
+            deque(file.pieces(), maxlen=0)
         if files[0].format == ".tokens":
-            return self._open_tokens(files[0]), digest.digest(), reading
+            return self._open_tokens(files[0]), self._digest(files), reading
         if self.tokenizer.vocab_size > self.vocab_size:
             raise ValueError(
                 f"{source!r} would be tokenised into {self.tokenizer.vocab_size} ids, outside the "
                 f"vocabulary of {self.vocab_size}"
             )
-        merges = hashlib.sha256(self.tokenizer.merges.encode()).hexdigest()[:8]
-        name = f"{digest.hexdigest()}-{self.tokenizer.name}-{merges}.tokens"
-        path = self.cache.expanduser() / name
-        content = Content(source, files, self.tokenizer, self.task, self.columns, self.skip_bad)
-        ids, read = _open_or_make(path, content.encode)
+        cached = self._open_cached(self._path(files))
+        if cached is None:
+            content = Content(source, files, self.tokenizer, self.task, self.columns, self.skip_bad)
+            pieces, read = content.encode()
+            # the digest is now that of the bytes encoded: a file may have grown since the first
+            cached = _keep(self._path(files), pieces, read)
+        ids, read = cached
         reading.records, reading.skipped = read.records, reading.skipped | read.skipped
-        return ids, digest.digest(), reading
+        return ids, self._digest(files), reading
+
+    def _digest(self, files: Sequence[_Digested]) -> bytes:
+        shape = (CACHE_VERSION, self.task, astuple(self.columns), self.encoding, self.skip_bad)
+        digest = hashlib.sha256(repr(shape).encode())
+        for file in files:
+            named = folder_label(file) if self.task == "classify" else ""
+            digest.update(repr((file.format, named)).encode() + file.last[0])
+        return digest.digest()
+
+    def _path(self, files: Sequence[_Digested]) -> Path:
+        merges = hashlib.sha256(self.tokenizer.merges.encode()).hexdigest()[:8]
+        name = f"{self._digest(files).hex()}-{self.tokenizer.name}-{merges}.tokens"
+        return self.cache.expanduser() / name
+
+    def _open_cached(self, path: Path) -> tuple[Ids, Reading] | None:
+        """Open the token file `path` and what was read; None if one is absent or damaged."""
+        try:
+            text = path.with_suffix(".json").read_text(encoding="utf-8")
+            reading, ids = reading_from(json.loads(text)), open_shard(path)
+            if (i := self._outside(ids)) is None:
+                return ids, reading
+            terminal.note(f"{str(path)!r} holds the wrong id {i}: making it again")
+        except (ValueError, TypeError, LookupError, AttributeError):
+            terminal.note(f"{str(path)!r} is damaged: making it again")
+        except OSError:
+            pass
+        return None
+
+    def _outside(self, ids: Ids) -> int | None:
+        """Return an id outside the vocabulary, if there is one."""
+        low, high = int(ids.min()), int(ids.max())
+        if self.task != "lm" and low < 0:
+            # entries of examples: END, and complements of ids
+            low, high = 0, max(high, ~int(ids[ids != END].min(initial=0)))
+        return next((i for i in (low, high) if not 0 <= i < self.vocab_size), None)
 
     def _open_tokens(self, file: DataFile) -> Ids:
         if self.task != "lm":
             allowed = ", ".join(RECORD_FORMATS)
             raise ValueError(f"{file.name!r} holds tokens; {self.task} needs {allowed}")
         ids = open_shard(file.name)
-        for i in (int(ids.min()), int(ids.max())):
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"{file.name!r} holds token id {i}, outside the vocabulary of {self.vocab_size}"
-                )
+        if (i := self._outside(ids)) is not None:
+            raise ValueError(
+                f"{file.name!r} holds token id {i}, outside the vocabulary of {self.vocab_size}"
+            )
         return ids
 
 
-def _open_or_make(
-    path: Path, make: Callable[[], tuple[list[NDArray[np.integer]], Reading]]
-) -> tuple[Ids, Reading]:
-    """Open the token file `path` and what was read; make both if one is absent or damaged."""
-    described = path.with_suffix(".json")
-    try:
-        reading = reading_from(json.loads(described.read_text(encoding="utf-8")))
-        return open_shard(path), reading
-    except (ValueError, TypeError, LookupError, AttributeError):
-        terminal.note(f"{str(path)!r} is damaged: making it again")
-    except OSError:
-        pass
-    pieces, reading = make()
+def _keep(path: Path, pieces: list[NDArray[np.integer]], reading: Reading) -> tuple[Ids, Reading]:
+    """Write the token file `path` and what was read, and open it."""
     with suppress(OSError):
         # without a writable cache the run still works, only slower
+        _delete_leftovers(path.parent)
         write_shard(path, pieces, pieces[0].dtype)
-        with whole_file(described) as partial:
+        with whole_file(path.with_suffix(".json")) as partial:
             partial.write_text(json.dumps(asdict(reading)), encoding="utf-8")
         return open_shard(path), reading
     return np.concatenate(pieces), reading
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Delete what killed runs were writing: it may be gigabytes. A live one writes all the time."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFT_AFTER:
+                path.unlink()

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanogpt2.classifier import GPTClassifier
-from nanogpt2.data.records import Record
+from nanogpt2.data.labelled import LabelledText
 from nanogpt2.evaluation.perplexity import ignore_progress
 from nanogpt2.metrics import accuracy, class_scores, confusion, macro_f1
 from nanogpt2.tokenizer import Tokenizer
@@ -41,27 +41,27 @@ def predict(
 def measure_classification(
     model: GPTClassifier,
     tokenizer: Tokenizer,
-    records: Sequence[Record],
-    columns: tuple[str, str],
+    examples: Sequence[LabelledText],
     batch_size: int,
     block_size: int,
     advance: Callable[[int], object] = ignore_progress,
 ) -> dict[str, Any]:
-    """Classify the texts of a column and compare the predictions with the labels.
+    """Classify texts that have labels, and compare the predictions with the labels.
 
-    columns: the text's name and the label's name. Raises ValueError for a label that the classifier
-    does not know.
+    Raises ValueError for a label that the classifier does not know.
     """
-    targets = [record.label(columns[1]) for record in records]
-    for record, target in zip(records, targets, strict=True):
-        if target not in model.labels:
+    for example in examples:
+        if example.label not in model.labels:
             known = ", ".join(map(repr, model.labels))
-            raise ValueError(f"{record.where}: the model knows no label {target!r} ({known})")
-    texts = [tokenizer.encode(record.text(columns[0])) for record in records]
+            raise ValueError(
+                f"{example.where}: the model knows no label {example.label!r} ({known})"
+            )
+    targets = [str(example.label) for example in examples]
+    texts = [tokenizer.encode(example.text) for example in examples]
     predictions = predict(model, texts, batch_size, block_size, advance)
     scores = class_scores(targets, predictions, model.labels)
     return {
-        "examples": len(records),
+        "examples": len(examples),
         "accuracy": accuracy(targets, predictions),
         "macro_f1": macro_f1(targets, predictions),
         "classes": {label: asdict(score) for label, score in scores.items()},

@@ -5,29 +5,57 @@ This file does not know the tasks.
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import TypeVar
 
-from nanogpt2.data.files import find_files
+from nanogpt2.data.content import split_texts
+from nanogpt2.data.files import EncodingError, find_files
+from nanogpt2.data.labelled import LabelledText, Names, read_labelled, with_advice
 from nanogpt2.data.records import RECORD_FORMATS, Record, read_records
 
+T = TypeVar("T")
 
-def read_examples(source: str, limit: int | None = None) -> list[Record]:
+
+def read_examples(source: str, limit: int | None = None, encoding: str = "utf-8") -> list[Record]:
     """Return the first `limit` records. Raises ValueError for another format or no records."""
-    found = list(islice(_records(source), limit))
-    if not found:
+    return _some(source, _records(source, encoding), limit)
+
+
+def read_classified(
+    source: str, names: Names, limit: int | None, encoding: str = "utf-8", skip_bad: bool = False
+) -> list[LabelledText]:
+    """Return the first `limit` texts with their labels. Raises ValueError for none."""
+    files = find_files(source, stdin_format=".jsonl", encoding=encoding)
+    return _some(source, read_labelled(files, names, skip_bad), limit)
+
+
+def _some(source: str, found: Iterator[T], limit: int | None) -> list[T]:
+    first = list(islice(found, limit))
+    if not first:
         raise ValueError(f"{source!r} is empty: no record in it")
-    return found
+    return first
 
 
-def _records(source: str) -> Iterator[Record]:
-    for file in find_files(source, stdin_format=".jsonl"):
+def _records(source: str, encoding: str) -> Iterator[Record]:
+    for file in find_files(source, stdin_format=".jsonl", encoding=encoding):
         if file.format not in RECORD_FORMATS:
             raise ValueError(f"{file.name!r} must be one of {', '.join(RECORD_FORMATS)}")
-        yield from read_records(file)
+        try:
+            yield from read_records(file)
+        except EncodingError as error:
+            raise ValueError(with_advice(error)) from None
 
 
-def read_texts(source: str) -> Iterator[str]:
-    """Yield the texts of a source. Raises ValueError for a file that is not plain text."""
-    for file in find_files(source):
-        if file.format != ".txt":
-            raise ValueError(f"{file.name!r} must be plain text, not {file.format}")
-        yield "".join(file.text())
+def read_texts(
+    source: str, column: str = "text", encoding: str = "utf-8", skip_bad: bool = False
+) -> Iterator[str]:
+    """Yield the texts of a source, of records those in a column. <|endoftext|> separates texts.
+
+    Raises ValueError for a source that holds no texts.
+    """
+    for file in find_files(source, encoding=encoding):
+        texts = (one.text for one in read_labelled([file], Names((column,)), skip_bad))
+        try:
+            for text in [("".join(file.text()))] if file.format == ".txt" else texts:
+                yield from ("".join(parts) for parts in split_texts([text]))
+        except EncodingError as error:
+            raise ValueError(with_advice(error)) from None

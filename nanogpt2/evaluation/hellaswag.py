@@ -80,8 +80,12 @@ def _endings(record: Record) -> tuple[str, ...]:
 
 def clean(text: str) -> str:
     """Remove WikiHow's markup: " [title]" becomes ". ", other bracketed text is deleted."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
+    found = []
+    for line in text.strip().replace(" [title]", ". ").split("\n"):
+        # stop at the last "]": a "[" without an end would search the whole line, each again
+        closed, end, rest = line.rpartition("]")
+        found.append(re.sub(r"\[.*?\]", "", closed + end) + rest)
+    return "\n".join(found).replace("  ", " ")
 
 
 def measure_hellaswag(

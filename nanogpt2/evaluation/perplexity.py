@@ -85,9 +85,9 @@ def measure_perplexity(
 
 
 def joined(texts: Iterable[str], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of all texts, joined by <|endoftext|> as in training."""
+    """Return the ids of the texts that are not blank, joined by <|endoftext|> as in training."""
     ids: list[int] = []
-    for text in texts:
+    for text in filter(str.strip, texts):
         ids += [*([tokenizer.end_of_text] if ids else []), *tokenizer.encode(text)]
     return ids
 
