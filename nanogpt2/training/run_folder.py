@@ -323,7 +323,7 @@ class RunFolder:
             with suppress(OSError):
                 (self.path / folder).rmdir()
         settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "given"}
-        record = {"run": secrets.token_hex(8), "config": settings}
+        record: dict[str, Any] = {"run": secrets.token_hex(8), "config": settings}
         record |= {"digests": self._digests, "read": self.read, "before": before}
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
