@@ -46,6 +46,7 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
     engine = (LookupEngine if looks_up else Engine)(model, request)
     stopping = Stopping(request)
     choose = chooser(model, request)
+    history: list[Tensor] = []
     running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
     filler = torch.tensor(filler_token(request), device=device)
     with evaluating(model):
@@ -55,7 +56,9 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
             tokens = tokens.where(running, filler)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             yield Step(tokens, running, scores)
-            running = running & ~stopping.ended(ids)
+            if request.config.output_scores:
+                history.append(scores)
+            running = running & ~stopping.ended(ids, history)
 
 
 def chooser(model: GPT, request: Request) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
