@@ -1,4 +1,4 @@
-"""generate() called as transformers' generate is: its arguments, and the caller's torch settings."""
+"""generate() called as transformers' is: its arguments, and the caller's torch settings."""
 
 import types
 import warnings
@@ -116,9 +116,15 @@ def test_the_callers_settings_stay_after_an_error(models, setting):
         ({"eos_token_id": np.int64(7)}, {"eos_token_id": 7}),
         ({"eos_token_id": torch.tensor([7, 9])}, {"eos_token_id": (7, 9)}),
         ({"forced_eos_token_id": [13]}, {"forced_eos_token_id": 13}),
-        ({"pad_token_id": np.int32(5), "eos_token_id": [7]}, {"pad_token_id": 5, "eos_token_id": 7}),
+        (
+            {"pad_token_id": np.int32(5), "eos_token_id": [7]},
+            {"pad_token_id": 5, "eos_token_id": 7},
+        ),
         ({"do_sample": np.bool_(True), "top_k": np.int16(5)}, {"do_sample": True, "top_k": 5}),
-        ({"do_sample": True, "temperature": np.float64(0.5)}, {"do_sample": True, "temperature": 0.5}),
+        (
+            {"do_sample": True, "temperature": np.float64(0.5)},
+            {"do_sample": True, "temperature": 0.5},
+        ),
         ({"suppress_tokens": np.array([3, 4])}, {"suppress_tokens": [3, 4]}),
         ({"sequence_bias": {(np.int64(3),): np.float64(9)}}, {"sequence_bias": [[[3], 9.0]]}),
         (
@@ -166,14 +172,11 @@ class Heard(BaseStreamer):
     ids=str,
 )
 def test_a_streamer_hears_what_theirs_hears(models, options):
-    ids = prompts(2, 4)
-    heard = []
-    for run in (lambda s: their_output(models[1], ids, torch.ones_like(ids), 2, streamer=s, **o),
-                lambda s: generate(models[0], ids, streamer=s, **o)):
-        heard.append(Heard())
-        o = {"max_new_tokens": 8} | options
-        torch.manual_seed(2)
-        run(heard[-1])
+    ids, o = prompts(2, 4), {"max_new_tokens": 8} | options
+    heard = [Heard(), Heard()]
+    their_output(models[1], ids, torch.ones_like(ids), 2, streamer=heard[0], **o)
+    torch.manual_seed(2)
+    generate(models[0], ids, streamer=heard[1], **o)
     theirs, ours = (each.values for each in heard)
     assert theirs.pop() == ours.pop() == "end"
     assert len(theirs) == len(ours) == 9
@@ -203,8 +206,12 @@ def test_stopping_criteria_end_where_theirs_end(models, criteria, sample, beams)
     ids = prompts(3, 5)
     options = {"max_new_tokens": 12, "num_beams": beams, "do_sample": sample}
     theirs = their_output(
-        models[1], ids, torch.ones_like(ids), 2,
-        stopping_criteria=StoppingCriteriaList(criteria), **options,
+        models[1],
+        ids,
+        torch.ones_like(ids),
+        2,
+        stopping_criteria=StoppingCriteriaList(criteria),
+        **options,
     )
     torch.manual_seed(2)
     found = generate(models[0], ids, stopping_criteria=criteria, output_scores=True, **options)
@@ -226,7 +233,10 @@ def test_stopping_criteria_are_checked(models):
         generate(models[0], IDS, stopping_criteria=[3], max_new_tokens=3)
     with pytest.raises(ValueError, match="stopping_criteria must return"):
         generate(
-            models[0], IDS, stopping_criteria=lambda i, s: torch.ones(5, dtype=bool), max_new_tokens=3
+            models[0],
+            IDS,
+            stopping_criteria=lambda i, s: torch.ones(5, dtype=bool),
+            max_new_tokens=3,
         )
 
 

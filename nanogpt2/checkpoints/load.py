@@ -103,9 +103,7 @@ class Checkpoint:
         kernels: str = "auto",
     ) -> GPT:
         """Make the fastest GPT for generating; arguments and errors as for `load_generator`."""
-        return self._with_options(
-            self._gpt(device, dtype, None, quantize, kernels, generates=True)
-        )
+        return self._with_options(self._gpt(device, dtype, None, quantize, kernels, generates=True))
 
     def classifier(
         self,

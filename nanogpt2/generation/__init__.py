@@ -89,13 +89,14 @@ def generate(
     the model's generation_config.json.
 
     The model runs in eval mode, in its own dtype and on its own device, whatever autocast, default
-    dtype and default device the caller has set; all of these stay as they were. Draws come from torch's global
-    generator, or from a generator seeded with `seed`. Both give transformers' tokens for the same
-    seed.
+    dtype and default device the caller has set; all of these stay as they were. Draws come from
+    torch's global generator, or from a generator seeded with `seed`. Both give transformers' tokens
+    for the same seed.
     Raises ValueError for an unusable prompt or value, TypeError for an unknown option,
     FloatingPointError for a model whose scores are not finite.
     """
     device = model.wte.weight.device
+    criteria = (stopping_criteria,) if callable(stopping_criteria) else tuple(stopping_criteria)
     with as_usual(device):
         request = prepare(
             model.config,
@@ -106,7 +107,7 @@ def generate(
             tokenizer,
             tuple(logits_processor),
             prefix_allowed_tokens_fn,
-            (stopping_criteria,) if callable(stopping_criteria) else tuple(stopping_criteria),
+            criteria,
         )
         check_memory(model, request)
         if request.config.num_beams == 1:

@@ -36,6 +36,7 @@ class Request:
     user_processors: tuple[Processor, ...] = ()
     prefix_allowed_tokens: PrefixAllowedTokens | None = None
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
+    seeds: tuple[int, ...] | None = None  # one for each prompt; by default config.seed for all
 
     @property
     def prompt_length(self) -> int:
