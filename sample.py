@@ -50,7 +50,7 @@ def main(config: SampleConfig) -> None:
         key = "text" if config.classify else "prompt"
         how_read = (config.skip_bad, key, template)
         lines = read_prompts(config.prompts, *how_read) if config.prompts else {}
-    with usage_error("--output"):
+    with usage_error():
         # without --seed draw one, so that every text can be reproduced
         output = Output(config, lines)
     options, literal = replace(config.generation, seed=output.seed), config.literal_prompt

@@ -20,6 +20,8 @@ from nanogpt2.tokenizer import byte_tokenizer
 
 CASES = Path(__file__).parent / "data" / "cases"
 BYTES = byte_tokenizer()
+# sampling that seldom draws a text twice
+WIDE = ("--do_sample", "--temperature", 9, "--max_new_tokens", 20, "--seed", 1)
 
 
 def saved(folder, **ids):
@@ -59,7 +61,7 @@ def refused(capsys, folder, *argv):
 
 
 def test_blank_prompts_are_said_and_fields_are_carried(folder, capsys):
-    run(folder, "--prompts", CASES / "dups.jsonl", "--seed", 1)
+    run(folder, "--prompts", CASES / "dups.jsonl", *WIDE)
     out, err = capsys.readouterr()
     found = sorted(records(out), key=lambda r: r["line"])
     assert [(r["line"], r["id"]) for r in found] == [(1, 1), (3, 3), (5, 5)]
@@ -69,7 +71,7 @@ def test_blank_prompts_are_said_and_fields_are_carried(folder, capsys):
 
 
 def test_equal_prompts_draw_differently(folder, capsys):
-    run(folder, "--prompts", CASES / "same32.jsonl", "--seed", 1)
+    run(folder, "--prompts", CASES / "same32.jsonl", *WIDE)
     assert len({str(r["token_ids"]) for r in records(capsys.readouterr().out)}) == 32
 
 
@@ -148,7 +150,16 @@ def killed(monkeypatch, folder, after, *argv):
     [
         [],
         ["--in_order"],
-        ["--num_return_sequences", 3, "--unique", "--top_k", 2, "--max_new_tokens", 1],
+        [
+            "--do_sample",
+            "--num_return_sequences",
+            3,
+            "--unique",
+            "--top_k",
+            2,
+            "--max_new_tokens",
+            1,
+        ],
     ],
     ids=str,
 )
@@ -157,7 +168,10 @@ def test_a_killed_run_continues(folder, capsys, monkeypatch, tmp_path, file, opt
     argv = ["--prompts", file, "--batch_size", 2, *options]
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     run(folder, *argv, "--seed", 3, "--output", whole)
-    killed(monkeypatch, folder, 3, *argv, "--seed", 3, "--output", part)
+    # --unique decodes a batch up to ten times
+    killed(
+        monkeypatch, folder, 25 if "--unique" in argv else 3, *argv, "--seed", 3, "--output", part
+    )
     data = part.read_bytes()
     done = records(data.decode())
     assert done and whole.read_bytes().startswith(data)
@@ -181,20 +195,20 @@ def test_every_text_is_written_as_soon_as_it_is_done(folder, capsys, monkeypatch
 
 def test_a_run_continues_with_its_own_settings_only(folder, capsys, monkeypatch, tmp_path, file):
     out = tmp_path / "out.jsonl"
-    argv = ["--prompts", file, "--batch_size", 2, "--temperature", 0.9]
+    argv = ["--prompts", file, "--batch_size", 2, "--do_sample", "--temperature", 0.9]
     killed(monkeypatch, folder, 2, *argv, "--output", out)
     before = out.read_bytes()
     again = [*argv, "--output", out, "--resume"]
     for flags, named in [
-        (["--temperature", 0.8], "temperature 0.9, not 0.8"),
-        (["--seed", 5], "seed"),
-        (["--max_new_tokens", 7], "max_new_tokens 5, not 7"),
-        (["--literal_prompt"], "literal_prompt"),
-        (["--preset", "story"], "preset"),
+        (["--temperature", 0.8], "--temperature must be 0.9, as in the run to resume, not 0.8"),
+        (["--seed", 5], "--seed must be "),
+        (["--max_new_tokens", 7], "--max_new_tokens must be 5, "),
+        (["--literal_prompt"], "--literal_prompt must be False, "),
+        (["--preset", "story"], "--preset must be None, "),
     ]:
         assert named in refused(capsys, folder, *again, *flags)
     other = shutil.copytree(folder, tmp_path / "other")
-    assert "model" in refused(capsys, str(other), *again)
+    assert "--model must be " in refused(capsys, str(other), *again)
     changed = tmp_path / "changed.txt"
     changed.write_text("x\n" + file.read_text())
     assert "does not belong" in refused(capsys, folder, *again, "--prompts", changed)
@@ -215,8 +229,8 @@ def test_nothing_of_the_users_is_written_over(folder, capsys, tmp_path, file):
     assert "exists" in refused(capsys, folder, *argv, "--output", tmp_path / "link")
     assert "exists" in refused(capsys, folder, *argv, "--output", tmp_path)
     assert "not a folder" in refused(capsys, folder, *argv, "--output", tmp_path / "no" / "x")
-    assert "files of a run" in refused(capsys, folder, *argv, "--output", mine, "--resume")
-    assert "files of a run" in refused(capsys, folder, *argv, "--output", "none", "--resume")
+    assert "no run to resume" in refused(capsys, folder, *argv, "--output", mine, "--resume")
+    assert "no run to resume" in refused(capsys, folder, *argv, "--output", "absent", "--resume")
     assert mine.read_text() == "mine\n"
     for flags in (["--resume"], ["--resume", "--prompts", file], ["--output", "x"], ["--in_order"]):
         refused(capsys, folder, *flags)
@@ -290,9 +304,7 @@ CONTROLS = "a\x1b[2Jb\x07\x9b1m\r\t\n"
     ids=str,
 )
 def test_control_characters_are_shown_on_a_terminal_only(folder, capsys, monkeypatch, argv):
-    # every control character at once, in the prompt and in the text
-    force = json.dumps([[[27], 60.0], [[7], 60.0], [[13], 59.0]])
-    asked = ["--sequence_bias", force, "--no_repeat_ngram_size", 1, "--eos_token_id", "none"]
+    asked = ["--sequence_bias", "[[[27], 6e4]]", "--eos_token_id", "none"]
     argv = [folder if word == "MODEL" else word for word in argv]
     run(folder, CONTROLS, *asked, *argv)
     piped = capsys.readouterr().out
@@ -308,4 +320,4 @@ def test_control_characters_are_shown_on_a_terminal_only(folder, capsys, monkeyp
     assert not {"\x1b", "\x07", "\x9b"} & {*seen}
     assert "\\x1b" in seen
     if not argv:
-        assert piped.startswith(CONTROLS) and seen.startswith("a\\x1b[2Jb\\x07\\x9b1m\\r\t\n")
+        assert piped.startswith(CONTROLS) and seen[1:].startswith("a\\x1b[2Jb\\x07\\x9b1m\\r\t\n")

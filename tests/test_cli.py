@@ -303,7 +303,7 @@ def test_prompts_beyond_the_context_are_counted(model, capsys):
         {},
         {"num_return_sequences": 3},
         {"noise": "counter", "num_return_sequences": 2},
-        {"num_beams": 3},
+        {"num_beams": 3, "temperature": 9.0, "top_k": 0},
         {"num_beams": 2, "stochastic_beams": True, "noise": "counter"},
     ],
     ids=str,

@@ -53,23 +53,25 @@ class Output:
         name = self._config.output
         if self._config.resume:
             if not (path.is_file() and self._run.is_file()):
-                raise ValueError(f"{name!r} and {str(self._run)!r} must be the files of a run")
+                raise ValueError(f"output: no run to resume: {name!r} or its .run.json is missing")
             self._compare(_json(self._run, self._run.read_bytes()))
             self._read(path, prompts, self._config.generation.num_return_sequences)
         elif path.exists() or path.is_symlink():
-            raise ValueError(f"{name!r} exists; --resume continues it")
+            raise ValueError(f"output must be a new file (--resume continues a run): {name!r} exists")
         elif not path.parent.is_dir():
-            raise ValueError(f"{name!r}: {str(path.parent)!r} is not a folder")
+            raise ValueError(f"output must be in a folder: {str(path.parent)!r} is not a folder")
 
     def _compare(self, before: dict[str, Any]) -> None:
         """Take over the seed of the run; raise ValueError for other settings."""
         if self.seed is None:
             self.seed = before.get("seed")
         for name, value in self._settings().items():
-            if value != before.get(name):
+            old = before.get(name)
+            if value != old and name == "weights":
+                raise ValueError("model must be as in the run to resume: its files have changed")
+            if value != old:
                 raise ValueError(
-                    f"{self._config.output!r} began with {name} {show(before.get(name))}, "
-                    f"not {show(value)}"
+                    f"{name} must be {show(old)}, as in the run to resume, not {show(value)}"
                 )
 
     def _settings(self) -> dict[str, Any]:
@@ -99,7 +101,8 @@ class Output:
                 or prompts[number].text != prompt
             ):
                 raise ValueError(
-                    f"{self._config.output!r} line {place} does not belong to these --prompts"
+                    f"prompts must be those of the run to resume: line {place} of "
+                    f"{self._config.output!r} does not belong to them"
                 )
             if number != last:
                 last, begin, have = number, end, 0
@@ -156,5 +159,5 @@ def _json(path: Path, data: bytes, line: int | None = None) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         where = "" if line is None else f" line {line}"
-        raise ValueError(f"{str(path)!r}{where} is not a record of sample.py")
+        raise ValueError(f"output{where} is not a record of sample.py: {str(path)!r}")
     return value
