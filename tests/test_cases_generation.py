@@ -4,13 +4,12 @@ import json
 import os
 import pty
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from reference import HUNG, ROOT
+from reference import ROOT
 
 import sample
 from nanogpt2.checkpoints.save import save_model
@@ -321,3 +320,35 @@ def test_control_characters_are_shown_on_a_terminal_only(folder, capsys, monkeyp
     assert "\\x1b" in seen
     if not argv:
         assert piped.startswith(CONTROLS) and seen[1:].startswith("a\\x1b[2Jb\\x07\\x9b1m\\r\t\n")
+
+
+@pytest.fixture
+def terminal_of(folder):
+    """Start the prompt loop in a terminal; return a function (keys, what to wait for) -> output."""
+    pid, number = pty.fork()
+    if pid == 0:
+        os.environ |= {"TERM": "xterm", "OMP_NUM_THREADS": "1"}
+        argv = ["--interactive", "--model", folder, "--max_new_tokens", "4", "--seed", "1"]
+        os.execv(sys.executable, [sys.executable, str(ROOT / "sample.py"), *argv])
+
+    def type_(keys, awaited):
+        os.write(number, keys)
+        seen = b""
+        while awaited not in seen:
+            seen += os.read(number, 9999)
+        return seen
+
+    yield type_
+    os.close(number)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_pasted_lines_are_one_turn_and_ctrl_c_keeps_the_text(terminal_of):
+    # with bracketed paste on, the terminal marks what is pasted
+    terminal_of(b"", b"\x1b[?2004h> ")
+    terminal_of(b"\x1b[200~one\n:two\nthree\x1b[201~\r", b"\x1b[?2004h> ")
+    for _ in "12":
+        terminal_of(b"dropped", b"dropped")
+        terminal_of(b"\x03", b"the text is kept; :quit or Ctrl-D ends)\r\n\x1b[?2004h> ")
+    assert b"one\r\n:two\r\nthree" in terminal_of(b":text\r", b"\x1b[?2004h> ")
+    terminal_of(b":quit\r", b"\x1b[?2004l")

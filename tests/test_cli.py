@@ -544,6 +544,70 @@ def test_ctrl_c_stops_the_text_only(model, monkeypatch, capsys):
     assert calls and c.text == "Hello" and "stopped" in capsys.readouterr().err
 
 
+def test_a_second_ctrl_c_loses_nothing(model, monkeypatch, capsys):
+    c = talk(model, monkeypatch, [], eos_token_id=None)
+    pieces = []
+
+    def interrupted(screen, text):
+        pieces.append(text)
+        if len(pieces) == 3:
+            c.interrupts.receive(2, None)
+
+    monkeypatch.setattr("nanogpt2.terminal.Screen.write", interrupted)
+    # the second one comes while the first is dealt with
+    monkeypatch.setattr("nanogpt2.terminal.note", lambda text: c.interrupts.receive(2, None))
+    c.execute("Hello")
+    ids, words = c.history[1]
+    assert words == "Hello" and c.text.startswith("Hello") and len(ids) == 5 + 3
+    with pytest.raises(KeyboardInterrupt), c.interrupts:
+        c.interrupts.receive(2, None)
+
+
+SMILE = [[[a, b], 1e5] for a, b in pairwise(b"o\xf0\x9f\x99\x82")]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_character_across_turns_stays_whole(model, monkeypatch, capsys, beams):
+    options = {"sequence_bias": SMILE, "max_new_tokens": 1, "do_sample": False, "num_beams": beams}
+    c = talk(model, monkeypatch, ["Hello", "", "", "", ":text"], **options)
+    assert c.text == "Hello\U0001f642"
+    # once written by the model, once by :text
+    assert capsys.readouterr().out.count("\U0001f642") == 2
+    # bytes that make no character stay what they are, and the context does not grow
+    c = talk(model, monkeypatch, ["Hello", "", "x"], **options)
+    ids = c.history[-1][0]
+    assert bytes(ids[:8]) == b"Hello\xf0\x9fx" and len(ids) == 9
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, gpt2_tokenizer()], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("hello world!!", "ld!", "hello wor"),
+        ("one\nYou: two", "\nYou:", "one"),
+        ("ab", "ab", ""),
+        ("no stop \U0001f642", "never", "no stop \U0001f642"),
+        ("\U0001f642\U0001f643.", "\U0001f643", "\U0001f642"),
+    ],
+)
+def test_the_ids_to_go_on_from_are_those_of_the_text(tokenizer, text, stop, kept):
+    ids = tokenizer.encode(text)
+    _, completion = feed(tokenizer, "", [*ids, tokenizer.end_of_text], [stop])
+    assert tokenizer.decode(completion.kept_ids()) == completion.text == kept
+
+
+@given(st.binary(min_size=1, max_size=9), st.integers(0, 9))
+@settings(deadline=None)
+def test_any_cut_of_any_bytes_keeps_its_bytes(data, size):
+    completion = Completion(gpt2_tokenizer(), [], [])
+    for token in gpt2_tokenizer().encode(data.decode("latin-1")):
+        completion.add(token)
+    completion.finish()
+    whole = data.decode("latin-1").encode()
+    completion._size = min(size, len(whole))
+    assert gpt2_tokenizer().decode_bytes(completion.kept_ids()) == whole[:size]
+
+
 # ---- two models
 
 

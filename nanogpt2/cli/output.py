@@ -57,7 +57,7 @@ class Output:
             self._compare(_json(self._run, self._run.read_bytes()))
             self._read(path, prompts, self._config.generation.num_return_sequences)
         elif path.exists() or path.is_symlink():
-            raise ValueError(f"output must be a new file (--resume continues a run): {name!r} exists")
+            raise ValueError(f"output must be a new file, or --resume given: {name!r} exists")
         elif not path.parent.is_dir():
             raise ValueError(f"output must be in a folder: {str(path.parent)!r} is not a folder")
 
