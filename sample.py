@@ -48,8 +48,7 @@ def main(config: SampleConfig) -> None:
         prompt = read_prompt(config.prompt, config.prompt_file)
     with usage_error("--prompts"):
         key = "text" if config.classify else "prompt"
-        how_read = (config.skip_bad, key, template)
-        lines = read_prompts(config.prompts, *how_read) if config.prompts else {}
+        lines, about_blanks = read_prompts(config.prompts, config.skip_bad, key, template)
     with usage_error():
         # without --seed draw one, so that every text can be reproduced
         output = Output(config, lines)
@@ -60,6 +59,7 @@ def main(config: SampleConfig) -> None:
     with usage_error():
         ops.choose_kernels(config.kernels, device)
     if config.classify:
+        terminal.note(about_blanks)
         show_labels(config, device, [line.text for line in lines.values()] or [prompt])
         return
     how = (device, config.dtype, config.quantize, config.kernels)
@@ -71,7 +71,7 @@ def main(config: SampleConfig) -> None:
         if config.interactive:
             run_interactive(Conversation(model, tokenizer, options, template, literal), prompt)
         elif config.prompts is not None:
-            show_prompts(config, model, tokenizer, lines, output)
+            show_prompts(config, model, tokenizer, lines, output, about_blanks)
         elif config.compare is not None:
             with usage_error("--compare"), open_checkpoint(config.compare) as checkpoint:
                 with large_blocks_apart():

@@ -355,7 +355,7 @@ def test_too_few_unique_texts_are_noted(model, capsys):
 
 
 def texts_in(*arguments, **options):
-    return {number: line.text for number, line in read_prompts(*arguments, **options).items()}
+    return {number: line.text for number, line in read_prompts(*arguments, **options)[0].items()}
 
 
 def test_prompts_are_read(tmp_path, monkeypatch, capsys):

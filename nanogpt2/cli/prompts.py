@@ -54,16 +54,18 @@ def read_prompt(prompt: str, file: str | None) -> str:
 
 
 def read_prompts(
-    source: str, skip_bad: bool, key: str = "prompt", template: str = "{}"
-) -> dict[int, Prompt]:
-    """Return the prompts of a file, or of standard input if `source` is -, by line number.
+    source: str | None, skip_bad: bool, key: str = "prompt", template: str = "{}"
+) -> tuple[dict[int, Prompt], str]:
+    """Return the prompts of a file by line number, and a note on blank prompts, which are left out.
 
-    key: the prompt's key in a JSON object; skip_bad: skip malformed lines, with a note for each;
-    template: a format string around each prompt.
-    Another note names the blank prompts, which are skipped.
+    source: a path, - for standard input, or None for no prompts; key: the prompt's key in a JSON
+    object; skip_bad: skip malformed lines, with a note for each; template: a format string around
+    each prompt.
     Raises ValueError that names the first malformed line otherwise, OSError for a file that cannot
     be read.
     """
+    if source is None:
+        return {}, ""
     data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     is_jsonl = (
@@ -85,13 +87,17 @@ def read_prompts(
             blank.append(number)
     if not prompts:
         raise ValueError(f"{source!r} holds no prompt")
-    if blank:
-        places = ", ".join(map(str, blank[:MOST_NAMED])) + ", ..." * (len(blank) > MOST_NAMED)
-        terminal.note(
-            f"note: {len(blank)} of {len(blank) + len(prompts)} prompts are blank and were "
-            f"skipped: line{'s' * (len(blank) > 1)} {places}"
-        )
-    return prompts
+    return prompts, _blank_note(blank, len(prompts))
+
+
+def _blank_note(blank: list[int], others: int) -> str:
+    if not blank:
+        return ""
+    places = ", ".join(map(str, blank[:MOST_NAMED])) + ", ..." * (len(blank) > MOST_NAMED)
+    return (
+        f"note: {len(blank)} of {len(blank) + others} prompts are blank and were left out: "
+        f"line{'s' * (len(blank) > 1)} {places}"
+    )
 
 
 def _looks_like_json(lines: list[bytes], key: str) -> bool:
@@ -147,8 +153,12 @@ def show_prompts(
     tokenizer: Tokenizer,
     prompts: dict[int, Prompt],
     output: Output,
+    about_blanks: str,
 ) -> None:
-    """Write the texts of all prompts that are not done; errors as for run_prompts."""
+    """Write the texts of all prompts that are not done; errors as for run_prompts.
+
+    about_blanks: a note, said once the prompts are known to run.
+    """
     job = Job(
         source=config.prompts or "",
         batch_size=config.batch_size,
@@ -159,6 +169,7 @@ def show_prompts(
         done=output.done,
     )
     records = run_prompts(model, tokenizer, prompts, config.generation, job)
+    terminal.note(about_blanks)
     with output:
         for record in records:
             output.write(as_line(record))
