@@ -115,16 +115,19 @@ class Output:
         self._size = end
 
     def __enter__(self) -> Self:
-        """Create the file, or cut it to its complete records."""
+        """Create the file, or cut it to its complete records. Raises ValueError where it cannot."""
         if self._path is None:
             return self
         if self._config.resume:
             terminal.note(f"note: {len(self.done)} prompts are done already")
-        else:
-            with whole_file(self._run) as partial:
-                partial.write_text(json.dumps(self._settings(), indent=2) + "\n")
-        self._file = FileIO(self._path, "r+" if self._config.resume else "x")
-        self._file.truncate(self._size)
+        try:
+            if not self._config.resume:
+                with whole_file(self._run) as partial:
+                    partial.write_text(json.dumps(self._settings(), indent=2) + "\n")
+            self._file = FileIO(self._path, "r+" if self._config.resume else "x")
+            self._file.truncate(self._size)
+        except OSError as error:
+            raise ValueError(f"output {str(self._path)!r}: {error.strerror}") from None
         self._file.seek(self._size)
         return self
 
