@@ -127,7 +127,7 @@ class Output:
             self._file = FileIO(self._path, "r+" if self._config.resume else "x")
             self._file.truncate(self._size)
         except OSError as error:
-            raise ValueError(f"output {str(self._path)!r}: {error.strerror}") from None
+            raise ValueError(f"output: {error.strerror}: {str(self._path)!r}") from None
         self._file.seek(self._size)
         return self
 
