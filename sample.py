@@ -4,7 +4,6 @@ The command line -> the prompt -> the model and its tokenizer -> text, printed t
 Supporting code (streaming beams, many prompts, the prompt loop) lives in nanogpt2/cli/.
 """
 
-import os
 import sys
 from dataclasses import replace
 from statistics import mean
@@ -33,7 +32,8 @@ from nanogpt2.cli.classify import show_labels
 from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown, request_for
 from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.cli.interactive import Conversation, run_interactive
-from nanogpt2.cli.prompts import Job, read_prompt, read_prompts, run_prompts
+from nanogpt2.cli.output import Output
+from nanogpt2.cli.prompts import read_prompt, read_prompts, show_prompts
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.cpu.malloc import large_blocks_apart
 from nanogpt2.devices import choose_device
@@ -43,6 +43,7 @@ from nanogpt2.tokenizer import Tokenizer
 
 def main(config: SampleConfig) -> None:
     """Read the prompt, load the model, print the texts."""
+    template = TASKS[config.preset].template if config.preset else "{}"
     with usage_error("PROMPT" if config.prompt_file is None else "--prompt_file"):
         prompt = read_prompt(config.prompt, config.prompt_file)
     with usage_error("--device"):
@@ -53,25 +54,22 @@ def main(config: SampleConfig) -> None:
         show_labels(config, device, prompt)
         return
     with usage_error("--prompts"):
-        lines = read_prompts(config.prompts, config.skip_bad) if config.prompts else {}
+        lines, about_blanks = read_prompts(config.prompts, config.skip_bad, template)
+    with usage_error():
+        # without --seed draw one, so that every text can be reproduced
+        output = Output(config, lines)
+    options, literal = replace(config.generation, seed=output.seed), config.literal_prompt
+    config = replace(config, generation=options)
     how = (device, config.dtype, config.quantize, config.kernels)
     with usage_error("--model"), open_checkpoint(config.model) as checkpoint, large_blocks_apart():
         tokenizer, model = checkpoint.tokenizer, checkpoint.generator(*how)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
-    # without --seed draw one, so that every text can be reproduced
-    options = config.generation
-    if options.seed is None:
-        options = replace(options, seed=int.from_bytes(os.urandom(7)))
-    config = replace(config, generation=options)
-    template = TASKS[config.preset].template if config.preset else "{}"
+    terminal.note(text.ignored(model))
     try:
         if config.interactive:
-            run_interactive(Conversation(model, tokenizer, options, template), prompt)
+            run_interactive(Conversation(model, tokenizer, options, template, literal), prompt)
         elif config.prompts is not None:
-            lines = {number: template.format(line) for number, line in lines.items()}
-            job = Job(config.prompts, config.batch_size, config.unique, config.skip_bad)
-            for found in run_prompts(model, tokenizer, lines, options, job):
-                terminal.write(text.as_line(found))
+            show_prompts(config, model, tokenizer, lines, output, about_blanks)
         elif config.compare is not None:
             with usage_error("--compare"), open_checkpoint(config.compare) as checkpoint:
                 with large_blocks_apart():
@@ -83,7 +81,7 @@ def main(config: SampleConfig) -> None:
             show_texts(config, model, tokenizer, template.format(prompt))
     except ValueError as error:
         # the request is checked before anything is printed
-        fail(f"--{error}")
+        fail(f"{error}" if f"{error}".startswith("PROMPT") else f"--{error}")
     except (MemoryError, FloatingPointError) as error:
         fail(str(error), code=1)
 
@@ -93,7 +91,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
 
     Raises ValueError for a prompt that leaves no room for new tokens, and for a wrong option.
     """
-    request = request_for(model, tokenizer, [prompt], config.generation)
+    request = request_for(model, tokenizer, [prompt], config.generation, config.literal_prompt)
     note_dropped(request, model.config.block_size)
     streams = not (config.json or config.explain or config.color)
     tree = BeamTree(request.prompt_length) if config.tree else None
@@ -111,7 +109,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
         completion = found.completion
         record = text.as_json(prompt, index, completion, found.score, config.generation.seed)
         if streams and (tree is not None or index > 0):
-            terminal.write(openings[index] + record["text"] + "\n")
+            terminal.write(openings[index] + text.shown(record["text"]) + "\n")
         if streams:
             continue
         why = []
@@ -120,10 +118,10 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
         if config.color:
             shades = [shade(token, config.color, model.config.vocab_size) for token in why]
             painted = (
-                terminal.paint(piece, mean(shades[tokens]))
+                terminal.paint(text.shown(piece), mean(shades[tokens]))
                 for piece, tokens in text.pieces(tokenizer, completion)
             )
-            terminal.write(openings[index] + prompt + "".join(painted) + "\n")
+            terminal.write(openings[index] + text.shown(prompt) + "".join(painted) + "\n")
         elif config.explain and not config.json:
             terminal.write(openings[index] + "\n\n".join(map(draw, why)) + "\n")
         else:
@@ -136,12 +134,13 @@ def show_comparison(
 ) -> None:
     """Print both models' texts for the prompt, and each model's scores of both texts."""
     names = (f"A: {config.model}", f"B: {config.compare}")
-    texts = compare.compare(model, other, tokenizer, prompt, config.generation)
+    request = config.generation, config.literal_prompt
+    texts = compare.compare(model, other, tokenizer, prompt, *request)
     if config.json:
         record = compare.as_json(prompt, names, texts, config.generation.seed)
         terminal.write(text.as_line(record))
     else:
-        terminal.write(prompt + "\n" + compare.draw(tokenizer, names, texts) + "\n")
+        terminal.write(text.shown(prompt) + "\n" + compare.draw(tokenizer, names, texts) + "\n")
 
 
 if __name__ == "__main__":

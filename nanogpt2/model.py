@@ -13,6 +13,8 @@ src/model.py.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,8 @@ class GPT(nn.Module):
     """The whole network, freshly initialised. `nanogpt2.load_model` fills it from a checkpoint."""
 
     kernels = "torch"
+    # generation_config.json's, the defaults of generate()
+    generation_options: Mapping[str, Any] | None = None
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

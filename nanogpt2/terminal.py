@@ -6,6 +6,7 @@ This file does not know what the scripts do.
 import io
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -94,6 +95,15 @@ def note(text: str) -> None:
     # print above a progress bar; tqdm is loaded only once a bar exists
     tqdm = sys.modules.get("tqdm")
     (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
+
+
+# control characters but tab and newline, marks that reorder a line, halves of surrogate pairs
+_CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Show control characters as escapes, so that foreign text cannot steer the terminal."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def write(text: str) -> None:

@@ -17,6 +17,7 @@ from nanogpt2.cli import compare
 from nanogpt2.cli.decode import OutputSink, decode_texts, request_for
 from nanogpt2.cli.explain import explain
 from nanogpt2.cli.interactive import Conversation, run_interactive
+from nanogpt2.cli.output import Prompt
 from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
 from nanogpt2.cli.text import Completion, as_line, pieces
 from nanogpt2.cli.tree import BeamTree
@@ -205,17 +206,25 @@ def test_beams_are_shown_as_soon_as_they_agree(model):
 # ---- many prompts
 
 
-def run_all(model, prompts, unique=False, batch_size=3, skip_bad=False, **options):
+def numbered(prompts):
+    return {number: Prompt(text, {}) for number, text in enumerate(prompts, start=1)}
+
+
+def run_all(model, prompts, job=Job("prompts.txt", 3), **options):  # noqa: B008
     config = GenerationConfig(**{"max_new_tokens": 6, "seed": 1, "do_sample": True} | options)
-    lines = dict(enumerate(prompts, start=1))
-    job = Job("prompts.txt", batch_size, unique, skip_bad)
-    return list(run_prompts(model, BYTES, lines, config, job))
+    return list(run_prompts(model, BYTES, numbered(prompts), config, job))
+
+
+UNIQUE = Job("prompts.txt", 3, unique=True)
+SKIP_BAD = Job("prompts.txt", 3, skip_bad=True)
+IN_ORDER = Job("prompts.txt", 3, in_order=True)
 
 
 def test_many_prompts_come_out_in_order(model):
     prompts = ["a", "a much longer prompt", "bb", "日本", "", "another of some length", "c"]
-    found = run_all(model, prompts, num_return_sequences=2)
+    found = run_all(model, prompts, IN_ORDER, num_return_sequences=2)
     assert [f["prompt"] for f in found] == [p for p in prompts for _ in range(2)]
+    assert [f["line"] for f in found] == [n + 1 for n in range(len(prompts)) for _ in range(2)]
     assert [f["index"] for f in found] == [0, 1] * len(prompts)
     for f in found:
         assert f["text"] == f["prompt"] + f["completion"]
@@ -239,7 +248,7 @@ def test_many_prompts_come_out_in_order(model):
 def test_a_prompt_gives_the_same_alone(model, options):
     prompts = ["a", "a much longer prompt", "bb", "b", "cc", "a", "as long a prompt, ya"]
     options = {"do_sample": False} | options
-    found = run_all(model, prompts, **options)
+    found = run_all(model, prompts, IN_ORDER, **options)
     for prompt, both in zip(prompts, found, strict=True):
         (alone,) = run_all(model, [prompt], **options)
         assert alone["token_ids"] == both["token_ids"]
@@ -255,15 +264,15 @@ def test_a_prompt_that_fills_the_context_is_an_error_before_any_text(model, caps
     options = {"max_length": 6, "max_new_tokens": None, "do_sample": False}
     with pytest.raises(ValueError, match=r"^prompts 'prompts.txt' line 2: max_length .*skip_bad"):
         run_all(model, prompts, **options)
-    found = run_all(model, prompts, skip_bad=True, **options)
-    assert [f["prompt"] for f in found] == ["a", "bb", "c"]
+    found = run_all(model, prompts, job=SKIP_BAD, **options)
+    assert [f["prompt"] for f in found] == ["a", "c", "bb"]
     err = capsys.readouterr().err
     assert err.count("skipped") == 2 and "line 2: max_length" in err and "line 4: max_" in err
     # if every line fails, the option is at fault, so nothing is skipped
     with pytest.raises(ValueError, match=r"^max_length must be > 1"):
-        run_all(model, ["a", "bb"], skip_bad=True, max_length=1, max_new_tokens=None)
+        run_all(model, ["a", "bb"], job=SKIP_BAD, max_length=1, max_new_tokens=None)
     with pytest.raises(ValueError, match="eos_token_id must"):
-        run_all(model, ["a", "bb"], skip_bad=True, eos_token_id=999)
+        run_all(model, ["a", "bb"], job=SKIP_BAD, eos_token_id=999)
     assert capsys.readouterr().err == ""
 
 
@@ -272,14 +281,14 @@ def test_a_failure_after_the_first_texts_is_not_wrong_use(model):
     allowed = [97, 98]
     options = {"suppress_tokens": [i for i in range(257) if i not in allowed], "max_new_tokens": 1}
     options |= {"no_repeat_ngram_size": 1, "eos_token_id": None}
-    lines, job = {1: "x", 2: "ab"}, Job("-", 1, unique=False, skip_bad=False)
+    lines, job = numbered(["x", "ab"]), Job("-", 1)
     config = GenerationConfig(do_sample=True, seed=1, **options)
     texts = run_prompts(model, BYTES, lines, config, job)
     assert next(texts)["prompt"] == "x"
     with pytest.raises(FloatingPointError, match="tokens left to draw"):
         next(texts)
     with pytest.raises(ValueError, match="tokens left to draw"):
-        next(run_prompts(model, BYTES, {1: "ab"}, config, job))
+        next(run_prompts(model, BYTES, numbered(["ab"]), config, job))
 
 
 def test_prompts_beyond_the_context_are_counted(model, capsys):
@@ -288,18 +297,40 @@ def test_prompts_beyond_the_context_are_counted(model, capsys):
     assert "3 of the prompts are longer than the context of 64" in err and err.count("\n") == 1
 
 
-def test_counted_noise_gives_the_same_alone_sampled(model):
-    prompts = ["a", "a much longer prompt", "bb"]
-    found = run_all(model, prompts, noise="counter", num_return_sequences=3)
-    alone = run_all(model, ["bb"], noise="counter", first_sample=2)
-    assert alone[0]["token_ids"] == found[8]["token_ids"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_return_sequences": 3},
+        {"noise": "counter", "num_return_sequences": 2},
+        {"num_beams": 3, "temperature": 9.0, "top_k": 0},
+        {"num_beams": 2, "stochastic_beams": True, "noise": "counter"},
+    ],
+    ids=str,
+)
+def test_a_line_gives_the_same_in_any_batch_and_alone_with_its_seed(model, options):
+    prompts = ["aa", "cc", "longer", "aa", "bb", "aa", "aa"]
+    found = run_all(model, prompts, **options)
+    for size in (1, 2, 7):
+        again = run_all(model, prompts, Job("prompts.txt", size, in_order=True), **options)
+        found.sort(key=lambda f: (f["line"], f["index"]))
+        for name in ("line", "index", "token_ids", "seed"):
+            assert [f[name] for f in again] == [f[name] for f in found]
+    for line in (1, 4, 5):
+        texts = [f for f in found if f["line"] == line]
+        asked = {"max_new_tokens": 6, "do_sample": True} | options | {"seed": texts[0]["seed"]}
+        alone = texts_of(model, prompts[line - 1], **asked)
+        assert [text.completion.token_ids for text in alone] == [f["token_ids"] for f in texts]
+    # equal prompts draw differently
+    assert len({str(f["token_ids"]) for f in found if f["prompt"] == "aa" and not f["index"]}) == 4
+    # and another seed draws other texts
+    assert run_all(model, prompts, **options | {"seed": 2}) != found
 
 
-def test_one_at_a_time_gives_the_same_alone_sampled(model):
-    found = run_all(model, ["a", "c", "bb"], batch_size=1)
-    assert [f["token_ids"] for f in found] == [
-        run_all(model, [prompt])[0]["token_ids"] for prompt in ("a", "c", "bb")
-    ]
+def test_counted_texts_come_again_by_their_number(model):
+    found = run_all(model, ["a", "bb"], noise="counter", num_return_sequences=3)
+    again = run_all(model, ["a", "bb"], noise="counter", first_sample=2)
+    assert [f["token_ids"] for f in again] == [found[n]["token_ids"] for n in (2, 5)]
 
 
 @pytest.mark.parametrize("noise", ["hf", "counter"])
@@ -307,42 +338,46 @@ def test_unique_texts(model, noise):
     options = {"num_return_sequences": 30, "max_new_tokens": 1, "noise": noise, "top_k": 40}
     plain = [f["text"] for f in run_all(model, ["a", "b"], **options)]
     assert len(set(plain)) < 60
-    found = run_all(model, ["a", "b"], unique=True, **options)
+    found = run_all(model, ["a", "b"], job=UNIQUE, **options)
     for prompt in ("a", "b"):
         texts = [f["text"] for f in found if f["prompt"] == prompt]
         assert len(texts) == len(set(texts)) > len({t for t in plain if t.startswith(prompt)})
-    assert run_all(model, ["a", "b"], unique=True, **options) == found
+    assert run_all(model, ["a", "b"], job=UNIQUE, **options) == found
 
 
 def test_too_few_unique_texts_are_noted(model, capsys):
     options = {"num_return_sequences": 4, "max_new_tokens": 1, "top_k": 2}
-    found = run_all(model, ["a", "b"], unique=True, **options)
+    found = run_all(model, ["a", "b"], job=UNIQUE, **options)
     assert len(found) <= 4
     assert f"--unique left {len(found)} of 8 texts" in capsys.readouterr().err
     run_all(model, ["a", "b"], **options)
     assert capsys.readouterr().err == ""
 
 
+def texts_in(*arguments, **options):
+    return {number: line.text for number, line in read_prompts(*arguments, **options)[0].items()}
+
+
 def test_prompts_are_read(tmp_path, monkeypatch, capsys):
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone\n\n  two é\r\nthree".encode())
-    assert read_prompts(str(path), skip_bad=False) == {1: "one", 3: "  two é", 4: "three"}
+    assert texts_in(str(path), skip_bad=False) == {1: "one", 3: "  two é", 4: "three"}
     lines = '{"prompt": "one", "id": 7}\n"two"\n\n{"text": "x"}\n{"prompt": "three"}\n'
     path = tmp_path / "p.jsonl"
     path.write_text(lines)
     with pytest.raises(ValueError, match="line 4: must be a string"):
-        read_prompts(str(path), skip_bad=False)
+        texts_in(str(path), skip_bad=False)
     expected = {1: "one", 2: "two", 5: "three"}
-    assert read_prompts(str(path), skip_bad=True) == expected
+    assert texts_in(str(path), skip_bad=True) == expected
     assert "skipped" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert read_prompts("-", skip_bad=True) == expected
+    assert texts_in("-", skip_bad=True) == expected
     path.write_bytes(b"ok\nbad \xff\n")
     with pytest.raises(ValueError, match="line 2"):
-        read_prompts(str(path.rename(tmp_path / "q.txt")), skip_bad=False)
+        texts_in(str(path.rename(tmp_path / "q.txt")), skip_bad=False)
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(ValueError, match="no prompt"):
-        read_prompts(str(tmp_path / "empty"), skip_bad=False)
+        texts_in(str(tmp_path / "empty"), skip_bad=False)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +402,7 @@ def test_jsonl_is_recognised(tmp_path, monkeypatch, name, text, expected):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     else:
         (tmp_path / name).write_text(text)
-    assert read_prompts(name, skip_bad=False) == expected
+    assert texts_in(name, skip_bad=False) == expected
 
 
 # ---- the prompt loop
@@ -386,7 +421,7 @@ def talk(model, monkeypatch, lines, template="{}", opening="", **options):
 def test_the_text_grows(model, monkeypatch, capsys):
     c = talk(model, monkeypatch, ["Hello", "", " more"], opening="Once ")
     assert len(c.history) == 5
-    texts = [text for text, _ in c.history]
+    texts = [BYTES.decode(ids) for ids, _ in c.history]
     assert all(b.startswith(a) for a, b in pairwise(texts))
     assert texts[1].startswith("Once ") and "Hello" in texts[2] and " more" in c.text
     assert len(c.text.encode("utf-8", "replace")) > 0
@@ -401,7 +436,7 @@ def test_undo_retry_and_branches(model, monkeypatch, capsys):
     c = talk(model, monkeypatch, ["Hello", "x", ":undo"])
     assert c.text == first
     c = talk(model, monkeypatch, ["Hello", ":branch", "x", ":branch 1"])
-    assert c.text == first and len(c.branches) == 2 and c.branches[1][-1][0] != first
+    assert c.text == first and len(c.branches) == 2 and c.branches[1][-1] != c.history[-1]
     talk(model, monkeypatch, [":undo", ":retry", ":branch 9", ":nonsense", ":set", ":save"])
     err = capsys.readouterr().err
     assert err.count("error: ") == 6 and "Traceback" not in err
@@ -449,19 +484,23 @@ def test_a_byte_outside_utf8_makes_only_its_line_invalid(model, monkeypatch, cap
 
 
 def test_saving_leaves_no_partial_file(model, monkeypatch, tmp_path, capsys):
-    lines = [f":save {tmp_path}/text", f":save {tmp_path}/no/such", f":save {tmp_path}"]
-    talk(model, monkeypatch, lines, opening="half \ud800")
-    assert not [*tmp_path.iterdir()]
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    names = ("no/such", "", "link")
+    talk(model, monkeypatch, [f":save {tmp_path}/{name}" for name in names], opening="Hello")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
     assert capsys.readouterr().err.count("error: ") == 3
+    (tmp_path / "text.part").write_text("mine")
+    talk(model, monkeypatch, [f":save {tmp_path}/text"], opening="Hello")
+    assert (tmp_path / "text.part").read_text() == "mine" and (tmp_path / "text").is_file()
 
 
 def test_failed_saving_leaves_no_file(model, monkeypatch, tmp_path, capsys):
     def fail(*arguments):
-        raise OSError("no space")
+        raise OSError(28, "no space")
 
-    monkeypatch.setattr("pathlib.Path.rename", fail)
+    monkeypatch.setattr("pathlib.Path.replace", fail)
     talk(model, monkeypatch, [f":save {tmp_path}/text"], opening="Hello")
-    assert not [*tmp_path.iterdir()] and "error: no space" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()] and "no space" in capsys.readouterr().err
 
 
 def test_an_opening_that_fills_the_context_prints_nothing(model, monkeypatch, capsys):
@@ -482,7 +521,7 @@ def test_options_can_be_set(model, monkeypatch, capsys):
 def test_saving_does_not_overwrite(model, monkeypatch, tmp_path, capsys):
     path = tmp_path / "text.txt"
     c = talk(model, monkeypatch, ["Hello", f":save {path}", "x", f":save {path}", ":quit", "y"])
-    assert path.read_text() == c.history[1][0] + "\n"
+    assert path.read_text() == BYTES.decode(c.history[1][0]) + "\n"
     assert "error: " in capsys.readouterr().err and len(c.history) == 3
 
 
@@ -503,6 +542,70 @@ def test_ctrl_c_stops_the_text_only(model, monkeypatch, capsys):
     monkeypatch.setattr("nanogpt2.cli.interactive.decode_texts", interrupted)
     c.execute("Hello")
     assert calls and c.text == "Hello" and "stopped" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_loses_nothing(model, monkeypatch, capsys):
+    c = talk(model, monkeypatch, [], eos_token_id=None)
+    pieces = []
+
+    def interrupted(screen, text):
+        pieces.append(text)
+        if len(pieces) == 3:
+            c.interrupts.receive(2, None)
+
+    monkeypatch.setattr("nanogpt2.terminal.Screen.write", interrupted)
+    # the second one comes while the first is dealt with
+    monkeypatch.setattr("nanogpt2.terminal.note", lambda text: c.interrupts.receive(2, None))
+    c.execute("Hello")
+    ids, words = c.history[1]
+    assert words == "Hello" and c.text.startswith("Hello") and len(ids) == 5 + 3
+    with pytest.raises(KeyboardInterrupt), c.interrupts:
+        c.interrupts.receive(2, None)
+
+
+SMILE = [[[a, b], 1e5] for a, b in pairwise(b"o\xf0\x9f\x99\x82")]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_character_across_turns_stays_whole(model, monkeypatch, capsys, beams):
+    options = {"sequence_bias": SMILE, "max_new_tokens": 1, "do_sample": False, "num_beams": beams}
+    c = talk(model, monkeypatch, ["Hello", "", "", "", ":text"], **options)
+    assert c.text == "Hello\U0001f642"
+    # once written by the model, once by :text
+    assert capsys.readouterr().out.count("\U0001f642") == 2
+    # bytes that make no character stay what they are, and the context does not grow
+    c = talk(model, monkeypatch, ["Hello", "", "x"], **options)
+    ids = c.history[-1][0]
+    assert bytes(ids[:8]) == b"Hello\xf0\x9fx" and len(ids) == 9
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, gpt2_tokenizer()], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("text", "stop", "kept"),
+    [
+        ("hello world!!", "ld!", "hello wor"),
+        ("one\nYou: two", "\nYou:", "one"),
+        ("ab", "ab", ""),
+        ("no stop \U0001f642", "never", "no stop \U0001f642"),
+        ("\U0001f642\U0001f643.", "\U0001f643", "\U0001f642"),
+    ],
+)
+def test_the_ids_to_go_on_from_are_those_of_the_text(tokenizer, text, stop, kept):
+    ids = tokenizer.encode(text)
+    _, completion = feed(tokenizer, "", [*ids, tokenizer.end_of_text], [stop])
+    assert tokenizer.decode(completion.kept_ids()) == completion.text == kept
+
+
+@given(st.binary(min_size=1, max_size=9), st.integers(0, 9))
+@settings(deadline=None)
+def test_any_cut_of_any_bytes_keeps_its_bytes(data, size):
+    completion = Completion(gpt2_tokenizer(), [], [])
+    for token in gpt2_tokenizer().encode(data.decode("latin-1")):
+        completion.add(token)
+    completion.finish()
+    whole = data.decode("latin-1").encode()
+    completion._size = min(size, len(whole))
+    assert gpt2_tokenizer().decode_bytes(completion.kept_ids()) == whole[:size]
 
 
 # ---- two models

@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "tokenizer",
     ],
     "cli": [
+        "atomic",
         "checkpoints",
         "classifier",
         "cli",

@@ -297,7 +297,7 @@ def test_many_prompts(capsys, folder, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one"}\n"a longer second"\nbroken\n"three"\n')
     argv = ["--prompts", str(path), "--max_new_tokens", "4", "--num_return_sequences", "2"]
-    run(folder, *argv, "--skip_bad", "--unique", "--batch_size", "2", "--seed", "1")
+    run(folder, *argv, "--skip_bad", "--unique", "--batch_size", "2", "--seed", "1", "--in_order")
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
     assert [f["prompt"] for f in found] == [

@@ -1,7 +1,7 @@
 """The files of a model beside its tensors: find them, read them, check them.
 
     model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json
-    config.json, generation_config.json        the shape, and the ids that end a text
+    config.json, generation_config.json        the shape, and the options of decoding
     vocab.json or tokenizer.json, ...          the vocabulary
     manifest.json                              {file: {"size", "sha256"}}, in a run's folder
 
@@ -12,15 +12,16 @@ reads no tensor and does not import torch.
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from nanogpt2 import hub
 from nanogpt2.checkpoints import header as tensor_header
-from nanogpt2.config import PICKLES, PRESETS, GPTConfig, check_model
+from nanogpt2.config import PICKLES, PRESETS, GenerationConfig, GPTConfig, check_model
 from nanogpt2.config.flags import show
+from nanogpt2.config.generation import FOREIGN
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -41,6 +42,8 @@ class ModelFiles:
     config: GPTConfig | None
     manifest: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
     stated: dict[str, Any] = field(default_factory=dict, repr=False)  # config.json
+    # generation_config.json's options, without the ids that are in `config`
+    generation: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def sha256_of(self, file: Path) -> str | None:
         """Return the digest in the manifest; None without a manifest or an entry in it."""
@@ -66,7 +69,9 @@ def find_files(name: str | Path) -> ModelFiles:
     stated = _read_json(folder / "config.json", manifest)
     generation = _read_json(folder / "generation_config.json", manifest)
     config = None if stated is None else _config(folder / "config.json", stated, generation or {})
-    return ModelFiles(found, config, manifest, stated or {})
+    names = {f.name for f in fields(GenerationConfig)} - {"eos_token_id", "pad_token_id"}
+    options = {k: v for k, v in (generation or {}).items() if k in (*names, *FOREIGN)}
+    return ModelFiles(found, config, manifest, stated or {}, options)
 
 
 def digest_ahead(name: str | Path) -> None:

@@ -94,7 +94,7 @@ class Checkpoint:
         kernels: str = "auto",
     ) -> GPT:
         """Make a GPT; arguments and errors as for `load_model`."""
-        return self._gpt(device, dtype, dropout, quantize, kernels)
+        return self._with_options(self._gpt(device, dtype, dropout, quantize, kernels))
 
     def generator(
         self,
@@ -104,7 +104,7 @@ class Checkpoint:
         kernels: str = "auto",
     ) -> GPT:
         """Make the fastest GPT for generating; arguments and errors as for `load_generator`."""
-        return self._gpt(device, dtype, None, quantize, kernels, generates=True)
+        return self._with_options(self._gpt(device, dtype, None, quantize, kernels, generates=True))
 
     def classifier(
         self,
@@ -130,6 +130,10 @@ class Checkpoint:
         model.transformer.load_state_dict(state, assign=True)
         model.score.load_state_dict({"weight": score}, assign=True)
         return model.eval()
+
+    def _with_options(self, model: GPT) -> GPT:
+        model.generation_options = self._source.generation
+        return model
 
     def _gpt(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from nanogpt2 import terminal
 from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown, request_for
-from nanogpt2.cli.text import Completion, pieces
+from nanogpt2.cli.text import Completion, pieces, shown
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.request import Request
@@ -44,11 +44,19 @@ class Scored:
 
 
 def compare(
-    a: GPT, b: GPT, tokenizer: Tokenizer, prompt: str, options: GenerationConfig
+    a: GPT,
+    b: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    options: GenerationConfig,
+    literal: bool = False,
 ) -> list[Scored]:
-    """Let both models continue the prompt from the same seed; score every text with both."""
+    """Let both models continue the prompt from the same seed; score every text with both.
+
+    literal: read <|endoftext|> in the prompt as characters.
+    """
     models = (a, b)
-    requests = [request_for(model, tokenizer, [prompt], options) for model in models]
+    requests = [request_for(model, tokenizer, [prompt], options, literal) for model in models]
     sizes = {
         model.config.block_size: request for model, request in zip(models, requests, strict=True)
     }
@@ -119,7 +127,7 @@ def draw(tokenizer: Tokenizer, names: Sequence[str], texts: Sequence[Scored]) ->
     for text in texts:
         title = names[text.writer] + (f", {text.index + 1} of {count}" if count > 1 else "")
         coloured = "".join(
-            terminal.paint(piece, 0.5 + sum(text.gains[tokens]) / 8)
+            terminal.paint(shown(piece), 0.5 + sum(text.gains[tokens]) / 8)
             for piece, tokens in pieces(tokenizer, text.completion)
         )
         blocks.append(f"--- {title} ---\n{coloured}\n\n{_figures(tokenizer, text)}")

@@ -5,13 +5,13 @@ that all beams share are final, so they are printed at once. On a terminal the r
 is drawn behind them, and redrawn whenever it changes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanogpt2 import terminal
-from nanogpt2.cli.text import Completion
+from nanogpt2.cli.text import Completion, shown
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import search, steps
@@ -38,16 +38,32 @@ class Text:
 
 
 def request_for(
-    model: GPT, tokenizer: Tokenizer, prompts: list[str], options: GenerationConfig
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    options: GenerationConfig,
+    literal: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> Request:
     """Make a request for prompts of equal length in tokens.
 
-    The prompts need equal lengths because padding would count as prompt. Raises ValueError for
-    invalid options or a prompt that leaves no room for new tokens.
+    The prompts need equal lengths because padding would count as prompt. literal: <|endoftext|> is
+    characters, not the token. seeds: one for each prompt; by default all draw from options.seed.
+    Raises ValueError for invalid options or a prompt that leaves no room for new tokens.
     """
+    rows = [tokenizer.encode(prompt, allow_special=not literal) for prompt in prompts]
+    request = request_for_ids(model, tokenizer, rows, options)
+    return request if seeds is None else replace(request, seeds=tuple(seeds))
+
+
+def request_for_ids(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: GenerationConfig
+) -> Request:
+    """Make a request for prompts given as equally many token ids each; errors as request_for."""
     bos = model.config.bos_token_id
-    rows = [tokenizer.encode(prompt) or ([] if bos is None else [bos]) for prompt in prompts]
-    ids = torch.tensor(rows, dtype=torch.int64)
+    if bos is None and not all(prompts):
+        raise ValueError("PROMPT must not be empty: the model has no bos_token_id to start from")
+    ids = torch.tensor([row or [bos] for row in prompts], dtype=torch.int64)
     mask = torch.ones_like(ids)
     request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
     # check all options now, before any output
@@ -89,18 +105,23 @@ class OutputSink:
         opening: str = "",
         on_text: Callable[[str], object] | None = None,
         tree: BeamTree | None = None,
+        continues: bool = False,
     ) -> None:
         """Make a sink.
 
         opening: printed before the text, but only with its first token, so that errors come first.
-        on_text: called with each piece of text that is final.
+        on_text: called with each piece of text that is final. continues: the text may begin or end
+        within a character, as a part of a longer text.
         """
         self.screen, self.opening, self.on_text, self.tree = screen, opening, on_text, tree
+        self.continues = continues
+        # the text so far; an interrupted one can be read here
+        self.completion: Completion | None = None
 
     def write(self, piece: str) -> None:
         """Pass on a piece of text that is final."""
         if self.screen is not None:
-            self.screen.write(self.opening + piece)
+            self.screen.write(shown(self.opening + piece))
             self.opening = ""
         if self.on_text is not None:
             self.on_text(piece)
@@ -138,23 +159,26 @@ def decode_texts(
         ) from None
 
 
-def _completions(tokenizer: Tokenizer, request: Request, count: int) -> list[list[Completion]]:
+def _completions(
+    tokenizer: Tokenizer, request: Request, count: int, sink: OutputSink
+) -> list[list[Completion]]:
     """Return `count` empty texts for each prompt."""
     ends, stops = request.eos.tolist(), request.config.stop_strings or ()
     return [
-        [Completion(tokenizer, ids, ends, stops) for _ in range(count)]
+        [Completion(tokenizer, ids, ends, stops, sink.continues) for _ in range(count)]
         for ids in request.ids.tolist()
     ]
 
 
 def _rows(model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink) -> list[list[Text]]:
-    texts = _completions(tokenizer, request, request.rows)
+    texts = _completions(tokenizer, request, request.rows, sink)
     flat = [text for row in texts for text in row]
+    sink.completion = flat[0]
     for step in steps(model, request):
         tokens = zip(flat, step.tokens.tolist(), step.running.tolist(), strict=True)
         pieces = [text.add(token) if running else "" for text, token, running in tokens]
         sink.write(pieces[0])
-    sink.write(flat[0].finish())
+    sink.write(flat[0].finish(cut=not sink.continues))
     for text in flat[1:]:
         text.finish()
     return [[Text(text) for text in row] for row in texts]
@@ -163,7 +187,8 @@ def _rows(model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink) 
 def _beams(
     model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink
 ) -> list[list[Text]]:
-    shown, agreed = _completions(tokenizer, request, 1)[0][0], 0
+    shown, agreed = _completions(tokenizer, request, 1, sink)[0][0], 0
+    sink.completion = shown
     for beams in search(model, request):
         if sink.tree is not None:
             sink.tree.record(beams)
@@ -175,13 +200,14 @@ def _beams(
             agreed = max(agreed, certain)
             sink.tail(tokenizer.decode(ids[agreed:]))
     group = best(request, beams)
-    texts = _completions(tokenizer, request, group.ids.size(1))
+    texts = _completions(tokenizer, request, group.ids.size(1), sink)
     for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):
         for text, tokens, beam in zip(row, ids, rows, strict=True):
             new = tokens[request.prompt_length :][beam >= 0]
             for token in new.tolist():
                 text.add(token)
-            text.finish()
+            text.finish(cut=not sink.continues)
+    sink.completion = texts[0][0]
     # the text shown so far is the beginning of the best text
     sink.write(texts[0][0].text[len(shown.text) :])
     return [

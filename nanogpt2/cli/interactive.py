@@ -10,10 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, request_for
+from nanogpt2.atomic import whole_file
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, request_for_ids
+from nanogpt2.cli.text import shown
 from nanogpt2.config import GenerationConfig, refuse_ignored, value_of
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -25,7 +28,7 @@ HELP = """Your line is added to the text, and the model continues from there.
   :set NAME VALUE    change an option, such as :set temperature 0.9
   :text              show the whole text
   :save FILE         write the text to a new file
-  :help, :quit       (or Ctrl-D); Ctrl-C stops the text being written"""
+  :help, :quit       (or Ctrl-D); Ctrl-C stops the text being written, or drops your line"""
 
 WITH_ARGUMENT = ("branch", "set", "save")
 # setting an option resets the option that would conflict with it
@@ -37,70 +40,104 @@ RESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class Interrupts:
+    """Ctrl-C raises KeyboardInterrupt inside a `with` block, once; elsewhere it does nothing.
+
+    So a second Ctrl-C cannot end the program while the first one is dealt with.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = False
+
+    def __enter__(self) -> None:
+        self._wanted = True
+
+    def __exit__(self, *error: object) -> None:
+        self._wanted = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGINT."""
+        if self._wanted:
+            self._wanted = False
+            raise KeyboardInterrupt
+
+
 class Conversation:
     """The text so far, its history and its branches."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, options: GenerationConfig, template: str
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        options: GenerationConfig,
+        template: str,
+        literal: bool = False,
     ) -> None:
-        """template: a format string, with {} for the user's words."""
+        """template: a format string, with {} for the user's words.
+
+        literal: read <|endoftext|> as characters.
+        """
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.options = options
+        self.options, self.literal = options, literal
+        self.interrupts = Interrupts()
         self.seed = int.from_bytes(os.urandom(7)) if options.seed is None else options.seed
-        # one history for each branch: (text so far, user's words) after each exchange
-        self.branches: list[list[tuple[str, str]]] = [[("", "")]]
+        # one history for each branch: (ids so far, user's words) after each exchange. Ids, because
+        # a text may end within a character
+        self.branches: list[list[tuple[list[int], str]]] = [[([], "")]]
         self.branch = 0
         self.commands: dict[str, Callable[[str], None]] = {
             "undo": self.undo,
             "retry": self.retry,
             "branch": self.go_to_branch,
             "set": self.set,
-            "text": lambda _: terminal.write(f"{self.text}\n"),
+            "text": lambda _: terminal.write(f"{shown(self.text)}\n"),
             "save": self.save,
             "help": lambda _: terminal.note(HELP),
             "quit": self.quit,
         }
 
     @property
-    def history(self) -> list[tuple[str, str]]:
-        """(text so far, user's words) after each exchange of the branch, from an empty start."""
+    def history(self) -> list[tuple[list[int], str]]:
+        """(ids so far, user's words) after each exchange of the branch, from an empty start."""
         return self.branches[self.branch]
 
     @property
     def text(self) -> str:
         """The whole text of this branch."""
-        return self.history[-1][0]
+        return self.tokenizer.decode(self.history[-1][0])
 
     def say(self, words: str) -> None:
         """Add words and let the model continue. Raises ValueError if the context is full."""
-        self.history.append((self._continue_text(self.text, words), words))
+        self.history.append((self._continue(self.history[-1][0], words), words))
 
     def open(self, words: str) -> None:
         """Say the first words. Nobody typed them at the prompt, so print them too."""
-        text = self._continue_text("", words, shown=self.template.format(words))
-        self.history.append((text, words))
+        ids = self._continue([], words, opening=self.template.format(words))
+        self.history.append((ids, words))
 
-    def _continue_text(self, text: str, words: str, shown: str = "") -> str:
-        """Return the text with the words and the model's continuation; stream the continuation.
+    def _continue(self, ids: list[int], words: str, opening: str = "") -> list[int]:
+        """Return ids with the words' and the model's continuation; stream the continuation.
 
-        shown: printed before the continuation.
+        opening: printed before the continuation.
         """
-        opening = self.template.format(words) if words else ""
-        between = "\n" if self.template != "{}" and text and words else ""
-        prompt = text + between + opening
+        between = "\n" if self.template != "{}" and ids and words else ""
+        added = between + self.template.format(words) if words else ""
+        prompt = ids + self.tokenizer.encode(added, allow_special=not self.literal)
         options = replace(self.options, seed=self.seed)
         self.seed = (self.seed + 1) % 2**63
-        request = request_for(self.model, self.tokenizer, [prompt], options)
+        request = request_for_ids(self.model, self.tokenizer, [prompt], options)
         note_dropped(request, self.model.config.block_size)
         screen = terminal.Screen()
-        written: list[str] = []
-        sink = OutputSink(screen, shown, on_text=written.append)
+        sink = OutputSink(screen, opening, continues=True)
         try:
-            decode_texts(self.model, self.tokenizer, request, sink)
+            with self.interrupts:
+                decode_texts(self.model, self.tokenizer, request, sink)
         except KeyboardInterrupt:
+            if sink.completion is not None:
+                sink.write(sink.completion.finish(cut=False))
             terminal.note(" (stopped)")
         screen.write("\n")
-        return prompt + "".join(written)
+        return prompt + ([] if sink.completion is None else sink.completion.kept_ids())
 
     def undo(self, _: str = "") -> None:
         """Take back the last exchange."""
@@ -115,7 +152,7 @@ class Conversation:
             raise ValueError("nothing to try again")
         words = self.history[-1][1]
         # keep the old exchange until the new one is finished
-        self.history[-1] = (self._continue_text(self.history[-2][0], words), words)
+        self.history[-1] = (self._continue(self.history[-2][0], words), words)
 
     def go_to_branch(self, number: str) -> None:
         """Copy this branch and continue in the copy, or switch to branch `number`."""
@@ -147,16 +184,14 @@ class Conversation:
         if not file:
             raise ValueError(":save needs a file's name")
         path = Path(file).expanduser()
-        partial = path.with_name(f"{path.name}.part")
         try:
-            if path.exists():
+            # a link to nothing does not exist either
+            if path.exists() or path.is_symlink():
                 raise ValueError(f"{file!r} exists; :save writes a new file")
-            # write under another name, then rename: the file is complete or absent
-            partial.write_bytes(f"{self.text}\n".encode())
-            partial.rename(path)
+            with whole_file(path) as partial:
+                partial.write_bytes(f"{self.text}\n".encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ValueError(str(error)) from None
+            raise ValueError(f"cannot save to {file!r}: {error.strerror}") from None
         terminal.note(f"saved to {file}")
 
     def quit(self, _: str) -> None:
@@ -192,20 +227,31 @@ def _check_text(line: str) -> None:
 
 def run_interactive(conversation: Conversation, opening: str) -> None:
     """Run the loop until the input ends or :quit. `opening`, unless empty, is said first."""
-    if sys.stdin.isatty():
-        # line editing and history
-        import readline  # noqa: F401
+    typed = sys.stdin.isatty()
+    if typed:
+        # line editing and history; a pasted text, its line ends included, is one line
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a byte that is not UTF-8 makes only its own line invalid
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, conversation.interrupts.receive)
     if opening:
         conversation.open(opening)
     terminal.note(":help lists the commands")
     while True:
         try:
-            conversation.execute(input("> " if sys.stdin.isatty() else ""))
+            with conversation.interrupts:
+                line = input("> " if typed else "")
         except EOFError:
             return
         except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
+            if not typed:
+                sys.exit(128 + signal.SIGINT)
+            terminal.note("\n(the text is kept; :quit or Ctrl-D ends)")
+            continue
+        try:
+            conversation.execute(line)
+        except EOFError:
+            return

@@ -5,10 +5,13 @@ This file does not know how tokens are chosen.
 
 import codecs
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nanogpt2 import terminal
 from nanogpt2.generation.stopping import stop_bytes, stop_start
+from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
 
@@ -25,8 +28,12 @@ class Completion:
         prompt_ids: Sequence[int],
         ends: Sequence[int],
         stops: str | Sequence[str] = (),
+        continues: bool = False,
     ) -> None:
-        """ends: token ids that end the text; stops: strings that end it."""
+        """ends: token ids that end the text; stops: strings that end it.
+
+        continues: the first bytes may complete a character of the prompt.
+        """
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason = "length"
@@ -37,6 +44,10 @@ class Completion:
         self._before = tokenizer.decode_bytes(prompt_ids[-self._longest :]) if stops else b""
         self._held = b""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        if continues:
+            # three tokens hold every incomplete character
+            self._utf8.decode(tokenizer.decode_bytes(prompt_ids[-3:]))
+        self._size = 0  # bytes released
 
     def add(self, token: int) -> str:
         """Take the next token and return the text that became final."""
@@ -55,9 +66,28 @@ class Completion:
             return ""
         return self._release(len(self._held) - self._uncertain_bytes())
 
-    def finish(self) -> str:
-        """End the text and return the characters that were held back."""
-        return self._release(len(self._held), final=True)
+    def finish(self, cut: bool = True) -> str:
+        """End the text and return the characters that were held back.
+
+        cut: show an incomplete character as U+FFFD; otherwise leave it to a further text.
+        """
+        return self._release(len(self._held), final=cut)
+
+    def kept_ids(self) -> list[int]:
+        """Return the ids of the text: without its end token, cut where a stop string begins.
+
+        Call it after `finish`.
+        """
+        kept: list[int] = []
+        size = self._size
+        for token in self.token_ids:
+            data = self._tokenizer.decode_bytes([token])
+            if len(data) > size or token in self._ends:
+                kept += _encode_bytes(self._tokenizer, data[:size] if size < len(data) else b"")
+                break
+            kept.append(token)
+            size -= len(data)
+        return kept
 
     def _uncertain_bytes(self) -> int:
         """Return how many of the held bytes may belong to an incomplete stop string."""
@@ -70,9 +100,20 @@ class Completion:
     def _release(self, size: int, final: bool = False) -> str:
         piece, self._held = self._held[:size], self._held[size:]
         self._before = (self._before + piece)[-self._longest :]
+        self._size += len(piece)
         text = self._utf8.decode(piece, final)
         self.text += text
         return text
+
+
+def _encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """Return the ids of any bytes; those outside UTF-8 become a token each."""
+    try:
+        return tokenizer.encode(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        # the first 256 ids of every vocabulary are the single bytes
+        single = {tokenizer.decode_bytes([i]): i for i in range(256)}
+        return [single[bytes([byte])] for byte in data]
 
 
 def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, slice]]:
@@ -91,6 +132,17 @@ def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, 
             if left:
                 yield left[: len(piece)], slice(first, i)
             left, piece, first = left[len(piece) :], "", i
+
+
+def shown(text: str) -> str:
+    """Return a text for standard output: on a terminal its control characters become escapes."""
+    return terminal.visible(text) if sys.stdout.isatty() else text
+
+
+def ignored(model: GPT) -> str:
+    """Return a note on the options in the model's generation_config.json."""
+    names = ", ".join(model.generation_options or ())
+    return names and f"note: generation_config.json sets {names}; only the flags count here"
 
 
 def as_line(value: Any) -> str:

@@ -3,13 +3,37 @@
 This file does not know the command line; sample.py checks combinations of flags.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from types import NoneType
+from typing import Any, Self, get_args
 
 from nanogpt2.config.flags import MAX_SEED, check, flag, show
 from nanogpt2.config.model import TokenIds
 
 FROM_CHECKPOINT = -1  # the default eos_token_id: take the checkpoint's
+# transformers' options that change a text and do not exist here
+FOREIGN = (
+    "constraints",
+    "dola_layers",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "guidance_scale",
+    "token_healing",
+    "watermarking_config",
+)
+# transformers' options that change no text
+WITHOUT_EFFECT = (
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "return_dict_in_generate",
+    "transformers_version",
+    "use_cache",
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,8 @@ class GenerationConfig:
     output_scores: bool = False  # for generate() only, not a flag
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _plain(f.type, f.default, getattr(self, f.name)))
         check(self)
         if isinstance(self.eos_token_id, tuple) and FROM_CHECKPOINT in self.eos_token_id:
             raise ValueError(
@@ -137,6 +163,32 @@ class GenerationConfig:
             self._check_constrained()
         if self.stochastic_beams:
             self._check_stochastic()
+
+    @classmethod
+    def of(cls, *sources: Any) -> Self:
+        """Merge options; later sources win.
+
+        A source is a configuration of this class, a dict, any object with fields of these names,
+        or None. In an object, and in a dict but the last, None is an unset value.
+        Raises ValueError for an option of transformers that does not exist here, TypeError for any
+        other unknown name in a dict.
+        """
+        options: dict[str, Any] = {}
+        names = {f.name for f in fields(cls)}
+        for source in sources[:-1]:
+            if isinstance(source, Mapping):
+                given = dict(source)
+            else:
+                given = {name: getattr(source, name, None) for name in (*names, *FOREIGN)}
+            for name, value in given.items():
+                # 0, 1 and False are neutral values
+                if name in FOREIGN and value is not None and value not in (0, 1):
+                    raise ValueError(f"{name} must be left out: nanogpt2 does not have it")
+                if name in names and (value is not None or isinstance(source, cls)):
+                    options[name] = value
+                elif value is not None and name not in (*names, *FOREIGN, *WITHOUT_EFFECT):
+                    raise TypeError(f"{name!r} is not an option of generate()")
+        return cls(**options | sources[-1])
 
     def _check_diverse(self) -> None:
         if self.num_beams % self.num_beam_groups:
@@ -184,6 +236,19 @@ class GenerationConfig:
     def samples(self) -> bool:
         """True if tokens are drawn; temperature 0 means greedy."""
         return self.do_sample and self.temperature > 0
+
+
+def _plain(kind: Any, default: Any, value: Any) -> Any:
+    """Return a value as plain Python: numpy's and torch's numbers, lists of ids, None for unset."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        several = [_plain(Any, None, each) for each in value]
+        return tuple(several) if kind == TokenIds or isinstance(value, tuple) else several
+    if isinstance(value, dict):
+        return {_plain(Any, None, k): _plain(Any, None, v) for k, v in value.items()}
+    takes_none = kind is Any or NoneType in get_args(kind)
+    return default if value is None and not takes_none and default is not MISSING else value
 
 
 # the scripts' default without a decoding flag: greedy decoding, generate()'s default, soon loops

@@ -83,6 +83,7 @@ class SampleConfig:
     )
     preset: str | None = flag(None, "a task: its template and decoding", choices=(*TASKS,))
     list_presets: bool = flag(False, "describe the presets")
+    literal_prompt: bool = flag(False, "read <|endoftext|> in a prompt as characters, not a token")
     # many prompts
     prompts: str | None = flag(
         None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
@@ -97,6 +98,9 @@ class SampleConfig:
         None, "with --classify --prompts: the right labels (default: as trained, or label)"
     )
     encoding: str = flag("utf-8", "with --classify --prompts: of files without a byte-order mark")
+    in_order: bool = flag(False, "with --prompts: in the file's order, not as they are done")
+    output: str | None = flag(None, "with --prompts: a new file for the texts")
+    resume: bool = flag(False, "with --output: continue the file of a run that was ended")
     # other modes
     classify: bool = flag(False, "label the text with a trained classifier")
     interactive: bool = flag(False, "write together with the model; :help lists the commands")
@@ -136,12 +140,14 @@ class SampleConfig:
         """Build the configuration from the given flags; fill in the values that they imply."""
         if given.get("classify"):
             _check_classify(given)
-        for name in ("unique", "skip_bad", "batch_size"):
+        for name in ("unique", "skip_bad", "batch_size", "in_order", "output", "resume"):
             if name in given and "prompts" not in given:
                 fail(f"--{name} must come with --prompts")
         for name in READING_FLAGS:
             if name in given and not (given.get("classify") and "prompts" in given):
                 fail(f"--{name} must come with --classify --prompts")
+        if given.get("resume") and not given.get("output"):
+            fail("--resume must come with --output, the file to continue")
         if sum(name in given for name in ("prompt", "prompt_file", "prompts")) > 1:
             one = "prompts" if "prompts" in given else "prompt_file"
             fail(f"--{one} must be left out where another prompt is given")

@@ -12,17 +12,23 @@ lookup.py reads several tokens at once. search/contrastive.py replaces sampling.
 constrained.py and stochastic.py in search/ replace beam.py. No file here knows training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.beam import Beams, beam_search, best
-from nanogpt2.generation.engine import check_memory
-from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, prepare
+from nanogpt2.generation.engine import as_usual, check_memory
+from nanogpt2.generation.request import (
+    PrefixAllowedTokens,
+    Processor,
+    Request,
+    StoppingCriterion,
+    prepare,
+)
 from nanogpt2.generation.sampling import Step, decode
 from nanogpt2.generation.search.constrained import constrained_search
 from nanogpt2.generation.search.contrastive import contrastive_search
@@ -30,6 +36,16 @@ from nanogpt2.generation.search.diverse import diverse_search
 from nanogpt2.generation.search.stochastic import stochastic_search
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
+
+
+class Streamer(Protocol):
+    """Receives tokens while they are chosen, as transformers' streamers do."""
+
+    def put(self, value: Tensor) -> object:
+        """Take the prompts, int64 (N, T), then each step's tokens, int64 (N,), on the CPU."""
+
+    def end(self) -> object:
+        """Take note that the last token was put."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +72,49 @@ def generate(
     tokenizer: Tokenizer | None = None,
     logits_processor: Sequence[Processor] = (),
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = (),
+    streamer: Streamer | None = None,
+    generation_config: Any = None,
     **options: Any,
 ) -> GenerationOutput:
     """Continue prompts, token for token as transformers' `generate` does.
 
-    input_ids: int64 (B, T), left-padded where lengths differ; T = 0 starts from the model's
+    input_ids: whole numbers (B, T), left-padded where lengths differ; T = 0 starts from the model's
     bos_token_id. attention_mask: (B, T), 0 at padding; None infers it as transformers does.
     tokenizer: needed by stop_strings. logits_processor: your own functions of (ids, scores).
-    prefix_allowed_tokens_fn: (the prompt's number, ids so far) -> the ids allowed next. options:
-    the fields of GenerationConfig.
+    prefix_allowed_tokens_fn: (the prompt's number, ids so far) -> the ids allowed next.
+    stopping_criteria: functions of (ids, scores of the steps with output_scores, else None); a row
+    ends where one returns True. streamer: not with beams. options: the fields of GenerationConfig;
+    they win over generation_config, ours or any dict or object with these fields, which wins over
+    the model's generation_config.json.
 
-    The model runs in eval mode; its own mode is restored afterwards. Draws come from torch's global
-    generator, or from a generator seeded with `seed`. Both give transformers' tokens for the same
-    seed.
+    The model runs in eval mode, in its own dtype and on its own device, whatever autocast, default
+    dtype and default device the caller has set; all of these stay as they were. Draws come from
+    torch's global generator, or from a generator seeded with `seed`. Both give transformers' tokens
+    for the same seed.
     Raises ValueError for an unusable prompt or value, TypeError for an unknown option,
     FloatingPointError for a model whose scores are not finite.
     """
-    request = prepare(
-        model.config,
-        model.wte.weight.device,
-        GenerationConfig(**options),
-        input_ids,
-        attention_mask,
-        tokenizer,
-        tuple(logits_processor),
-        prefix_allowed_tokens_fn,
-    )
-    check_memory(model, request)
-    run = _run_beams if request.config.num_beams > 1 else _run_rows
-    return run(model, request, input_ids.device)
+    device = model.wte.weight.device
+    criteria = (stopping_criteria,) if callable(stopping_criteria) else tuple(stopping_criteria)
+    with as_usual(device):
+        request = prepare(
+            model.config,
+            device,
+            GenerationConfig.of(model.generation_options, generation_config, options),
+            input_ids,
+            attention_mask,
+            tokenizer,
+            tuple(logits_processor),
+            prefix_allowed_tokens_fn,
+            criteria,
+        )
+        check_memory(model, request)
+        if request.config.num_beams == 1:
+            return _run_rows(model, request, input_ids.device, streamer)
+        if streamer is not None:
+            raise ValueError("streamer must be left out with num_beams > 1")
+        return _run_beams(model, request, input_ids.device)
 
 
 def steps(model: GPT, request: Request) -> Iterator[Step]:
@@ -105,13 +135,20 @@ def search(model: GPT, request: Request) -> Iterator[Beams]:
     return beam_search(model, request)
 
 
-def _run_rows(model: GPT, request: Request, device: torch.device) -> GenerationOutput:
+def _run_rows(
+    model: GPT, request: Request, device: torch.device, streamer: Streamer | None
+) -> GenerationOutput:
+    put: Callable[[Tensor], object] = streamer.put if streamer is not None else lambda _: None
     columns = [request.ids.repeat_interleave(request.rows, dim=0)]
     scores = []
+    put(columns[0].cpu())
     for step in steps(model, request):
+        put(step.tokens.cpu())
         columns.append(step.tokens[:, None])
         if request.config.output_scores:
             scores.append(step.scores)
+    if streamer is not None:
+        streamer.end()
     sequences = torch.cat(columns, dim=1).to(device)
     return GenerationOutput(sequences, scores=tuple(scores) or None)
 

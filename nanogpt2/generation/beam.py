@@ -93,7 +93,8 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
                 beams.scores.append(scores)
             candidates = _candidates(request, beams.running, scores, rows, noise)  # N of them
             del scores  # large
-            ended = stopping.ended(candidates.ids.flatten(0, 1)).view(candidates.scores.shape)
+            ended = stopping.ended(candidates.ids.flatten(0, 1), beams.scores)
+            ended = ended.view(candidates.scores.shape)
             beams.finished = beams.finished.extend(filler, -1)
             _finish(request, beams, candidates, ended)
             _run_on(request, beams, candidates, ended)

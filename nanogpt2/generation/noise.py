@@ -6,6 +6,7 @@ Stochastic beams use q itself: -log q is Gumbel noise.
 
 - `StreamNoise` takes the next numbers of a torch generator. A text depends on all earlier draws,
   so on its batch as well.
+- `SeparateNoise` gives each prompt its own source, so its texts do not depend on its batch.
 - `CounterNoise` computes q from (seed, sample, step, token) by a hash. So text 7 of 64 can be made
   again alone.
 
@@ -16,7 +17,7 @@ cost a fifth of them. `_stream_is_uniform` checks this once before a draw relies
 Source of the hash: Steele, Lea and Flood 2014, SplitMix64's finaliser.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -77,11 +78,35 @@ class StreamNoise(Noise):
         return q.exponential_(generator=self._generator)
 
 
+class SeparateNoise(Noise):
+    """A source for each prompt; the rows of a prompt stand side by side."""
+
+    def __init__(self, sources: Sequence[Noise]) -> None:
+        self._sources = sources
+
+    @override
+    def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
+        parts = zip(self._sources, probabilities.chunk(len(self._sources)), strict=True)
+        return torch.cat([source.draw(part, count, step) for source, part in parts])
+
+    @override
+    def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
+        part = shape[0] // len(self._sources), shape[1]
+        return torch.cat([source.exponential(part, step) for source in self._sources])
+
+
 class CounterNoise(Noise):
     """Draws that are functions of the seed, the row's sample number, the step and the column."""
 
-    def __init__(self, seed: int, samples: Tensor) -> None:
-        """samples: int64 (R,), the number of each row's text among those of its prompt."""
+    def __init__(self, seed: int, samples: Tensor, row_seeds: Sequence[int] | None = None) -> None:
+        """samples: int64 (R,), the number of each row's text among those of its prompt.
+
+        row_seeds: R seeds to draw as `seed` would, one for each row; by default `seed`.
+        """
+        if row_seeds is not None:
+            # only samples + mix(seed) is ever used, so move the difference of the seeds there
+            mixed = torch.tensor([_mix_int(each) for each in row_seeds], device=samples.device)
+            samples = samples + mixed - _mix_int(seed)
         self.seed, self.samples = seed, samples
 
     @override
@@ -191,3 +216,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def _mix_int(seed: int) -> int:
     return int(_mix(torch.tensor(seed, dtype=torch.int64)))
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of the prompt with this number, from the seed of all prompts."""
+    return int(_mix(_mix(torch.tensor(seed)) + number)) & (2**63 - 1)

@@ -3,6 +3,7 @@
 This file does not know how tokens are scored or chosen.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ DEFAULT_NEW_TOKENS = 20
 MOST_DRAWN = 2**24
 Processor = Callable[[Tensor, Tensor], Tensor]
 PrefixAllowedTokens = Callable[[int, Tensor], list[int]]
+StoppingCriterion = Callable[[Tensor, tuple[Tensor, ...] | None], Tensor | bool]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Request:
     tokenizer: Tokenizer | None = None
     user_processors: tuple[Processor, ...] = ()
     prefix_allowed_tokens: PrefixAllowedTokens | None = None
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
+    seeds: tuple[int, ...] | None = None  # one for each prompt; by default config.seed for all
 
     @property
     def prompt_length(self) -> int:
@@ -49,8 +53,9 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     user_processors: tuple[Processor, ...] = (),
     prefix_allowed_tokens: PrefixAllowedTokens | None = None,
+    stopping_criteria: tuple[StoppingCriterion, ...] = (),
 ) -> Request:
-    """Check prompts, int64 (B, T), and fill in the checkpoint's end and pad tokens.
+    """Check prompts, whole numbers (B, T), and fill in the checkpoint's end and pad tokens.
 
     Raises ValueError for a wrong shape, an id outside the vocabulary, a prompt of max_length.
     """
@@ -62,16 +67,24 @@ def prepare(
     pad = model_config.pad_token_id if config.pad_token_id is None else config.pad_token_id
     if config.stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings must come with tokenizer=, which turns ids into text")
+    if not all(map(callable, stopping_criteria)):
+        raise ValueError("stopping_criteria must be functions of (ids, scores)")
     V = model_config.vocab_size
     if config.eos_token_id != FROM_CHECKPOINT and any(i >= V for i in eos):
         raise ValueError(f"eos_token_id must be below {V}, not {eos}")
     if pad is not None and pad >= V:
         raise ValueError(f"pad_token_id must be below {V}, not {pad}")
     _check_draw(config, V)
+    mask = _prompt_mask(ids, attention_mask, eos, pad)
+    if not mask[:, -1].all():
+        warnings.warn(
+            "a prompt ends with padding, which the text would continue: pad on the left",
+            stacklevel=3,
+        )
     return Request(
         config=config,
         ids=ids,
-        mask=_prompt_mask(ids, attention_mask, eos, pad),
+        mask=mask,
         eos=torch.tensor(eos, dtype=torch.int64, device=device),
         pad=pad,
         max_length=_max_length(config, ids.size(1), model_config.block_size),
@@ -80,15 +93,19 @@ def prepare(
         tokenizer=tokenizer,
         user_processors=user_processors,
         prefix_allowed_tokens=prefix_allowed_tokens,
+        stopping_criteria=stopping_criteria,
     )
 
 
 def _start_ids(model_config: GPTConfig, ids: Tensor) -> Tensor:
-    """Check int64 (B, T); an empty prompt becomes the model's bos_token_id."""
-    if ids.dim() != 2 or len(ids) == 0 or ids.dtype != torch.int64:
+    """Check (B, T) and return int64; an empty prompt becomes the model's bos_token_id."""
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() != 2 or len(ids) == 0 or not whole:
         raise ValueError(
-            f"input_ids must be int64 (B, T) with B >= 1, not {ids.dtype} {tuple(ids.shape)}"
+            f"input_ids must be whole numbers (B, T) with B >= 1, not {ids.dtype} "
+            f"{tuple(ids.shape)}"
         )
+    ids = ids.long()
     if ids.numel() == 0:
         if model_config.bos_token_id is None:
             raise ValueError("an empty prompt needs a model with a bos_token_id; this one has none")

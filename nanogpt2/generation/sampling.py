@@ -18,7 +18,13 @@ from nanogpt2 import ops
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.lookup import LookupEngine
-from nanogpt2.generation.noise import CounterNoise, Noise, StreamNoise, nothing_left
+from nanogpt2.generation.noise import (
+    CounterNoise,
+    Noise,
+    SeparateNoise,
+    StreamNoise,
+    nothing_left,
+)
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.stopping import Stopping
@@ -46,6 +52,7 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
     engine = (LookupEngine if looks_up else Engine)(model, request)
     stopping = Stopping(request)
     choose = chooser(model, request)
+    history: list[Tensor] = []
     running = torch.ones(len(ids), dtype=torch.bool, device=device)  # (N,)
     filler = torch.tensor(filler_token(request), device=device)
     with evaluating(model):
@@ -55,7 +62,9 @@ def decode(model: GPT, request: Request) -> Iterator[Step]:
             tokens = tokens.where(running, filler)
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             yield Step(tokens, running, scores)
-            running = running & ~stopping.ended(ids)
+            if request.config.output_scores:
+                history.append(scores)
+            running = running & ~stopping.ended(ids, history)
 
 
 def chooser(model: GPT, request: Request) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
@@ -103,14 +112,17 @@ def _draw_fused(
 
 def make_noise(request: Request) -> Noise:
     """Make the source of random numbers that a request asks for."""
-    config, device = request.config, request.ids.device
+    config, device, seeds = request.config, request.ids.device, request.seeds
     if config.noise == "hf" or config.seed is None:
-        return StreamNoise(config.seed, device)
+        if seeds is None:
+            return StreamNoise(config.seed, device)
+        return SeparateNoise([StreamNoise(seed, device) for seed in seeds])
     samples = torch.arange(config.first_sample, config.first_sample + request.rows, device=device)
     if config.num_beams > 1:
         # the beams of a prompt draw together, as a single row
         samples = samples[:1]
-    return CounterNoise(config.seed, samples.repeat(len(request.ids)))
+    row_seeds = None if seeds is None else [seed for seed in seeds for _ in samples]
+    return CounterNoise(config.seed, samples.repeat(len(request.ids)), row_seeds)
 
 
 def filler_token(request: Request) -> int:

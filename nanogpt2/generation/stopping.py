@@ -21,7 +21,7 @@ class Stopping:
 
     def __init__(self, request: Request) -> None:
         """Raise ValueError for invalid stop strings."""
-        self._eos = request.eos
+        self._eos, self._criteria = request.eos, request.stopping_criteria
         self._max_length = request.max_length
         self._deadline = None
         if request.config.max_time is not None:
@@ -30,16 +30,27 @@ class Stopping:
         if request.config.stop_strings is not None and request.tokenizer is not None:
             self._strings = StopStrings(request.config.stop_strings, request.tokenizer)
 
-    def ended(self, ids: Tensor) -> Tensor:
-        """Int64 (N, T), all tokens so far -> bool (N,): the last one ended the row."""
-        ended = self.ended_by_token(ids)
+    def ended(self, ids: Tensor, scores: Sequence[Tensor] = ()) -> Tensor:
+        """Int64 (N, T), all tokens so far -> bool (N,): the last one ended the row.
+
+        scores: those of every step, where asked for.
+        """
+        ended = self.ended_by_token(ids, scores)
         return torch.ones_like(ended) if self.must_stop(ids.size(1)) else ended
 
-    def ended_by_token(self, ids: Tensor) -> Tensor:
+    def ended_by_token(self, ids: Tensor, scores: Sequence[Tensor] = ()) -> Tensor:
         """Int64 (N, T) -> bool (N,): the last token ends the row, whatever its length."""
         ended = torch.isin(ids[:, -1], self._eos)
         if self._strings is not None:
             ended |= self._strings.ended(ids)
+        for criterion in self._criteria:
+            found = torch.as_tensor(criterion(ids, tuple(scores) or None), device=ids.device)
+            if found.shape not in ((), ended.shape):
+                raise ValueError(
+                    f"stopping_criteria must return a bool, or one for each of {len(ids)} rows, "
+                    f"not a tensor {tuple(found.shape)}"
+                )
+            ended = ended | found.bool()
         return ended
 
     def must_stop(self, length: int) -> bool:

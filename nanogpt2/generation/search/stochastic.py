@@ -73,7 +73,7 @@ def stochastic_search(model: GPT, request: Request) -> Iterator[Beams]:
             engine.reorder(rows.gather(1, parents).flatten())
             ended = ended.gather(1, parents)
             texts.beams[:, :, -1].masked_fill_(ended, -1)
-            ended = ended | stopping.ended(texts.ids.flatten(0, 1)).view(B, K)
+            ended = ended | stopping.ended(texts.ids.flatten(0, 1), history).view(B, K)
             yield _state(texts, ended, history)
 
 
