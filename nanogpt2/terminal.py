@@ -109,6 +109,17 @@ def write(text: str) -> None:
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BAR_COLUMNS = 33  # the bar's own parts: percent, eight columns of bar, two times
+
+
+def fitting(fields: Sequence[str], columns: int) -> str:
+    """Join fields by commas; drop fields from the right until the text fits."""
+    while fields and len(", ".join(fields)) > columns:
+        fields = fields[:-1]
+    return ", ".join(fields)
+
+
 class Progress:
     """A progress bar on stderr; if stderr is not a terminal, only the evaluations are printed."""
 
@@ -116,7 +127,15 @@ class Progress:
         from tqdm import tqdm
 
         is_drawn = _output_enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not is_drawn)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=unit,
+            disable=not is_drawn,
+            dynamic_ncols=True,
+            bar_format=BAR_FORMAT,
+        )
+        self._explained = False
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Advance by one step and show its loss and speed; print an evaluation on its own line."""
@@ -124,10 +143,15 @@ class Progress:
         evaluated = [f"{k} {v:.4f}" for k, v in figures.items() if k.startswith("val_")]
         if evaluated:
             note(f"step {figures['step']}: " + ", ".join([shown, *evaluated]))
-        shown += f", {figures['tokens_per_second']:,.0f} tokens/s"
+        fields = [shown, f"{figures['tokens_per_second']:,.0f} tokens/s"]
         if "mfu" in figures:
-            shown += f", mfu {figures['mfu']:.0%}, {figures['memory'] / 1e9:.1f} GB"
-        self._bar.set_postfix_str(shown, refresh=False)
+            fields += [f"mfu {figures['mfu']:.0%}", f"{figures['memory'] / 1e9:.1f} GB"]
+            if not (self._explained or self._bar.disable):
+                self._explained = True
+                note("mfu: the share of the device's peak rate that the model's arithmetic reaches")
+        taken = 2 * len(str(self._bar.total)) + BAR_COLUMNS
+        room = shutil.get_terminal_size().columns - taken
+        self._bar.set_postfix_str(fitting(fields, room), refresh=False)
         self._bar.update()
 
     def advance(self, count: int) -> None:

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+from nanogpt2 import __version__
+
 
 class FromFlags(Protocol):
     """A configuration that can be built from a command line."""
@@ -192,6 +194,9 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
             only_text = True
         elif word in ("-h", "--help") and not only_text:
             print(_help(cls, known))
+            raise SystemExit(0)
+        elif word == "--version" and not only_text:
+            print(f"nanogpt2 {__version__}")
             raise SystemExit(0)
         elif word.startswith("--") and not only_text:
             name, value = _read_flag(known, word, words)
