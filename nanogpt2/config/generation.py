@@ -4,7 +4,7 @@ This file does not know the command line; sample.py checks combinations of flags
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from nanogpt2.config.flags import MAX_SEED, check, flag, show
 from nanogpt2.config.model import TokenIds
@@ -16,6 +16,13 @@ FROM_CHECKPOINT = -1  # the default eos_token_id: take the checkpoint's
 class GenerationConfig:
     """The options of decoding: transformers' names, meanings and defaults."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "max_new_tokens": "length",
+        "do_sample": "search",
+        "temperature": "the distribution to draw from",
+        "repetition_penalty": "preferred and banned tokens",
+        "seed": "random numbers",
+    }
     # length
     max_new_tokens: int | None = flag(None, "tokens to add; wins over max_length", low=1)
     max_length: int | None = flag(None, "tokens in all, the prompt included", low=1)
