@@ -50,7 +50,9 @@ def main(config: TrainConfig) -> None:
             # the second step's speed: the first one warms up
             for step in (1, 2):
                 figures = take_step(run.config, run.trainer, run.batches, step)
-            described = plan.describe(run.config, run.trainer, run.batches.sequences, figures)
+            described = plan.describe(
+                run.config, run.trainer, run.batches.sequences, run.validation.sequences, figures
+            )
             terminal.write(described + "\n")
             return
         run.restore()
@@ -111,7 +113,8 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
     state["settings"] = folder.settings(config)
     if config.tensorboard and trainer.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
-    terminal.note(plan.describe(config, trainer, run.batches.sequences))
+    sizes = run.batches.sequences, run.validation.sequences
+    terminal.note(plan.describe(config, trainer, *sizes))
     return state, before
 
 

@@ -122,6 +122,17 @@ def write(text: str) -> None:
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BAR_COLUMNS = 33  # the bar's own parts: percent, eight columns of bar, two times
+
+
+def fitting(fields: Sequence[str], columns: int) -> str:
+    """Join fields by commas; drop fields from the right until the text fits."""
+    while fields and len(", ".join(fields)) > columns:
+        fields = fields[:-1]
+    return ", ".join(fields)
+
+
 class Progress:
     """A progress bar on stderr; if stderr is not a terminal, only the evaluations are printed."""
 
@@ -129,7 +140,15 @@ class Progress:
         from tqdm import tqdm
 
         is_drawn = _output_enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=not is_drawn)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=unit,
+            disable=not is_drawn,
+            dynamic_ncols=True,
+            bar_format=BAR_FORMAT,
+        )
+        self._explained = False
 
     def show(self, figures: Mapping[str, Any]) -> None:
         """Advance by one step and show its loss and speed; print an evaluation on its own line."""
@@ -137,10 +156,15 @@ class Progress:
         evaluated = [f"{k} {v:.4f}" for k, v in figures.items() if k.startswith("val_")]
         if evaluated:
             note(f"step {figures['step']}: " + ", ".join([shown, *evaluated]))
-        shown += f", {figures['tokens_per_second']:,.0f} tokens/s"
+        fields = [shown, f"{figures['tokens_per_second']:,.0f} tokens/s"]
         if "mfu" in figures:
-            shown += f", mfu {figures['mfu']:.0%}, {figures['memory'] / 1e9:.1f} GB"
-        self._bar.set_postfix_str(shown, refresh=False)
+            fields += [f"mfu {figures['mfu']:.0%}", f"{figures['memory'] / 1e9:.1f} GB"]
+            if not (self._explained or self._bar.disable):
+                self._explained = True
+                note("mfu: the share of the device's peak rate that the model's arithmetic reaches")
+        taken = 2 * len(str(self._bar.total)) + BAR_COLUMNS
+        room = shutil.get_terminal_size().columns - taken
+        self._bar.set_postfix_str(fitting(fields, room), refresh=False)
         self._bar.update()
 
     def advance(self, count: int) -> None:
@@ -246,17 +270,38 @@ def paint(text: str, level: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first one left, the others right."""
+    """Align columns: the first one left, the others right.
+
+    On a narrow terminal the columns that do not fit follow below, each block with the first column.
+    A note says how wide a terminal must be where even one column does not fit.
+    """
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first + " " * (widths[0] - _width(first))]
-        cells += [
-            " " * (width - _width(cell)) + cell
-            for cell, width in zip(others, widths[1:], strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    limit = _columns()
+    if limit is not None and (needed := widths[0] + 2 + max(widths[1:], default=-2)) > limit:
+        note(f"the table needs {needed} columns, the terminal has {limit}")
+        limit = needed
+    blocks, first = [], 1
+    while first < len(widths) or not blocks:
+        end, taken = first, widths[0]
+        while end < len(widths) and (limit is None or taken + 2 + widths[end] <= limit):
+            taken += 2 + widths[end]
+            end += 1
+        blocks.append("\n".join(_row(row, widths, first, end) for row in rows))
+        first = end
+    return "\n\n".join(blocks)
+
+
+def _row(row: Sequence[str], widths: Sequence[int], first: int, end: int) -> str:
+    """Return a table's line: the first cell and the cells first .. end - 1."""
+    cells = [row[0] + " " * (widths[0] - _width(row[0]))]
+    for cell, width in zip(row[first:end], widths[first:end], strict=True):
+        cells.append(" " * (width - _width(cell)) + cell)
+    return "  ".join(cells).rstrip()
+
+
+def _columns() -> int | None:
+    """Return the width of the terminal; None where standard output is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @dataclass
@@ -268,17 +313,38 @@ class Node:
 
 
 def tree(nodes: Sequence[Node]) -> str:
-    """Draw a tree with box-drawing lines, each node above its children."""
-    lines = []
+    """Draw a tree with box-drawing lines, each node above its children.
+
+    On a terminal a label that does not fit loses its middle.
+    """
+    lines, limit = [], _columns()
     # a stack of (node, indent, True for the last sibling)
     waiting = [(node, "", node is nodes[-1]) for node in reversed(nodes)]
     while waiting:
         node, indent, is_last = waiting.pop()
-        lines.append(f"{indent}{'└─ ' if is_last else '├─ '}{node.label}")
+        label = node.label if limit is None else shorten(node.label, limit - len(indent) - 3)
+        lines.append(f"{indent}{'└─ ' if is_last else '├─ '}{label}")
         indent += "   " if is_last else "│  "
         below = node.children
         waiting += [(child, indent, child is below[-1]) for child in reversed(below)]
     return "\n".join(lines)
+
+
+LEAST_LABEL = 30  # columns; a deep tree's labels go beyond a narrow terminal
+
+
+def shorten(text: str, columns: int) -> str:
+    """Cut the middle out of a text wider than `columns`; keep its end, where a score stands."""
+    columns = max(columns, LEAST_LABEL)
+    if _width(text) <= columns:
+        return text
+    end = _last(text, columns - 8)
+    start = ""
+    for char in text:
+        if _width(start + char + "…" + end) > columns:
+            break
+        start += char
+    return start + "…" + end
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -13,6 +13,7 @@ from nanogpt2.config import (
     MAX_SEED,
     PRESETS,
     SAMPLING_FLAGS,
+    SENSIBLE_SAMPLING,
     GenerationConfig,
     GPTConfig,
     SampleConfig,
@@ -79,16 +80,99 @@ def test_a_decoding_flag_switches_to_hugging_faces_defaults(name):
     known = next(f for f in fields(GenerationConfig) if f.name == name)
     if "int" in str(known.type):
         argv = [f"--{name}", "3"]
-    if name in SAMPLING_FLAGS:
-        argv = [*argv, "--do_sample"]
     for flag, value in companions.items():
         argv += [f"--{flag}", str(value)]
     given = companions | {name: getattr(sample(*argv).generation, name), "max_new_tokens": 100}
     assert given[name] != known.default, "the flag changed nothing"
-    if name == "max_length":
-        given["max_new_tokens"] = None
-    expected = GenerationConfig(**{"do_sample": "--do_sample" in argv} | given)
+    # a sampling flag implies sampling
+    expected = GenerationConfig(**{"do_sample": name in ("do_sample", *SAMPLING_FLAGS)} | given)
     assert sample(*argv).generation == expected
+
+
+def test_a_flag_that_neither_samples_nor_searches_keeps_the_default_sampling():
+    """--no_repeat_ngram_size 3 alone would make the loops of greedy decoding worse."""
+    for argv in (
+        ["--no_repeat_ngram_size", "3"],
+        ["--repetition_penalty", "1.2"],
+        ["--max_length", "30"],
+        ["--bad_words_ids", "[[5]]"],
+        ["--min_new_tokens", "5"],
+        ["--eos_token_id", "none"],
+    ):
+        generation = sample(*argv).generation
+        shown = {name: getattr(generation, name) for name in SENSIBLE_SAMPLING}
+        assert shown == SENSIBLE_SAMPLING, argv
+    assert sample("--do_sample", "false", "--repetition_penalty", "2").generation.samples is False
+
+
+@pytest.mark.parametrize("other", [["--do_sample", "false"], ["--num_beams", "3"]])
+@pytest.mark.parametrize("flag", ["--temperature=0.7", "--top_p=0.9", "--top_k=5"])
+def test_a_sampling_flag_beside_a_search_that_does_not_sample(capsys, flag, other):
+    with pytest.raises(SystemExit, match="2"):
+        sample(flag, *other)
+    assert f"error: {flag.partition('=')[0]} must come with do_sample" in capsys.readouterr().err
+
+
+# names from other programs: what is typed -> our flag and its value
+TYPED = [
+    (train, "--learning_rate 1e-3", "lr", 1e-3),
+    (train, "--num_train_epochs 2", "epochs", 2.0),
+    (train, "--max_steps 9", "steps", 9),
+    (train, "--max_iters=9", "steps", 9),
+    (train, "--gradient_accumulation_steps 4", "grad_accum", 4),
+    (train, "--out_dir mine", "out", "mine"),
+    (train, "--output-dir mine", "out", "mine"),
+    (train, "--warmup_steps 3", "warmup", 3),
+    (train, "--warmup_iters 3", "warmup", 3),
+    (train, "--save_steps 3", "save_every", 3),
+    (train, "--eval_interval 3", "eval_every", 3),
+    (train, "--max_grad_norm 0.5", "grad_clip", 0.5),
+    (train, "--model_name_or_path demo", "init", "demo"),
+    (train, "--max_seq_length 64", "block_size", 64),
+    (train, "--lora_r 4", "lora_rank", 4),
+    (train, "--gradient_checkpointing", "activation_checkpointing", True),
+    (sample, "--max_tokens 7", "max_new_tokens", 7),
+    (sample, "--length 7", "max_new_tokens", 7),
+    (sample, "--n_predict 7", "max_new_tokens", 7),
+    (sample, "--num_samples 3", "num_return_sequences", 3),
+    (sample, "--nsamples 3", "num_return_sequences", 3),
+    (sample, "--stop ###", "stop_strings", "###"),
+    (sample, "--temp 0.5", "temperature", 0.5),
+    (sample, "--model_name_or_path demo", "model", "demo"),
+]
+
+
+@pytest.mark.parametrize(("command", "typed", "name", "value"), TYPED, ids=lambda v: str(v))
+def test_a_name_from_another_program_is_ours(command, typed, name, value):
+    config = command(*typed.split())
+    assert getattr(config if hasattr(config, name) else config.generation, name) == value
+
+
+@pytest.mark.parametrize("cls", [SampleConfig, TrainConfig], ids=lambda c: c.__name__)
+def test_every_alias_is_a_flag_and_every_hint_is_none(cls):
+    flags = {f.name for c in (cls, GenerationConfig) for f in fields(c) if f.metadata}
+    assert set(cls.ALIASES.values()) <= flags
+    assert not flags & (cls.ALIASES.keys() | (cls.HINTS.keys() - {"data"}))
+    assert not cls.ALIASES.keys() & cls.HINTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "said"),
+    [
+        (sample, "-n 3", "-n is not a flag; a number of texts is --num_return_sequences, of"),
+        (sample, "-m demo", "-m is not a flag; the model is --model"),
+        (sample, "--start Hello", "--start is not a flag; the prompt stands by itself"),
+        (sample, "--frequency_penalty 1", "--frequency_penalty is not a flag; use --repetition_pe"),
+        (train, "--bf16 true", "--bf16 is not a flag; use --dtype bfloat16"),
+        (train, "--model gpt2", "--model is not a flag; the model to start from is --init"),
+        (train, "--per_device_train_batch_size 4", "--per_device_train_batch_size is not a flag; "),
+        (train, "--train_file=book.txt", "--train_file is not a flag; DATA stands by itself"),
+    ],
+)
+def test_a_name_with_another_meaning_is_answered_with_ours(capsys, command, typed, said):
+    with pytest.raises(SystemExit, match="2"):
+        command(*typed.split())
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_hyphens_equals_negations_and_the_last_wins():
@@ -175,18 +259,18 @@ WRONG_SAMPLE = [
     (["--temperature=nan", "--do_sample"], "--temperature"),
     (["--temperature=inf", "--do_sample"], "--temperature"),
     (["--temperature", "1e999", "--do_sample"], "--temperature"),
-    (["--temperature", "0.5"], "--temperature"),
+    (["--temperature", "0.5", "--do_sample", "false"], "--temperature"),
     (["--temperature"], "--temperature"),
     (["--top_k", "-1", "--do_sample"], "--top_k"),
     (["--top_k", "2.5", "--do_sample"], "--top_k"),
     (["--top_k", "9" * 5000, "--do_sample", "--top_k", "-" + "9" * 5000], "--top_k"),
-    (["--top_k", "5", "--no_repeat_ngram_size", "2"], "--top_k"),
+    (["--top_k", "5", "--num_beams", "2"], "--top_k"),
     (["--top_p", "1.5", "--do_sample"], "--top_p"),
     (["--top_p", "5"], "--top_p"),
     (["--repetition_penalty", "0"], "--repetition_penalty"),
     (["--no_repeat_ngram_size", "-2"], "--no_repeat_ngram_size"),
     (["--num_return_sequences", "0"], "--num_return_sequences"),
-    (["--num_return_sequences", "2", "--repetition_penalty", "2"], "--num_return_sequences"),
+    (["--num_return_sequences", "2", "--do_sample", "false"], "--num_return_sequences"),
     (["--max_new_tokens", "0"], "--max_new_tokens"),
     (["--max_new_tokens", "ten"], "--max_new_tokens"),
     (["--max_length", "0"], "--max_length"),

@@ -75,6 +75,7 @@ MAY_IMPORT = {
         "tokenizer",
         "training",
     ],
+    "__main__": ["config"],
     "training.snapshot": ["generation"],
     "evaluation": ["classifier", "config", "data", "metrics", "model", "tokenizer", "evaluation"],
     "training.prepare": ["data"],
@@ -112,7 +113,7 @@ def our_imports(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]
             if node.module == "nanogpt2":
-                names = [f"nanogpt2.{alias.name}" for alias in node.names]
+                names = [f"nanogpt2.{a.name}" for a in node.names if a.name != "__version__"]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
@@ -125,7 +126,9 @@ def sources():
     return [
         path
         for path in sorted(ROOT.rglob("*.py"))
-        if path.relative_to(ROOT).parts[0] in ("nanogpt2", "kernels", "train.py", "sample.py")
+        # nanogpt2/train.py and sample.py are links to the scripts
+        if not path.is_symlink()
+        and path.relative_to(ROOT).parts[0] in ("nanogpt2", "kernels", "train.py", "sample.py")
         and "kernels" not in path.relative_to(ROOT).parts[1:]
     ]
 

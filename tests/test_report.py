@@ -92,13 +92,14 @@ def test_what_the_picture_shows(metrics, tmp_path, monkeypatch):
             super().savefig(path, **options)
 
     monkeypatch.setattr(report, "_matplotlib_figure", lambda: Kept)
-    plot_losses(metrics, tmp_path / "loss.png")
+    plot_losses(metrics, tmp_path / "loss.png", before=5.5)
     upper, lower = kept[0].axes
     raw, smoothed, points, best = upper.lines
     assert list(raw.get_xdata()) == list(range(1, 41)) and raw.get_alpha() < 1
     assert list(raw.get_ydata()) == [4 / step for step in range(1, 41)]
     assert len(smoothed.get_xdata()) == 40
-    assert list(points.get_xdata()) == [10, 20, 30, 40]
+    assert list(points.get_xdata()) == [0, 10, 20, 30, 40]
+    assert points.get_ydata()[0] == 5.5
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([40], [5 / 40])
     assert "best: 0.1250 at step 40" in [t.get_text() for t in upper.get_legend().get_texts()]
     assert list(lower.lines[0].get_ydata()) == [1e-3 / step for step in range(1, 41)]

@@ -226,3 +226,43 @@ def test_sparkline():
     assert terminal.sparkline([1, float("nan"), float("inf"), 2], 4) == "▁  █"
     assert terminal.sparkline([], 4) == terminal.sparkline([float("nan")], 4) == ""
     assert len(terminal.sparkline(range(1000), 60)) == 60
+
+
+@pytest.fixture(params=[40, 80, 120])
+def columns(monkeypatch, request):
+    monkeypatch.setattr(terminal, "_columns", lambda: request.param)
+    return request.param
+
+
+def test_a_wide_table_goes_on_below(columns, capsys):
+    heads = [f"column {i}" for i in range(9)]
+    rows = [["token", *heads], *([f"{name!r}", *(f"{i}.25" for i in range(9))] for name in "abc")]
+    drawn = terminal.table(rows)
+    assert max(map(len, drawn.splitlines())) <= columns
+    blocks = [block.splitlines() for block in drawn.split("\n\n")]
+    assert all(
+        [line.split()[0] for line in block] == ["token", "'a'", "'b'", "'c'"] for block in blocks
+    )
+    assert [w for block in blocks for w in block[2].split()[1:]] == [f"{i}.25" for i in range(9)]
+    assert len(blocks) == {40: 3, 80: 2, 120: 1}[columns] and not capsys.readouterr().err
+
+
+def test_a_table_says_the_columns_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "_columns", lambda: 20)
+    drawn = terminal.table([["x" * 15, "y" * 9, "z"], ["a", "b", "c"]])
+    assert "the table needs 26 columns, the terminal has 20" in capsys.readouterr().err
+    assert drawn.split() == ["x" * 15, "y" * 9, "a", "b", "x" * 15, "z", "a", "c"]
+
+
+def test_a_trees_labels_keep_their_scores(columns):
+    deep = terminal.Node("'" + "once upon a time " * 9 + "'  ended, score -1.234", [])
+    drawn = terminal.tree([terminal.Node("'so'", [deep]), terminal.Node("'by'", [])])
+    assert max(map(len, drawn.splitlines())) <= columns
+    assert drawn.splitlines()[1].endswith("score -1.234") and "…" in drawn
+    assert terminal.shorten("短い文" * 30, 41).count("…") == 1
+
+
+def test_the_bars_fields_drop_from_the_right():
+    fields = ["loss 3.1234", "1,234 tokens/s", "mfu 41%", "3.2 GB"]
+    for columns, kept in ((60, 4), (40, 3), (30, 2), (27, 2), (26, 1), (11, 1), (10, 0), (-5, 0)):
+        assert terminal.fitting(fields, columns) == ", ".join(fields[:kept]), columns

@@ -29,7 +29,6 @@ from nanogpt2.config.model import (
 )
 from nanogpt2.config.sample import (
     DECODING_FLAGS,
-    NEUTRAL_FLAGS,
     SAMPLING_FLAGS,
     SampleConfig,
     refuse_ignored,
@@ -63,7 +62,6 @@ __all__ = [
     "GenerationConfig",
     "SENSIBLE_SAMPLING",
     "SAMPLING_FLAGS",
-    "NEUTRAL_FLAGS",
     "DECODING_FLAGS",
     "SampleConfig",
     "refuse_ignored",

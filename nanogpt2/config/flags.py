@@ -8,12 +8,14 @@ only, so `--help` and a mistake answer at once.
 
 import dataclasses
 import difflib
+import inspect
 import json as json_module
 import math
 import operator
 import os
 import signal
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -22,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, NoReturn, Protocol, Self, TypeVar
+
+from nanogpt2 import __version__
 
 
 class FromFlags(Protocol):
@@ -35,6 +39,7 @@ class FromFlags(Protocol):
 MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
+HELP_COLUMNS = 80
 
 T = TypeVar("T", bound=FromFlags)
 
@@ -193,8 +198,11 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         elif word in ("-h", "--help") and not only_text:
             print(_help(cls, known))
             raise SystemExit(0)
-        elif word.startswith("--") and not only_text:
-            name, value = _read_flag(known, word, words)
+        elif word == "--version" and not only_text:
+            print(f"nanogpt2 {__version__}")
+            raise SystemExit(0)
+        elif _looks_like_a_flag(cls, word) and not only_text:
+            name, value = _read_flag(cls, known, word, words)
             given[name] = value
         elif positional.name in given:
             fail(f"{show(word)} is a second {place}; one is allowed (is it in quotes?)")
@@ -205,10 +213,20 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _read_flag(known: dict[str, Field[Any]], word: str, words: deque[str]) -> tuple[str, Any]:
+def _looks_like_a_flag(cls: type, word: str) -> bool:
+    """Return True for --name, and for a one-letter flag of other programs that has a hint."""
+    return word.startswith("--") or (len(word) == 2 and word[1:] in getattr(cls, "HINTS", {}))
+
+
+def _read_flag(
+    cls: type, known: dict[str, Field[Any]], word: str, words: deque[str]
+) -> tuple[str, Any]:
     """Return the name and value of the flag `word`, taking the value from `words` if needed."""
-    name, equals, text = word[2:].partition("=")
+    name, equals, text = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
+    name = getattr(cls, "ALIASES", {}).get(name, name)
+    if name in (hints := getattr(cls, "HINTS", {})):
+        fail(f"{word.partition('=')[0]} is not a flag; {hints[name]}")
     # the word after a bool flag is its value only if that word is true or false
     takes_value = bool(equals) or (bool(words) and words[0].lower() in ("true", "false"))
     if name not in known or known[name].metadata["positional"]:
@@ -296,10 +314,40 @@ def _flags(cls: type) -> dict[str, Field[Any]]:
 
 
 def _help(cls: type, known: dict[str, Field[Any]]) -> str:
-    lines = [cls.__doc__ or "", "Flags (hyphens are accepted for underscores):"]
+    """Return the text of --help, at most 80 columns wide."""
+    about, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
+    parts = [_wrapped(about), ""]
+    if examples := getattr(cls, "EXAMPLES", ()):
+        parts += [*(f"  {example}" for example in examples), ""]
+    parts += [_wrapped(rest), ""] if rest else []
+    parts.append("Flags (hyphens are accepted for underscores):")
+    titles = _titles(cls)
     for f in known.values():
-        if not f.metadata["positional"]:
-            default = "" if str(f.default) in ("None", "False", "") else f" (default: {f.default})"
-            kind = "" if f.type is bool else f" {_allowed(f)}"
-            lines.append(f"  --{f.name}{kind}\n        {f.metadata['help']}{default}")
-    return "\n".join(line.replace("\n    ", "\n") for line in lines)
+        if f.metadata["positional"]:
+            continue
+        if f.name in titles:
+            parts += ["", f"{titles[f.name]}:"]
+        default = "" if str(f.default) in ("None", "False", "") else f" (default: {f.default})"
+        kind = "" if f.type is bool else f" {_allowed(f)}"
+        parts.append(_wrapped(f"--{f.name}{kind}", 2, 10))
+        parts.append(_wrapped(f.metadata["help"] + default, 6, 6))
+    return "\n".join(parts)
+
+
+def _wrapped(text: str, indent: int = 0, later: int = 0) -> str:
+    return textwrap.fill(
+        text,
+        HELP_COLUMNS,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * later,
+        break_on_hyphens=False,
+    )
+
+
+def _titles(cls: type) -> dict[str, str]:
+    """Return {a group's first field: the group's title}, a nested configuration's included."""
+    titles: dict[str, str] = dict(getattr(cls, "GROUPS", {}))
+    for f in fields(cls):
+        if not f.metadata and isinstance(f.type, type) and is_dataclass(f.type):
+            titles |= _titles(f.type)
+    return titles

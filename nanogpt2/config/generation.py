@@ -6,7 +6,7 @@ This file does not know the command line; sample.py checks combinations of flags
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from types import NoneType
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from nanogpt2.config.flags import MAX_SEED, check, flag, show
 from nanogpt2.config.model import TokenIds
@@ -40,6 +40,13 @@ WITHOUT_EFFECT = (
 class GenerationConfig:
     """The options of decoding: transformers' names, meanings and defaults."""
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "max_new_tokens": "length",
+        "do_sample": "search",
+        "temperature": "the distribution to draw from",
+        "repetition_penalty": "preferred and banned tokens",
+        "seed": "random numbers",
+    }
     # length
     max_new_tokens: int | None = flag(None, "tokens to add; wins over max_length", low=1)
     max_length: int | None = flag(None, "tokens in all, the prompt included", low=1)

@@ -4,7 +4,7 @@ This file refuses flags that have no effect beside others. generation.py holds e
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from nanogpt2.config.flags import check, fail, flag, show, usage_error
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
@@ -29,21 +29,22 @@ SAMPLING_FLAGS = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
-# flags that leave the sensible sampling on
-NEUTRAL_FLAGS = (
-    "max_new_tokens",
-    "seed",
-    "num_return_sequences",
-    "stop_strings",
-    "max_time",
-    "noise",
-    "first_sample",
-    "prompt_lookup_num_tokens",
-    "output_scores",
+# flags that choose how to search; without one of these, sample.py samples
+SEARCH_FLAGS = (
+    "do_sample",
+    "num_beams",
+    "early_stopping",
+    "length_penalty",
+    "num_beam_groups",
+    "diversity_penalty",
+    "force_words_ids",
+    "stochastic_beams",
+    "penalty_alpha",
 )
-DECODING_FLAGS = tuple(f.name for f in fields(GenerationConfig) if f.name not in NEUTRAL_FLAGS)
 # how --classify reads --prompts
 READING_FLAGS = ("text_column", "label_column", "encoding")
+# flags that switch from sample.py's own sampling to transformers' defaults
+DECODING_FLAGS = (*SEARCH_FLAGS, *SAMPLING_FLAGS)
 # the flags that have an effect with --classify
 CLASSIFY_FLAGS = (
     "classify",
@@ -66,10 +67,61 @@ CLASSIFY_FLAGS = (
 class SampleConfig:
     """python sample.py [PROMPT] [flags]: continue a text with a GPT-2, or label it.
 
-    With no decoding flag it samples with temperature 0.8, top_k 50 and top_p 0.95. A decoding flag
-    switches to transformers' meanings and defaults.
+    It samples with temperature 0.8, top_k 50 and top_p 0.95. A sampling flag (temperature, top_k,
+    top_p, ...) samples with transformers' defaults for the others. A flag that chooses the search
+    (num_beams, do_sample, ...) switches to transformers' defaults, which do not sample.
     """
 
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        'python sample.py "Once upon a time"',
+        'python sample.py "Once upon a time" --temperature 0.7 --top_k 50',
+        "python sample.py --model out --interactive",
+    )
+    GROUPS: ClassVar[dict[str, str]] = {
+        "prompt_file": "the prompt and the model",
+        "prompts": "many prompts",
+        "classify": "other modes",
+    }
+    ALIASES: ClassVar[dict[str, str]] = {
+        "length": "max_new_tokens",  # gpt-2's and transformers' scripts
+        "max_tokens": "max_new_tokens",  # OpenAI
+        "n_predict": "max_new_tokens",  # llama.cpp
+        "num_predict": "max_new_tokens",  # ollama
+        "nsamples": "num_return_sequences",  # gpt-2-simple
+        "num_samples": "num_return_sequences",  # nanoGPT
+        "stop": "stop_strings",
+        "temp": "temperature",
+        "model_name": "model",
+        "model_name_or_path": "model",
+    }
+    HINTS: ClassVar[dict[str, str]] = {
+        "n": "a number of texts is --num_return_sequences, of tokens --max_new_tokens",
+        "m": "the model is --model",
+        "p": "the prompt stands by itself: sample.py 'Once upon a time'",
+        "start": "the prompt stands by itself: sample.py 'Once upon a time'",
+        "text": "the prompt stands by itself: sample.py 'Once upon a time'",
+        "prefix": "the prompt stands by itself: sample.py 'Once upon a time'",
+        "out_dir": "the model is --model FOLDER",
+        "checkpoint": "the model is --model FOLDER",
+        "run_name": "the model is --model FOLDER",
+        "repeat_penalty": "use --repetition_penalty, which counts the whole text",
+        "frequency_penalty": "use --repetition_penalty, which divides a repeated token's score",
+        "presence_penalty": "use --repetition_penalty, which divides a repeated token's score",
+        "best_of": "use --num_return_sequences, or --num_beams for the likeliest text",
+        "greedy": "use --do_sample false",
+        "stream": "text is streamed already, without --json",
+        "logprobs": "use --explain, or --explain --json",
+        "fp16": "use --dtype float16, or --quantize fp16 on a CPU",
+        "bf16": "use --dtype bfloat16",
+        "load_in_8bit": "use --quantize int8",
+        "int8": "use --quantize int8",
+        "gpu": "use --device cuda",
+        "cpu": "use --device cpu",
+        "t": "the temperature is --temperature",
+        "s": "the seed is --seed",
+        "i": "use --interactive",
+        "chat": "use --interactive",
+    }
     prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
     prompt_file: str | None = flag(None, "a file that holds the prompt")
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
@@ -165,6 +217,8 @@ class SampleConfig:
             options = TASKS[given["preset"]].options | options
         elif not any(name in given for name in DECODING_FLAGS):
             options = SENSIBLE_SAMPLING | options
+        elif not any(name in given for name in SEARCH_FLAGS):
+            options = {"do_sample": True} | options
         if "max_length" not in given:
             options = {"max_new_tokens": 100} | options
         elif "max_new_tokens" not in given:

@@ -8,7 +8,7 @@ import codecs
 import os
 from dataclasses import MISSING, dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 from nanogpt2.config.flags import MAX_SEED, check, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
@@ -26,6 +26,83 @@ class TrainConfig:
     --nproc_per_node=N train.py DATA.
     """
 
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "python train.py book.txt --init demo --steps 300",
+        "python train.py chat.jsonl --task chat",
+        "python train.py --resume",
+    )
+    GROUPS: ClassVar[dict[str, str]] = {
+        "task": "the data and the model",
+        "out": "the run's folder",
+        "epochs": "length",
+        "optimizer": "optimization",
+        "n_layer": "a new model, with --init scratch",
+        "seed": "where and how",
+        "eval_every": "evaluation and output",
+    }
+    ALIASES: ClassVar[dict[str, str]] = {
+        # transformers
+        "gradient_accumulation_steps": "grad_accum",
+        "learning_rate": "lr",
+        "max_grad_norm": "grad_clip",
+        "max_steps": "steps",
+        "num_train_epochs": "epochs",
+        "output_dir": "out",
+        "warmup_steps": "warmup",
+        "save_steps": "save_every",
+        "eval_steps": "eval_every",
+        "gradient_checkpointing": "activation_checkpointing",
+        "model_name_or_path": "init",
+        "max_seq_length": "block_size",
+        # nanoGPT
+        "eval_interval": "eval_every",
+        "max_iters": "steps",
+        "out_dir": "out",
+        "warmup_iters": "warmup",
+        # peft, gpt-2-simple
+        "lora_r": "lora_rank",
+        "save_total_limit": "keep",
+    }
+    HINTS: ClassVar[dict[str, str]] = {
+        "per_device_train_batch_size": "--batch_size counts all devices' sequences",
+        "per_device_batch_size": "--batch_size counts all devices' sequences",
+        "lr_scheduler_type": "use --schedule cosine, linear, constant or wsd",
+        "decay_lr": "--schedule constant turns the decay off",
+        "min_lr": "every --schedule but constant falls to 0",
+        "warmup_ratio": "--warmup counts steps",
+        "init_from": "use --init gpt2, scratch or a path",
+        "model": "the model to start from is --init",
+        "model_name": "the model to start from is --init",
+        "base_model": "the model to start from is --init",
+        "restore_from": "use --resume, or --init FOLDER for a new run",
+        "resume_from_checkpoint": "use --resume: it goes on in --out",
+        "fp16": "use --dtype float16",
+        "bf16": "use --dtype bfloat16",
+        "train_file": "DATA stands by itself: train.py book.txt",
+        "dataset": "DATA stands by itself: train.py book.txt",
+        "data": "DATA stands by itself: train.py book.txt",
+        "data_path": "DATA stands by itself: train.py book.txt",
+        "validation_file": "use --validation",
+        "eval_iters": "every evaluation reads all validation data",
+        "eval_only": "use nanogpt2 evaluate",
+        "do_train": "train.py always trains; nanogpt2 evaluate measures",
+        "do_eval": "--eval_every evaluates; nanogpt2 evaluate measures",
+        "report_to": "use --tensorboard",
+        "wandb_log": "use --tensorboard",
+        "logging_steps": "every step is logged in metrics.jsonl",
+        "log_interval": "every step is logged in metrics.jsonl",
+        "always_save_checkpoint": "use --save_every",
+        "bias": "GPT-2 always has biases",
+        "optim": "use --optimizer adamw or muon",
+        "adam_beta1": "AdamW's betas are fixed: training/optim.py",
+        "beta1": "AdamW's betas are fixed: training/optim.py",
+        "beta2": "AdamW's betas are fixed: training/optim.py",
+        "use_lora": "use --lora_rank 8",
+        "gpu": "use --device cuda",
+        "m": "the model to start from is --init",
+        "o": "the folder to write is --out",
+        "n": "the number of steps is --steps, of epochs --epochs",
+    }
     data: str = flag(MISSING, "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
     task: str = flag("lm", "what to learn from DATA", choices=("lm", "chat", "classify"))
     validation: str | None = flag(None, "texts to validate on (default: a tenth of DATA)")

@@ -121,21 +121,23 @@ class ValidationBatches:
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-self._rows() // self.batch_size)
+        return -(-self.sequences // self.batch_size)
 
     def __getitem__(self, i: int) -> Batch:
         """Return batch number i = 0, 1, 2, ..."""
         if not 0 <= i < len(self):
             raise IndexError(f"batch {i} of {len(self)}")
         first = i * self.batch_size
-        rows = range(first, min(first + self.batch_size, self._rows()))
+        rows = range(first, min(first + self.batch_size, self.sequences))
         return _pad([self._row(n) for n in rows])
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""
         return (self[i] for i in range(len(self)))
 
-    def _rows(self) -> int:
+    @property
+    def sequences(self) -> int:
+        """Number of sequences in all batches."""
         if isinstance(self.data, Examples):
             return len(self.data)
         return -(-(len(self.data) - 1) // self.block_size)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from nanogpt2 import ops
 from nanogpt2.config import GPTConfig, TrainConfig
 from nanogpt2.training.distributed import World
@@ -90,15 +92,20 @@ def _rate(config: TrainConfig, width: int) -> float:
     return (5e-4 if config.lora_rank else 1e-4) * 768 / width
 
 
+def _threads(world: World) -> str:
+    return f" with {torch.get_num_threads()} threads" if world.device_type == "cpu" else ""
+
+
 def describe(
     config: TrainConfig,
     trainer: Trainer,
     sequences: int,
+    held_out: int,
     figures: Mapping[str, Any] | None = None,
 ) -> str:
     """Describe the run: parameters, memory, steps; also its duration, given a step's `figures`.
 
-    sequences: their number in an epoch.
+    sequences: their number in an epoch. held_out: the sequences that validate.
     """
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.parameters.values())
@@ -118,6 +125,10 @@ def describe(
         f"about {memory / 1e9:.2g} GB of memory",
         f"{config.steps:,} steps of {in_a_step} x {config.block_size} tokens: "
         f"{config.steps * in_a_step / sequences:.2g} epochs of {sequences:,} sequences",
+        f"{config.optimizer}: learning rate {config.lr:.2g} after {config.warmup} steps of "
+        f"warm-up, then {config.schedule}; seed {config.seed}",
+        f"{config.dtype} on {trainer.world.device}{_threads(trainer.world)}; evaluated every "
+        f"{config.eval_every} steps on {held_out:,} sequences, saved every {config.save_every}",
     ]
     kernels = trainer.model.kernels
     if said := ops.describe_kernels(config.kernels, kernels, trainer.world.device_type):

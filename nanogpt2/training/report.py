@@ -48,11 +48,11 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return found
 
 
-def plot_losses(metrics_path: Path, png_path: Path) -> bool:
+def plot_losses(metrics_path: Path, png_path: Path, before: float | None = None) -> bool:
     """Draw the losses and the learning rate of metrics.jsonl, and write the file atomically.
 
-    Without matplotlib, draws nothing and prints one note per process. Returns True if the file was
-    written. Raises OSError.
+    before: the validation loss before the first step, drawn at step 0. Without matplotlib, draws
+    nothing and prints one note per process. Returns True if the file was written. Raises OSError.
     """
     figure_class = _matplotlib_figure()
     rows = read_metrics(metrics_path)
@@ -65,7 +65,8 @@ def plot_losses(metrics_path: Path, png_path: Path) -> bool:
     upper.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
     upper.plot(steps, smooth(losses, len(losses) // 20), color="tab:blue", label="smoothed")
     if evaluated:
-        upper.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
+        curve = evaluated if before is None else [(0, before), *evaluated]
+        upper.plot(*zip(*curve, strict=True), "o-", color="tab:orange", label="validation")
         step, best = min(evaluated, key=lambda point: point[1])
         label = f"best: {best:.4f} at step {step:,}"
         upper.plot([step], [best], "*", color="tab:red", markersize=14, label=label)
@@ -154,7 +155,7 @@ def final_report(
 def finish(folder: Path, before: Snapshot, after: Snapshot, best: float, task: str) -> None:
     """Draw the losses of the run in `folder`, and print its report."""
     metrics = folder / "metrics.jsonl"
-    plot_losses(metrics, folder / "loss.png")
+    plot_losses(metrics, folder / "loss.png", before.val_loss)
     val_losses = [row["val_loss"] for row in read_metrics(metrics) if "val_loss" in row]
     terminal.write(final_report(before, after, best, val_losses, folder, task))
 
