@@ -280,7 +280,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     if limit is not None and (needed := widths[0] + 2 + max(widths[1:], default=-2)) > limit:
         note(f"the table needs {needed} columns, the terminal has {limit}")
         limit = needed
-    blocks, first = [], 1
+    blocks: list[str] = []
+    first = 1
     while first < len(widths) or not blocks:
         end, taken = first, widths[0]
         while end < len(widths) and (limit is None or taken + 2 + widths[end] <= limit):
