@@ -11,6 +11,7 @@ reads no tensor and does not import torch.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -29,6 +30,10 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INT8 = "model.int8.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_JSON = 2**27  # bytes
+# without these texts the weights mean something else
+TIED = ("config.json", "generation_config.json")
+# by file: the SHA-256 of the text replaced and the new text, from a header
+Replaces = Mapping[str, tuple[Any, Any]]
 # config.json's names that differ from ours
 THEIR_NAMES = {"block_size": "n_positions"}
 
@@ -41,6 +46,7 @@ class ModelFiles:
     config: GPTConfig | None
     manifest: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
     stated: dict[str, Any] = field(default_factory=dict, repr=False)  # config.json
+    is_settled: bool = True  # False where the folder's texts are of an earlier model
 
     def sha256_of(self, file: Path) -> str | None:
         """Return the digest in the manifest; None without a manifest or an entry in it."""
@@ -63,6 +69,31 @@ def find_files(name: str | Path) -> ModelFiles:
     generation = _read_json(folder / "generation_config.json", manifest)
     config = None if stated is None else _config(folder / "config.json", stated, generation or {})
     return ModelFiles(found, config, manifest, stated or {})
+
+
+def current(source: ModelFiles, replaces: Replaces) -> ModelFiles:
+    """Return the files with the texts of these tensors, where a save was cut short: replace.py.
+
+    replaces: from the tensors' header. Raises ValueError for an invalid text.
+    """
+    folder, texts = source.files[0].parent, {}
+    for name in TIED:
+        path = folder / name
+        if name in replaces and digest_of_text(path) == replaces[name][0]:
+            texts[name] = _json_object(path, str(replaces[name][1]).encode())
+    if not texts:
+        return source
+    now = {name: texts.get(name) or _read_json(folder / name, source.manifest) for name in TIED}
+    stated, generation = (now[name] or {} for name in TIED)
+    config = _config(folder / TIED[0], stated, generation)
+    return replace(source, config=config, stated=stated, is_settled=False)
+
+
+def digest_of_text(text: str | Path) -> str | None:
+    """Return the SHA-256 of a text or of a file's bytes, in hexadecimal; None without the file."""
+    if isinstance(text, Path):
+        return hashlib.sha256(text.read_bytes()).hexdigest() if text.is_file() else None
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_ahead(name: str | Path) -> None:
@@ -131,6 +162,10 @@ def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, 
             f"{str(path)!r} is not as {MANIFEST} states: it is damaged or was edited; "
             f"where that is meant, delete {MANIFEST}"
         )
+    return _json_object(path, data)
+
+
+def _json_object(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

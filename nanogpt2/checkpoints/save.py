@@ -4,10 +4,15 @@ from pathlib import Path
 
 import torch
 
-from nanogpt2.atomic import whole_file
-from nanogpt2.checkpoints import tensors as tensor_file
-from nanogpt2.checkpoints.folder import WEIGHTS, WEIGHTS_INT8, config_files, tokenizer_files
+from nanogpt2.checkpoints.folder import (
+    TIED,
+    WEIGHTS,
+    WEIGHTS_INT8,
+    config_files,
+    tokenizer_files,
+)
 from nanogpt2.checkpoints.names import DTYPES, PREFIX, TRANSPOSED
+from nanogpt2.checkpoints.replace import replace_set
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.tokenizer import Tokenizer, gpt2_tokenizer
@@ -18,8 +23,10 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
 
     `load_classifier` and GPT2ForSequenceClassification load a classifier's folder. With a
     tokenizer, or GPT-2's 50257 ids, AutoTokenizer.from_pretrained loads the folder too. Tensors
-    keep their dtype and bits. Each file appears whole or not at all. Raises ValueError for a dtype
-    that load_model lacks and for a model with LoRA, OSError for a file that cannot be written.
+    keep their dtype and bits. The model replaces an earlier one in the folder at a single moment,
+    even where the process is killed or the power fails; other files in the folder stay. Raises
+    ValueError for a dtype that load_model lacks and for a model with LoRA, OSError for a file that
+    cannot be written.
     """
     state = dict(model.stored()) if isinstance(model, InferenceGPT) else model.state_dict()
     if any(name.endswith(("lora_a", "lora_b")) for name in state):
@@ -28,21 +35,16 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is None and model.config.vocab_size == gpt2_tokenizer().vocab_size:
         tokenizer = gpt2_tokenizer()
     texts = config_files(model.config, dtype, labels)
     if tokenizer is not None:
         texts |= tokenizer_files(tokenizer, model.config.block_size, pads=bool(labels))
-    for name, text in texts.items():
-        with whole_file(folder / name) as path:
-            path.write_text(text, encoding="utf-8")
     prefix = "" if labels else PREFIX
     theirs = {
         prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in state.items()
     }
     narrow = any(tensor.dtype == torch.int8 for tensor in state.values())
-    with whole_file(folder / (WEIGHTS_INT8 if narrow else WEIGHTS)) as path:
-        tensor_file.write(path, theirs)
+    file, other = (WEIGHTS_INT8, WEIGHTS) if narrow else (WEIGHTS, WEIGHTS_INT8)
+    replace_set(Path(folder), texts, TIED, file, theirs, stale=other)
