@@ -61,7 +61,7 @@ def find_files(name: str | Path) -> ModelFiles:
     check_model(name)
     if name in PRESETS:
         return ModelFiles((hub.fetch_weights(str(name)),), PRESETS[str(name)])
-    path = Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
+    path = _path(name)
     folder = path if path.is_dir() else path.parent
     manifest = read_manifest(folder)
     found = (path,) if folder != path else _weights_in(folder, manifest)
@@ -71,22 +71,44 @@ def find_files(name: str | Path) -> ModelFiles:
     return ModelFiles(found, config, manifest, stated or {})
 
 
+def name_for_others(name: str | Path) -> str:
+    """Return what transformers and PEFT find a model by: a repository or an absolute path.
+
+    A name that is neither ours nor a path is theirs already.
+    """
+    if name in PRESETS:
+        return hub.RELEASES[str(name)].repo
+    path = _path(name)
+    if not path.exists():
+        return str(name)
+    # they take a folder, not the file in it
+    return str((path.parent if path.name == WEIGHTS else path).absolute())
+
+
+def _path(name: str | Path) -> Path:
+    return Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
+
+
 def current(source: ModelFiles, replaces: Replaces) -> ModelFiles:
     """Return the files with the texts of these tensors, where a save was cut short: replace.py.
 
     replaces: from the tensors' header. Raises ValueError for an invalid text.
     """
-    folder, texts = source.files[0].parent, {}
-    for name in TIED:
-        path = folder / name
-        if name in replaces and digest_of_text(path) == replaces[name][0]:
-            texts[name] = _json_object(path, str(replaces[name][1]).encode())
+    folder = source.files[0].parent
+    taken = {name: current_text(folder / name, replaces) for name in TIED}
+    texts = {n: _json_object(folder / n, t.encode()) for n, t in taken.items() if t is not None}
     if not texts:
         return source
     now = {name: texts.get(name) or _read_json(folder / name, source.manifest) for name in TIED}
     stated, generation = (now[name] or {} for name in TIED)
     config = _config(folder / TIED[0], stated, generation)
     return replace(source, config=config, stated=stated, is_settled=False)
+
+
+def current_text(path: Path, replaces: Replaces) -> str | None:
+    """Return the text that a header states in place of this file; None where the file counts."""
+    old, new = replaces.get(path.name, (None, None))
+    return str(new) if new is not None and digest_of_text(path) == old else None
 
 
 def digest_of_text(text: str | Path) -> str | None:

@@ -14,6 +14,8 @@ from typing import Any
 from nanogpt2.config.flags import MAX_SEED, check, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
 
+# a larger scale drowns the model's own weights
+MOST_ALPHA = 10**6
 DATA_NAMES = ("pydocs", "shakespeare")
 DATA_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
@@ -76,7 +78,7 @@ class TrainConfig:
     )
     lora_rank: int = flag(0, "train only low-rank adapters of this rank; 0: all weights", low=0)
     lora_alpha: float | None = flag(
-        None, "the adapters' scale is alpha / rank (default: 2 rank)", above=0
+        None, "the adapters' scale is alpha / rank (default: 2 rank)", above=0, high=MOST_ALPHA
     )
     # a new model
     n_layer: int = flag(4, "blocks, with --init scratch", low=1, high=MOST_LAYERS)
