@@ -580,3 +580,42 @@ def test_a_hundred_thousand_mutated_files(tmp_path):
     counts = check_mutants(tmp_path, 100_002)
     print(counts)
     assert sum(counts.values()) >= 100_000
+
+
+# ---- wrapped models
+
+
+def partly_compiled(model):
+    blocks = model.transformer.h if isinstance(model, GPTClassifier) else model.h
+    blocks[0] = torch.compile(blocks[0])
+    return model
+
+
+# torch's own import of its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("labels", [(), ("a", "b")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.compile(torch.nn.DataParallel(model)),
+        partly_compiled,
+    ],
+)
+def test_a_wrapped_model_is_saved_as_the_model(tmp_path, wrap, labels):
+    model = GPTClassifier(GPT(TINY), labels) if labels else GPT(TINY)
+    save_model(model, tmp_path / "plain")
+    save_model(wrap(model), tmp_path / "wrapped")
+    assert files_of(tmp_path / "wrapped") == files_of(tmp_path / "plain")
+    assert b"_orig_mod" not in files_of(tmp_path / "plain")["model.safetensors"]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_no_gpt_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="expected a GPT or a GPTClassifier, not Linear"):
+        save_model(torch.nn.Linear(2, 2), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

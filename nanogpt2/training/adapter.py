@@ -21,6 +21,7 @@ from torch import Tensor
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import Replaces, current_text, name_for_others
 from nanogpt2.checkpoints.replace import replace_set
+from nanogpt2.checkpoints.save import unwrapped
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import add_lora, lora_layers
@@ -57,6 +58,7 @@ def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
     absolute path that is written. The adapter replaces an earlier one in the folder as `save_model`
     does. Raises ValueError for a model without LoRA.
     """
+    model = unwrapped(model)
     layer = next(iter(lora_layers(model).values()), None)
     if layer is None:
         raise ValueError("the model has no LoRA layers to save")
