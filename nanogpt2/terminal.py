@@ -4,6 +4,7 @@ This file does not know what the scripts do.
 """
 
 import io
+import json
 import math
 import os
 import shutil
@@ -107,6 +108,12 @@ def write(text: str) -> None:
         # redirect stdout, or Python would write the rest of the buffer again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def json_line(value: Any) -> str:
+    """Return a value as a line of JSON. NaN and infinities become null: JSON cannot write them."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain) + "\n"
 
 
 class Progress:

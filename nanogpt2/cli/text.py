@@ -4,10 +4,10 @@ This file does not know how tokens are chosen.
 """
 
 import codecs
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nanogpt2 import terminal
 from nanogpt2.generation.stopping import stop_bytes, stop_start
 from nanogpt2.tokenizer import Tokenizer
 
@@ -94,9 +94,8 @@ def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, 
 
 
 def as_line(value: Any) -> str:
-    """Return a value as a line of JSON. NaN and infinities become null: JSON cannot write them."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(plain) + "\n"
+    """Return a value as a line of JSON."""
+    return terminal.json_line(value)
 
 
 def as_json(
