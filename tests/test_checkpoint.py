@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import TINY, backward, settings, update
+from safetensors import safe_open
 
 from nanogpt2.checkpoints.load import load_model
 from nanogpt2.model import GPT
@@ -270,3 +271,12 @@ def test_the_order_of_a_commit(tmp_path, monkeypatch):
         "publish",
     ]
     assert after[-2:] == ["sync out", "prune"]
+
+
+def test_every_file_has_ordinary_permissions_and_the_tensors_metadata(tmp_path):
+    path = save(tmp_path, step=1)
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in path.iterdir()} == {expected}
+    with safe_open(path / store.TENSORS, "pt") as file:
+        assert file.metadata()["format"] == "pt"

@@ -348,23 +348,74 @@ def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[An
     return tokens | {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
 
 
-def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[str, str]:
-    """Return the files that AutoTokenizer needs; for GPT-2's vocabulary OpenAI's own two."""
+# a conversation as data/chat.py writes it for training
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% set content = message['content'] | trim %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Friend: ' + content }}"
+    "{{ eos_token if loop.last else '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'You: ' + content + '\\n' }}"
+    "{% elif content %}{{ content + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Friend:' }}{% endif %}"
+)
+
+
+def tokenizer_files(tokenizer: Tokenizer, block_size: int, chat: bool = False) -> dict[str, str]:
+    """Return the files that AutoTokenizer needs; for GPT-2's vocabulary two are OpenAI's own.
+
+    tokenizer.json holds the other two's content for the fast tokenizers. chat: with the template of
+    a model that `--task chat` trained.
+    """
     settings: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
+        # GPT-2 has no other special token; the attention mask tells padding from an end
+        "pad_token": END_OF_TEXT,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    if pads:
-        settings["pad_token"] = END_OF_TEXT
+    if chat:
+        settings["chat_template"] = CHAT_TEMPLATE
     return {
         "vocab.json": tokenizer.encoder_json(),
         "merges.txt": tokenizer.merges or "#version: 0.2\n",
+        "tokenizer.json": json.dumps(_fast_tokenizer(tokenizer)),
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return tokenizer.json, in the format of Hugging Face's library `tokenizers`."""
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {"id": tokenizer.end_of_text, "content": END_OF_TEXT} | flags | {"special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": tokenizer.vocabulary,
+            "merges": tokenizer.merges.splitlines()[1:],
+        },
     }
 
 

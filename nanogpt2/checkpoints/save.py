@@ -20,12 +20,15 @@ from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, gpt2_tokenizer
 
 
-def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save_model(
+    model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, chat: bool = False
+) -> None:
     """Write a folder that `load_model` and transformers' GPT2LMHeadModel.from_pretrained load.
 
     `load_classifier` and GPT2ForSequenceClassification load a classifier's folder. With a
     tokenizer, or GPT-2's 50257 ids, AutoTokenizer.from_pretrained loads the folder too. Tensors
-    keep their dtype and bits. What torch.compile or DistributedDataParallel wrapped is unwrapped.
+    keep their dtype and bits. chat: add the template of conversations that `--task chat` trains.
+    What torch.compile or DistributedDataParallel wrapped is unwrapped.
     The model replaces an earlier one in the folder at a single moment, even where the process is
     killed or the power fails; other files in the folder stay. Raises ValueError for a dtype that
     load_model lacks and for a model with LoRA, TypeError for another kind of model, OSError for a
@@ -45,7 +48,7 @@ def save_model(model: Model, folder: str | Path, tokenizer: Tokenizer | None = N
         tokenizer = gpt2_tokenizer()
     texts = config_files(model.config, dtype, labels)
     if tokenizer is not None:
-        texts |= tokenizer_files(tokenizer, model.config.block_size, pads=bool(labels))
+        texts |= tokenizer_files(tokenizer, model.config.block_size, chat)
     prefix = "" if labels else PREFIX
     theirs = {
         prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor

@@ -23,11 +23,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt2 import terminal
+from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
@@ -77,12 +77,8 @@ def save_checkpoint(
     partial = final.with_suffix(".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(model, partial, tokenizer)
-    try:
-        save_file(tensors, partial / TENSORS)
-    except SafetensorError as error:
-        # safetensors reports a full disk by this error
-        raise OSError(str(error)) from error
+    save_model(model, partial, tokenizer, state.get("chat", False))
+    save_file(tensors, partial / TENSORS)
     (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(_manifest_text(entries), encoding="utf-8")
@@ -94,6 +90,11 @@ def save_checkpoint(
     partial.rename(final)
     sync(folder)
     return final
+
+
+def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors with metadata and ordinary permissions; safetensors' own writer lacks both."""
+    tensor_file.write(path, tensors)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
