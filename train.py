@@ -102,6 +102,7 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         if config.resume:
             terminal.note("no checkpoint yet: starting over")
         state = {"step": 0, "best": math.inf, "stale": 0, "finished": False}
+        state["chat"] = config.task == "chat"
         before = snapshot(run, validate(trainer, run.validation))
         folder.start(config, before=asdict(before))
     else:

@@ -5,7 +5,6 @@ model. The top of each task's file in evaluation/ defines its figures.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
@@ -144,7 +143,10 @@ def main(config: EvaluateConfig) -> None:
     if (config.stride or 1) > block_size:
         fail(f"--stride must be <= {block_size}, the block size, not {config.stride}")
     with usage_error("FILE"), terminal.Progress(count, 0, "example") as bar:
-        figures = measure(model, block_size, bar.advance)
+        try:
+            figures = measure(model, block_size, bar.advance)
+        except FloatingPointError as error:
+            fail(str(error), code=1)
     terminal.write(shown(config, block_size, figures) + "\n")
 
 
@@ -223,9 +225,7 @@ def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -
     if config.json:
         head = {"task": config.task, "model": config.model, "file": config.file}
         rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}
-        line = json.dumps(head | {"block_size": block_size} | dict(figures) | rest)
-        # JSON has no number for a perplexity beyond the floats
-        return json.dumps(json.loads(line, parse_constant=lambda _: None))
+        return terminal.json_line(head | {"block_size": block_size} | dict(figures) | rest).rstrip()
     tables = {name: figures[name] for name in ("classes", "confusion") if name in figures}
     rows = [["figure", "measured"], ["block_size", str(block_size)]]
     plain = {name: value for name, value in figures.items() if name not in tables}

@@ -1,12 +1,11 @@
 """A name -> a file on disk: OpenAI's weights and tiny Shakespeare, downloaded once and checked.
 
-Weights go through huggingface-hub, into its cache and by its settings (HF_HOME, HF_HUB_OFFLINE).
-Each file's SHA-256 is fixed here. It is checked after the download and again whenever the file's
-size or modification time changes. This file does not interpret the bytes.
+Weights lie in huggingface-hub's cache, by its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE).
+Each file's SHA-256 is fixed here. It is checked before the file appears there, and again whenever
+the file's size or modification time changes. This file does not interpret the bytes.
 """
 
 import hashlib
-import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
+from nanogpt2.download import download
 
 CACHE = Path("~/.cache/nanogpt2")
 WEIGHTS = "model.safetensors"
@@ -70,29 +70,70 @@ def fetch_weights(name: str) -> Path:
     Raises OSError for a file that is neither on disk nor downloadable, ValueError for bytes that
     are not OpenAI's. Both messages name the remedy.
     """
-    import huggingface_hub as hub
+    from huggingface_hub import try_to_load_from_cache
 
     release = RELEASES[name]
-    repo, revision = release.repo, release.revision
-    cached = hub.try_to_load_from_cache(repo, WEIGHTS, revision=revision)
-    if isinstance(cached, str):
-        path = Path(cached)
-    else:
-        try:
-            # this asks once; hf_hub_download alone would retry for half a minute
-            hub.get_hf_file_metadata(hub.hf_hub_url(repo, WEIGHTS, revision=revision))
-            path = Path(hub.hf_hub_download(repo, WEIGHTS, revision=revision))
-        except Exception as error:
-            # the class depends on huggingface-hub's version (requests, httpx, httpx2, xet) and on
-            # how HF_ENDPOINT is wrong, so catch them all
-            raise OSError(
-                f"{name!r} is not on this machine and cannot be downloaded "
-                f"({type(error).__name__}); go online once, give a folder or .safetensors file, "
-                "or use demo"
-            ) from error
+    cached = try_to_load_from_cache(release.repo, WEIGHTS, revision=release.revision)
+    if not isinstance(cached, str):
+        return _download_weights(name, release)
+    path = Path(cached)
     if path.stat().st_size != release.size or not _verified(path, release.sha256):
         raise ValueError(f"{str(path)!r} is not OpenAI's {name} file: delete it and download again")
     return path
+
+
+def _download_weights(name: str, release: Release) -> Path:
+    """Put a release's file where huggingface-hub looks for it, once its SHA-256 is right.
+
+    huggingface-hub's own download (2.4) joins the server's ETag to a path without a check, so a
+    mirror could write any file. Here every name is a constant.
+    """
+    from huggingface_hub import constants, get_token, hf_hub_url
+    from huggingface_hub.file_download import repo_folder_name
+    from tqdm import tqdm
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(
+        repo_id=release.repo, repo_type="model"
+    )
+    blob = folder / "blobs" / release.sha256
+    path = folder / "snapshots" / release.revision / WEIGHTS
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        url = hf_hub_url(release.repo, WEIGHTS, revision=release.revision)
+        # not build_hf_headers: it asks the mirror too, and keeps the answer on disk
+        asks = url.startswith("https:") and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+        token = get_token() if asks else None
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            whole_file(blob) as partial,
+            tqdm(total=release.size, desc=WEIGHTS, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            download(url, partial, release.size, token, bar.update)
+            if partial.stat().st_size != release.size or not _verified(partial, release.sha256):
+                raise ValueError("other bytes")
+        with whole_file(path) as partial:
+            _link(blob, partial)
+    except ValueError as error:
+        raise ValueError(
+            f"the file downloaded for {name!r} is not OpenAI's ({error}): check HF_ENDPOINT"
+        ) from None
+    except (OSError, HTTPException) as error:
+        raise OSError(
+            f"{name!r} is not on this machine and cannot be downloaded "
+            f"({type(error).__name__}); go online once, give a folder or .safetensors file, "
+            "or use demo"
+        ) from error
+    return path
+
+
+def _link(blob: Path, path: Path) -> None:
+    """Make `path` a relative link to a blob; move the blob on a file system without links."""
+    try:
+        path.symlink_to(Path("../..", "blobs", blob.name))
+    except OSError:
+        blob.replace(path)
 
 
 def fetch_shakespeare() -> Path:
@@ -103,19 +144,17 @@ def fetch_shakespeare() -> Path:
     path = CACHE.expanduser() / "shakespeare.txt"
     if not path.exists():
         terminal.note("downloading tiny Shakespeare (1.1 MB)")
-        try:
-            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as answer:
-                data = answer.read(SHAKESPEARE_SIZE + 1)
-        except (OSError, HTTPException) as error:
-            raise OSError(
-                "'shakespeare' is not on this machine and cannot be downloaded "
-                f"({type(error).__name__}); go online once, or give a text file"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-            raise ValueError("the file downloaded for 'shakespeare' is not tiny Shakespeare")
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
-            partial.write_bytes(data)
+            try:
+                download(SHAKESPEARE_URL, partial, SHAKESPEARE_SIZE)
+            except (OSError, HTTPException) as error:
+                raise OSError(
+                    "'shakespeare' is not on this machine and cannot be downloaded "
+                    f"({type(error).__name__}); go online once, or give a text file"
+                ) from error
+            if hashlib.sha256(partial.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+                raise ValueError("the file downloaded for 'shakespeare' is not tiny Shakespeare")
     elif hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{str(path)!r} is not tiny Shakespeare: delete it and download again")
     return path

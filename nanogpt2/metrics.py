@@ -19,6 +19,16 @@ def perplexity(nats: float) -> float:
         return math.inf
 
 
+def finite(score: float) -> float:
+    """Return a model's score. Raises FloatingPointError for NaN and infinity."""
+    if not math.isfinite(score):
+        raise FloatingPointError(
+            "the model's scores are not finite numbers: are its weights damaged, or its dtype "
+            "too narrow?"
+        )
+    return score
+
+
 # ---- repetition
 
 

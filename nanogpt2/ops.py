@@ -143,7 +143,7 @@ def self_attention(
         return y.unflatten(2, qkv.shape[3:])
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
     # a single query sees the only key: no mask needed
-    causal = mask is None and q.size(2) > 1
+    causal = mask is None and bool(q.size(2) > 1)
     y = attention(q, k, v, causal=causal, mask=mask, dropout=dropout, kernels=kernels)
     return y.transpose(1, 2)
 

@@ -5,7 +5,6 @@ on a CPU. --text measures the cost: the perplexity of a text before and after, a
 likeliest token stays the same. The formats of the weights are at the top of prepacked.py.
 """
 
-import json
 import sys
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ from nanogpt2.checkpoints.save import save_model
 from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.evaluation.examples import read_texts
 from nanogpt2.evaluation.perplexity import joined, windows
-from nanogpt2.metrics import perplexity
+from nanogpt2.metrics import finite, perplexity
 from nanogpt2.model import GPT
 
 
@@ -83,10 +82,16 @@ def main(config: QuantizeConfig) -> None:
             raise ValueError(f"{config.model!r} is narrow already")
         narrow = checkpoint.model(quantize=config.quantize)
     figures: dict[str, Any] = {"model": config.model, "quantize": config.quantize}
-    if config.text is not None:
-        with usage_error("--text"):
-            ids = joined(read_texts(config.text), tokenizer)[: config.limit]
-            figures |= asdict(measure(model, narrow, ids))
+    try:
+        for weight in model.parameters():
+            # max returns NaN where there is one
+            finite(weight.abs().max().item())
+        if config.text is not None:
+            with usage_error("--text"):
+                ids = joined(read_texts(config.text), tokenizer)[: config.limit]
+                figures |= asdict(measure(model, narrow, ids))
+    except FloatingPointError as error:
+        fail(str(error), code=1)
     if config.out is not None:
         try:
             save_model(narrow, config.out, tokenizer)
@@ -94,12 +99,15 @@ def main(config: QuantizeConfig) -> None:
             fail(str(error), code=1)
         figures |= {"out": config.out, "bytes": sum(map(_size, Path(config.out).glob("*.safe*")))}
     rows = [[name, f"{v:,.4f}" if isinstance(v, float) else str(v)] for name, v in figures.items()]
-    terminal.write((json.dumps(figures) if config.json else terminal.table(rows)) + "\n")
+    terminal.write(terminal.json_line(figures) if config.json else terminal.table(rows) + "\n")
 
 
 @torch.no_grad()
 def measure(model: GPT, narrow: GPT, ids: list[int]) -> Cost:
-    """Compare the two on a text's ids. Raises ValueError for fewer than two."""
+    """Compare the two on a text's ids.
+
+    Raises ValueError for fewer than two, FloatingPointError for a loss that is not finite.
+    """
     if len(ids) < 2:
         raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
     longest = model.config.block_size
@@ -109,7 +117,7 @@ def measure(model: GPT, narrow: GPT, ids: list[int]) -> Cost:
         same += int((before.argmax(dim=2) == after.argmax(dim=2)).sum())
         for n, logits in enumerate((before, after)):
             loss = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum")
-            nats[n] += loss.item()
+            nats[n] += finite(loss.item())
     count = len(ids) - 1
     return Cost(count, perplexity(nats[0] / count), perplexity(nats[1] / count), same / count)
 

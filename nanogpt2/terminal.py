@@ -4,6 +4,7 @@ This file does not know what the scripts do.
 """
 
 import io
+import json
 import math
 import os
 import re
@@ -131,6 +132,12 @@ def fitting(fields: Sequence[str], columns: int) -> str:
     while fields and len(", ".join(fields)) > columns:
         fields = fields[:-1]
     return ", ".join(fields)
+
+
+def json_line(value: Any) -> str:
+    """Return a value as a line of JSON. NaN and infinities become null: JSON cannot write them."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain) + "\n"
 
 
 class Progress:

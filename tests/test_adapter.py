@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from lora_reference import adapted, peft_config, quietly
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from reference import TINY, prompts, twins
 from safetensors.torch import load_file, save_file
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -14,7 +14,7 @@ from nanogpt2.checkpoints.load import load_model
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.model import GPT
 from nanogpt2.training.adapter import load_adapter, save_adapter
-from nanogpt2.training.lora import lora_layers
+from nanogpt2.training.lora import add_lora, lora_layers
 
 IDS = prompts(3, 7)
 LABELS = ("a", "b", "c")
@@ -121,6 +121,11 @@ def refused(folder, message, model=None):
         ({"r": 3}, "tensor .*lora_A.weight must be .*, not .*"),
         ({"lora_alpha": None}, "lora_alpha must be a number"),
         ({"lora_alpha": -1}, "alpha must be a finite number > 0"),
+        ({"lora_alpha": 0}, "alpha must be a finite number > 0"),
+        ({"lora_alpha": float("nan")}, "alpha must be a finite number > 0"),
+        ({"lora_alpha": float("inf")}, "alpha must be a finite number > 0"),
+        ({"lora_alpha": 1e30}, "alpha must be 1000000 at most, not 1e\\+30"),
+        ({"lora_alpha": 10**400}, "alpha must be 1000000 at most, not 1000"),
     ],
 )
 def test_other_settings_are_refused(saved, changes, message):
@@ -178,3 +183,60 @@ def test_a_plain_model_has_no_adapter(tmp_path):
     with pytest.raises(ValueError, match="no LoRA layers to save"):
         save_adapter(GPT(TINY), tmp_path / "adapter", "base")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf"), 1e30])
+def test_an_alpha_out_of_range_is_refused_when_given(alpha):
+    model = GPT(TINY)
+    with pytest.raises(
+        ValueError, match=r"alpha must be (a finite number > 0|1000000 at most), not "
+    ):
+        add_lora(model, 2, alpha)
+    assert not lora_layers(model)
+
+
+# ---- saved over another, and its base
+
+
+def test_an_adapter_saved_over_another_is_one_of_the_two(saved, tmp_path, monkeypatch):
+    """Killed after the first rename: the new tensors do not get the old alpha."""
+    folder = saved[1]
+    before = files_of(folder)
+    again = load_model(tmp_path / "base")
+    add_lora(again, 4, 60.0)
+    save_adapter(again, folder, "gpt2")
+    mixed = before | {"adapter_model.safetensors": files_of(folder)["adapter_model.safetensors"]}
+    for name, data in mixed.items():
+        (folder / name).unlink()
+        (folder / name).write_bytes(data)
+    found = load_model(tmp_path / "base")
+    load_adapter(found, folder)
+    assert {layer.alpha for layer in lora_layers(found).values()} == {60.0}
+    assert torch.equal(found(IDS), again(IDS))
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_base_is_named_so_that_peft_finds_it(tmp_path, monkeypatch):
+    model = adapted(load_model("demo"))
+    monkeypatch.chdir(tmp_path)
+    twins(tmp_path / "base")
+
+    def base_of(name):
+        save_adapter(model, "adapter", name)
+        return json.loads((tmp_path / "adapter/adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+
+    assert base_of("gpt2") == "openai-community/gpt2"
+    assert base_of("base") == base_of("base/model.safetensors") == str(tmp_path / "base")
+    assert base_of("somebody/gpt2-tuned") == "somebody/gpt2-tuned"
+    # from anywhere
+    assert base_of("demo") != "demo"
+    monkeypatch.chdir("/")
+    theirs = quietly(AutoPeftModelForCausalLM.from_pretrained, tmp_path / "adapter")
+    theirs = theirs.float().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=1e-4, rtol=1e-4)

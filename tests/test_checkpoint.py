@@ -15,6 +15,7 @@ from threading import Event, Thread
 import pytest
 import torch
 from reference import TINY, backward, settings, update
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as dump
 from test_train import SMALL, book, numbers, run
@@ -613,3 +614,12 @@ def test_a_malformed_checkpoint_is_one_line(book, capsys):
         changed(path, name, whole)
     assert Path("out/metrics.jsonl").read_bytes() == before
     assert run(*RUN, "--steps", "6", "--resume") == 0
+
+
+def test_every_file_has_ordinary_permissions_and_the_tensors_metadata(tmp_path):
+    path = save(tmp_path, step=1)
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in path.iterdir()} == {expected}
+    with safe_open(path / store.TENSORS, "pt") as file:
+        assert file.metadata()["format"] == "pt"

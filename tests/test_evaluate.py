@@ -585,3 +585,46 @@ def test_help_imports_no_torch():
         [sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, capture_output=True
     )
     assert b"--stride" in done.stdout
+
+
+# ---- damaged weights
+
+
+def broken(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(parse(evaluate.EvaluateConfig, argv))
+    shown = capsys.readouterr()
+    assert stopped.value.code == 1 and shown.out == ""
+    assert shown.err.splitlines()[-1].startswith("error: the model's scores are not finite numbers")
+
+
+RECORDS = {
+    "lambada": {"text": "it was the best"},
+    "hellaswag": {"ctx": "it was", "endings": ["the best", "the worst"], "label": 0},
+    "classify": {"text": "it was", "label": "ham"},
+    "perplexity": {"text": "it was the best"},
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("task", RECORDS)
+def test_weights_that_are_not_finite_are_refused(capsys, tmp_path, task, value):
+    gpt = GPT(BYTES)
+    model = GPTClassifier(gpt, ("ham", "spam")) if task == "classify" else gpt
+    gpt.ln_f.bias.data[3] = value
+    save_model(model, tmp_path / "model", TOKENIZER)
+    name = "text.txt" if task == "perplexity" else "records.jsonl"
+    path = write_lines(tmp_path / name, RECORDS[task])
+    for form in ("--json", "--no_json"):
+        broken(capsys, path, "--task", task, "--model", str(tmp_path / "model"), form)
+
+
+def test_a_figure_too_large_for_a_float_is_null_in_json(capsys, tmp_path):
+    """A text of one long word: exp(nats / words) overflows, and JSON knows no Infinity."""
+    save_model(GPT(BYTES), tmp_path / "model", TOKENIZER)
+    (tmp_path / "word.txt").write_text("x" * 400)
+    argv = str(tmp_path / "word.txt"), "--model", str(tmp_path / "model"), "--json"
+    text = run(capsys, *argv)
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found["word_perplexity"] is None and found["perplexity"] > 0
+    assert text.count("\n") == 1

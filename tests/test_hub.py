@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from reference import HUNG, ROOT
 
-from nanogpt2 import hub
+from nanogpt2 import download, hub
 
 CONTENT = b"the weights" * 1000
 SIZE = len(CONTENT)
@@ -200,3 +200,207 @@ def test_a_server_that_speaks_something_else(monkeypatch, server):
     monkeypatch.setattr(hub, "SHAKESPEARE_URL", server)
     with pytest.raises(OSError, match="BadStatusLine"):
         hub.fetch_shakespeare()
+
+
+# ---- a hostile or broken mirror
+
+# set when a test ends: a thread that was given up ends with its connection
+over = threading.Event()
+
+
+@pytest.fixture
+def mirror(monkeypatch, tmp_path):
+    """Serve one answer to every GET; yield a function that sets it and fetches, in this process."""
+    from huggingface_hub import constants
+
+    plays = {}
+    over.clear()
+
+    class Mirror(Hub):
+        protocol_version = "HTTP/1.0"
+
+        def do_GET(self):
+            seen.append((self.path, dict(self.headers)))
+            plays["get"](self)
+
+        def do_HEAD(self):
+            plays["get"](self)
+
+    seen: list[tuple[str, dict]] = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+        digest = hashlib.sha256(CONTENT).hexdigest()
+        release = hub.Release("someone/some-model", REVISION, SIZE, digest)
+        monkeypatch.setitem(hub.RELEASES, "gpt2", release)
+
+        def fetch(get):
+            plays["get"] = get
+            return hub.fetch_weights("gpt2")
+
+        fetch.seen = seen
+        yield fetch
+        over.set()
+        server.shutdown()
+
+
+def reply(body=CONTENT, status=200, length=None, **headers):
+    def get(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            handler.wfile.write(body)
+
+    return get
+
+
+def files_in(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
+
+
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+STORED = [
+    f"hf/hub/models--someone--some-model/blobs/{DIGEST}",
+    f"hf/hub/models--someone--some-model/snapshots/{REVISION}/model.safetensors",
+]
+HOSTILE = [
+    {"ETag": '"{out}"'},
+    {"ETag": '"../../../../evil"'},
+    {"X_Linked_Etag": '"{out}"', "ETag": f'"{DIGEST}"'},
+    {"ETag": f'"{"0" * 64}"'},
+    {"ETag": f'"{DIGEST}"', "X_Repo_Commit": "../../../evil"},
+    {"ETag": f'"{DIGEST}"', "X_Repo_Commit": "/tmp/evil", "X_Xet_Hash": "../evil"},
+    {"ETag": f'"{DIGEST}"', "Content_Disposition": 'attachment; filename="../evil"'},
+]
+
+
+@pytest.mark.parametrize("headers", HOSTILE)
+@pytest.mark.parametrize("body", [CONTENT, b"import evil"])
+def test_no_header_of_a_mirror_becomes_a_path(mirror, tmp_path, headers, body):
+    out = tmp_path / "out.pth"
+    headers = {"X_Repo_Commit": REVISION, "X_Linked_Size": str(len(body))} | {
+        name: value.format(out=out) for name, value in headers.items()
+    }
+    if body == CONTENT:
+        assert mirror(reply(**headers)).read_bytes() == CONTENT
+        assert [f for f in files_in(tmp_path) if not f.startswith("cache/")] == STORED
+    else:
+        with pytest.raises(ValueError, match=r"^the file downloaded for 'gpt2' is not OpenAI's"):
+            mirror(reply(body, **headers))
+        assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "get",
+    [
+        reply(b"T" + CONTENT[1:], ETag=f'"{DIGEST}"'),
+        reply(CONTENT + b"more"),
+        reply(CONTENT[:-1]),
+        reply(b"<html>please log in</html>", Content_Type="text/html"),
+        reply(b"", length=2**62),
+    ],
+)
+def test_other_bytes_never_reach_the_cache(mirror, tmp_path, get):
+    with pytest.raises(ValueError, match="not OpenAI's") as error:
+        mirror(get)
+    assert files_in(tmp_path) == [] and len(str(error.value)) < 190
+    # nor do they stand in the way of the right ones
+    assert mirror(reply()).read_bytes() == CONTENT
+
+
+def test_a_blob_and_a_link_of_an_earlier_attack_are_replaced(mirror, tmp_path):
+    blob, link = (tmp_path / name for name in STORED)
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(b"import evil")
+    link.symlink_to("/nowhere/evil")
+    assert mirror(reply()).read_bytes() == CONTENT
+    assert link.resolve() == blob.resolve()
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1:{other}/x", "file://{file}", "ftp://127.0.0.1/x", "//127.0.0.1:1/"]
+)
+def test_a_redirect_leads_to_https_or_back(mirror, server, tmp_path, target):
+    (tmp_path / "local").write_bytes(CONTENT)
+    target = target.format(other=server.rpartition(":")[2], file=tmp_path / "local")
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        mirror(reply(b"", 302, Location=target))
+    assert Hub.requests == []
+    assert files_in(tmp_path) == ["local"]
+
+
+def test_a_redirect_within_the_mirror_is_followed(mirror):
+    def get(handler):
+        moved = reply(b"", 307, Location="/elsewhere")
+        (reply() if handler.path == "/elsewhere" else moved)(handler)
+
+    assert mirror(get).read_bytes() == CONTENT
+
+
+def test_the_token_is_not_sent_over_http(mirror, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    mirror(reply())
+    assert len(mirror.seen) == 1 and "hf_secret" not in str(mirror.seen)
+
+
+def dribble(where):
+    """Send a byte at a time and never end, in the headers or in the body."""
+
+    def get(handler):
+        start = b"HTTP/1.0 200 OK\r\n" + (b"" if where == "headers" else b"\r\n")
+        with contextlib.suppress(OSError):
+            handler.wfile.write(start)
+            while not over.wait(0.02):
+                handler.wfile.write(b"x")
+
+    return get
+
+
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_an_endless_slow_answer_is_given_up(mirror, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(download, "WINDOW", 0.2)
+    with pytest.raises(OSError, match="TimeoutError"):
+        mirror(dribble(where))
+    assert files_in(tmp_path) == []
+
+
+def test_a_steady_server_that_never_gets_on_is_given_up(mirror, monkeypatch):
+    """It sends fast enough, but each try breaks off a byte further: the whole has a time too."""
+    monkeypatch.setattr(download, "WINDOW", 0.2)
+    monkeypatch.setattr(download, "SLOWEST", 20_000)
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    lengths = iter(range(SIZE // 2, SIZE))
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        mirror(lambda handler: reply(CONTENT[: next(lengths)], length=SIZE)(handler))
+
+
+def test_a_download_goes_on_where_it_broke_off(mirror, monkeypatch):
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    asked = []
+
+    def get(handler):
+        asked.append(handler.headers["Range"])
+        if len(asked) == 1:
+            reply(CONTENT[:4000], length=SIZE)(handler)
+        else:
+            part = f"bytes 4000-{SIZE - 1}/{SIZE}"
+            reply(CONTENT[4000:], 206, Content_Range=part)(handler)
+
+    assert mirror(get).read_bytes() == CONTENT
+    assert asked == [None, "bytes=4000-"]
+
+
+def test_another_part_than_asked_for(mirror, monkeypatch):
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    with pytest.raises(ValueError, match="not OpenAI's"):
+        mirror(reply(CONTENT, 206, Content_Range="bytes 7-9/9"))

@@ -1,6 +1,8 @@
 """A model for generating only, read from files that are mapped into memory."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -156,3 +158,42 @@ def test_memory_at_its_most(tmp_path):
     most = json.loads(out)["memory"] / model.config.n_parameters
     # malloc's holes differ from run to run
     assert 1 < most < (1.29 if VNNI else 1.9)
+
+
+# ---- copies, pickles, conversions
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_and_a_pickle_compute_the_same(folder, scheme, again):
+    model, ids = load_generator(folder, quantize=scheme), prompts(1, 5)
+    expected = generate(model, ids, **LONG).sequences
+    for file in folder.iterdir():
+        file.unlink()
+    twin = again(model)
+    same_parts(twin, model)
+    assert not twin.training and twin.scheme == model.scheme
+    assert torch.equal(generate(twin, ids, **LONG).sequences, expected)
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.half(),
+        lambda model: model.bfloat16(),
+        lambda model: model.double(),
+        lambda model: model.to(torch.float16),
+        lambda model: model.to("meta"),
+        lambda model: model.to(torch.empty(0, dtype=torch.float64)),
+    ],
+)
+def test_another_type_or_device_is_refused(folder, scheme, convert):
+    model, ids = load_generator(folder, quantize=scheme), prompts(1, 5)
+    expected = model(ids)
+    with pytest.raises(ValueError, match=r"^a model for generating stays in float32.* dtype and"):
+        convert(model)
+    assert torch.equal(model(ids), expected)
+    assert torch.equal(model.float().cpu().to("cpu", torch.float32)(ids), expected)

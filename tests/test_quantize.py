@@ -6,8 +6,8 @@ import pytest
 import torch
 from reference import run_module, run_script
 
-from nanogpt2 import GPT, load_tokenizer, save_model
-from nanogpt2.config import GPTConfig
+from nanogpt2 import GPT, load_model, load_tokenizer, quantize, save_model
+from nanogpt2.config import GPTConfig, parse
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,22 @@ def test_a_text_of_one_token(folder):
     (folder / "one.txt").write_text("a")
     done = run_module(QUANTIZE, "wide", "--text", "one.txt", cwd=folder)
     assert done.returncode == 2 and b"must hold 2 tokens or more" in done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scheme", ["fp16", "int8"])
+@pytest.mark.parametrize("flags", [("--out",), ("--text",)])
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, capsys, value, scheme, flags):
+    """Two NaN agree in their likeliest token, so the agreement was 1.0."""
+    model = load_model(folder / "wide")
+    model.h[0].mlp.c_fc.weight.data[5, 7] = value
+    save_model(model, tmp_path / "broken")
+    before = sorted(tmp_path.rglob("*"))
+    where = str(tmp_path / "narrow" if flags == ("--out",) else folder / "text.txt")
+    argv = [str(tmp_path / "broken"), "--quantize", scheme, *flags, where, "--json"]
+    with pytest.raises(SystemExit) as stopped:
+        quantize.main(parse(quantize.QuantizeConfig, argv))
+    shown = capsys.readouterr()
+    assert stopped.value.code == 1 and shown.out == ""
+    assert shown.err.startswith("error: the model's scores are not finite numbers")
+    assert sorted(tmp_path.rglob("*")) == before

@@ -411,3 +411,10 @@ def test_two_trainers_do_not_share_a_folder(tmp_path):
     first.close()
     second.lock()
     second.close()
+
+
+def test_a_gradient_that_overflowed_is_null_in_the_metrics(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.log({"step": 1, "grad_norm": float("inf")})
+    folder.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "grad_norm": None}

@@ -19,7 +19,8 @@ from reference import (
     write_official_file,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from tokenizers import Tokenizer as LibraryTokenizer
+from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from nanogpt2 import GPTClassifier, hub, open_checkpoint
 from nanogpt2.checkpoints import folder as model_folder
@@ -27,6 +28,9 @@ from nanogpt2.checkpoints import header
 from nanogpt2.checkpoints.load import load_model, load_tokenizer
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GPTConfig
+from nanogpt2.data.chat import segments
+from nanogpt2.data.encode import encode_chat
+from nanogpt2.data.records import Record
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint
@@ -580,3 +584,128 @@ def test_a_hundred_thousand_mutated_files(tmp_path):
     counts = check_mutants(tmp_path, 100_002)
     print(counts)
     assert sum(counts.values()) >= 100_000
+
+
+# ---- wrapped models
+
+
+def partly_compiled(model):
+    blocks = model.transformer.h if isinstance(model, GPTClassifier) else model.h
+    blocks[0] = torch.compile(blocks[0])
+    return model
+
+
+# torch's own import of its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("labels", [(), ("a", "b")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.compile(torch.nn.DataParallel(model)),
+        partly_compiled,
+    ],
+)
+def test_a_wrapped_model_is_saved_as_the_model(tmp_path, wrap, labels):
+    model = GPTClassifier(GPT(TINY), labels) if labels else GPT(TINY)
+    save_model(model, tmp_path / "plain")
+    save_model(wrap(model), tmp_path / "wrapped")
+    assert files_of(tmp_path / "wrapped") == files_of(tmp_path / "plain")
+    assert b"_orig_mod" not in files_of(tmp_path / "plain")["model.safetensors"]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_no_gpt_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="expected a GPT or a GPTClassifier, not Linear"):
+        save_model(torch.nn.Linear(2, 2), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# ---- exports: tokenizers, templates, pipelines
+
+
+def small(tokenizer, **options):
+    shape = {"block_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 4} | options
+    return GPT(GPTConfig(tokenizer.vocab_size, eos_token_id=tokenizer.end_of_text, **shape))
+
+
+TEXTS = [
+    "Hello, w\u00f6rld! \U0001f642\n\n  don't",
+    "  two  spaces \t",
+    "a<|endoftext|>b",
+    "\u0301 1234 \x00",
+    "",
+]
+
+
+@pytest.mark.parametrize("tokenizer", [gpt2_tokenizer(), byte_tokenizer()], ids=lambda t: t.name)
+def test_the_fast_tokenizer_reads_tokenizer_json(tmp_path, tokenizer):
+    save_model(small(tokenizer), tmp_path, tokenizer)
+    # it alone: the library, and transformers with the settings
+    library = LibraryTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.is_fast and theirs.pad_token_id == tokenizer.end_of_text
+    for text in TEXTS:
+        ids = tokenizer.encode(text, allow_special=True)
+        assert theirs(text)["input_ids"] == library.encode(text).ids == ids
+        assert library.decode(ids, skip_special_tokens=False) == text
+    assert load_tokenizer(tmp_path) is tokenizer
+
+
+Q, A, S = "user", "assistant", "system"
+CHATS = [
+    [(Q, "Hi there"), (A, "Hello!")],
+    [(S, " Be kind.\n"), (Q, "A?"), (A, "(B)"), (Q, "1"), (A, "2 ")],
+    [(Q, "  two\n\nlines "), (A, "\u00e9 \U0001f642"), (Q, "x"), (Q, "y"), (A, "z")],
+]
+
+
+@pytest.mark.parametrize("tokenizer", [gpt2_tokenizer(), byte_tokenizer()], ids=lambda t: t.name)
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_chat_template_gives_the_ids_of_training(tmp_path, tokenizer, chat):
+    save_model(small(tokenizer), tmp_path, tokenizer, chat=True)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": role, "content": content} for role, content in chat]
+    parts = segments(Record("here", {"messages": messages}))
+    stream = encode_chat(parts, tokenizer)
+    # an entry that is trained on is stored as its complement; the last one only marks the end
+    ids = [int(i) if i >= 0 else ~int(i) for i in stream[:-1]]
+    found = theirs.apply_chat_template(messages, return_dict=False)
+    assert found == ids
+    # as prompts: everything before the last answer
+    asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert asked == ids[: len(asked)]
+    assert asked == [i for text, _ in parts[:-1] for i in tokenizer.encode(text)]
+
+
+def test_a_language_model_has_no_chat_template(tmp_path):
+    save_model(small(byte_tokenizer()), tmp_path, byte_tokenizer())
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
+
+
+def test_a_pipeline_pads_a_batch(tmp_path):
+    save_model(small(byte_tokenizer(), block_size=40), tmp_path, byte_tokenizer())
+    write = pipeline("text-generation", str(tmp_path), device="cpu")
+    texts = ["one", "a longer prompt"]
+    options = {"max_new_tokens": 5, "do_sample": False, "max_length": None}
+    alone = [write(text, **options) for text in texts]
+    assert write(texts, batch_size=2, **options) == alone
+
+
+# torch's own import of its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_export_takes_the_model_at_every_length():
+    """What docs/generation.md says of ONNX builds on it."""
+    model = small(byte_tokenizer()).eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    any_size = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    exported = torch.export.export(model, (ids,), dynamic_shapes=any_size).module()
+    for shape in ((2, 7), (3, 16)):
+        ids = torch.randint(257, shape)
+        torch.testing.assert_close(exported(ids), model(ids))

@@ -11,6 +11,7 @@ reads no tensor and does not import torch.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
@@ -30,6 +31,10 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INT8 = "model.int8.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_JSON = 2**27  # bytes
+# without these texts the weights mean something else
+TIED = ("config.json", "generation_config.json")
+# by file: the SHA-256 of the text replaced and the new text, from a header
+Replaces = Mapping[str, tuple[Any, Any]]
 # config.json's names that differ from ours
 THEIR_NAMES = {"block_size": "n_positions"}
 
@@ -44,6 +49,7 @@ class ModelFiles:
     stated: dict[str, Any] = field(default_factory=dict, repr=False)  # config.json
     # generation_config.json's options, without the ids that are in `config`
     generation: dict[str, Any] = field(default_factory=dict, repr=False)
+    is_settled: bool = True  # False where the folder's texts are of an earlier model
 
     def sha256_of(self, file: Path) -> str | None:
         """Return the digest in the manifest; None without a manifest or an entry in it."""
@@ -58,7 +64,7 @@ def find_files(name: str | Path) -> ModelFiles:
     check_model(name)
     if name in PRESETS:
         return ModelFiles((hub.fetch_weights(str(name)),), PRESETS[str(name)])
-    path = Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
+    path = _path(name)
     folder = path if path.is_dir() else path.parent
     if folder.is_symlink():
         # a run's `best` may change its target between two reads
@@ -72,6 +78,53 @@ def find_files(name: str | Path) -> ModelFiles:
     names = {f.name for f in fields(GenerationConfig)} - {"eos_token_id", "pad_token_id"}
     options = {k: v for k, v in (generation or {}).items() if k in (*names, *FOREIGN)}
     return ModelFiles(found, config, manifest, stated or {}, options)
+
+
+def name_for_others(name: str | Path) -> str:
+    """Return what transformers and PEFT find a model by: a repository or an absolute path.
+
+    A name that is neither ours nor a path is theirs already.
+    """
+    if name in PRESETS:
+        return hub.RELEASES[str(name)].repo
+    path = _path(name)
+    if not path.exists():
+        return str(name)
+    # they take a folder, not the file in it
+    return str((path.parent if path.name == WEIGHTS else path).absolute())
+
+
+def _path(name: str | Path) -> Path:
+    return Path(str(files("nanogpt2").joinpath("assets/demo"))) if name == "demo" else Path(name)
+
+
+def current(source: ModelFiles, replaces: Replaces) -> ModelFiles:
+    """Return the files with the texts of these tensors, where a save was cut short: replace.py.
+
+    replaces: from the tensors' header. Raises ValueError for an invalid text.
+    """
+    folder = source.files[0].parent
+    taken = {name: current_text(folder / name, replaces) for name in TIED}
+    texts = {n: _json_object(folder / n, t.encode()) for n, t in taken.items() if t is not None}
+    if not texts:
+        return source
+    now = {name: texts.get(name) or _read_json(folder / name, source.manifest) for name in TIED}
+    stated, generation = (now[name] or {} for name in TIED)
+    config = _config(folder / TIED[0], stated, generation)
+    return replace(source, config=config, stated=stated, is_settled=False)
+
+
+def current_text(path: Path, replaces: Replaces) -> str | None:
+    """Return the text that a header states in place of this file; None where the file counts."""
+    old, new = replaces.get(path.name, (None, None))
+    return str(new) if new is not None and digest_of_text(path) == old else None
+
+
+def digest_of_text(text: str | Path) -> str | None:
+    """Return the SHA-256 of a text or of a file's bytes, in hexadecimal; None without the file."""
+    if isinstance(text, Path):
+        return hashlib.sha256(text.read_bytes()).hexdigest() if text.is_file() else None
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_ahead(name: str | Path) -> None:
@@ -146,6 +199,10 @@ def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, 
             f"{str(path)!r} is not as {MANIFEST} states: it is damaged or was edited; "
             f"where that is meant, delete {MANIFEST}"
         )
+    return _json_object(path, data)
+
+
+def _json_object(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -306,23 +363,74 @@ def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[An
     return tokens | {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
 
 
-def tokenizer_files(tokenizer: Tokenizer, block_size: int, pads: bool) -> dict[str, str]:
-    """Return the files that AutoTokenizer needs; for GPT-2's vocabulary OpenAI's own two."""
+# a conversation as data/chat.py writes it for training
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% set content = message['content'] | trim %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Friend: ' + content }}"
+    "{{ eos_token if loop.last else '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'You: ' + content + '\\n' }}"
+    "{% elif content %}{{ content + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Friend:' }}{% endif %}"
+)
+
+
+def tokenizer_files(tokenizer: Tokenizer, block_size: int, chat: bool = False) -> dict[str, str]:
+    """Return the files that AutoTokenizer needs; for GPT-2's vocabulary two are OpenAI's own.
+
+    tokenizer.json holds the other two's content for the fast tokenizers. chat: with the template of
+    a model that `--task chat` trained.
+    """
     settings: dict[str, Any] = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
+        # GPT-2 has no other special token; the attention mask tells padding from an end
+        "pad_token": END_OF_TEXT,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    if pads:
-        settings["pad_token"] = END_OF_TEXT
+    if chat:
+        settings["chat_template"] = CHAT_TEMPLATE
     return {
         "vocab.json": tokenizer.encoder_json(),
         "merges.txt": tokenizer.merges or "#version: 0.2\n",
+        "tokenizer.json": json.dumps(_fast_tokenizer(tokenizer)),
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return tokenizer.json, in the format of Hugging Face's library `tokenizers`."""
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {"id": tokenizer.end_of_text, "content": END_OF_TEXT} | flags | {"special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": tokenizer.vocabulary,
+            "merges": tokenizer.merges.splitlines()[1:],
+        },
     }
 
 

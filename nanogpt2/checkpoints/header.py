@@ -42,6 +42,7 @@ LONGEST_HEADER = 100_000_000  # bytes, the library's limit
 MOST_AXES = 8
 DIGEST = "nanogpt2.sha256"  # its key in the metadata
 NO_DIGEST = "0" * 64
+REPLACES = "nanogpt2.replaces"  # the texts that the file replaces others with: replace.py
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Header:
             stated = json.loads(header.decode("utf-8"), object_pairs_hook=_without_twins)
             metadata = stated.pop("__metadata__", {})
             self.sha256 = metadata.get(DIGEST)
+            replaces = json.loads(metadata.get(REPLACES, "{}"))
+            self.replaces = {name: (old, new) for name, (old, new) in replaces.items()}
             found = [_entry(path, name, value) for name, value in stated.items()]
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise self._broken(f"its header: {error}") from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanogpt2.checkpoints import tensors as tensor_file
-from nanogpt2.checkpoints.folder import check_vocabulary, find_files, labels_of
+from nanogpt2.checkpoints.folder import check_vocabulary, current, find_files, labels_of
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.checkpoints.names import (
     DTYPES,
@@ -59,6 +59,8 @@ class Checkpoint:
             self._opened = [enter(tensor_file.opened(path)) for path in self._source.files]
             entries = (entry for file in self._opened for entry in file.entries)
             self.tensors = by_our_names(entries)
+            for file in self._opened:
+                self._source = current(self._source, file.replaces)
             self.config = agreed_config(self._source, self.tensors)
             head = self.tensors.get(SCORE)
             self.labels = () if head is None else labels_of(self._source, head.shape)
@@ -81,7 +83,7 @@ class Checkpoint:
                 f"no tokenizer here has a vocabulary of {size} "
                 "(GPT-2's has 50257, the byte-level one 257)"
             )
-        if self.name not in PRESETS:
+        if self.name not in PRESETS and self._source.is_settled:
             check_vocabulary(self._source.files[0].parent, tokenizer)
         return tokenizer
 

@@ -139,12 +139,15 @@ def opened(path: Path) -> Iterator[TensorFile]:
         yield TensorFile(path, file)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a file that states its SHA-256. Copy one tensor at a time.
 
-    Raises ValueError for a dtype that the format lacks.
+    metadata: stated beside it. Raises ValueError for a dtype that the format lacks.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST: NO_DIGEST}}
+    stated = {"format": "pt", DIGEST: NO_DIGEST} | dict(metadata or {})
+    header: dict[str, Any] = {"__metadata__": stated}
     start = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:

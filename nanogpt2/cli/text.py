@@ -4,7 +4,6 @@ This file does not know how tokens are chosen.
 """
 
 import codecs
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -146,9 +145,8 @@ def ignored(model: GPT) -> str:
 
 
 def as_line(value: Any) -> str:
-    """Return a value as a line of JSON. NaN and infinities become null: JSON cannot write them."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(plain) + "\n"
+    """Return a value as a line of JSON."""
+    return terminal.json_line(value)
 
 
 def as_json(

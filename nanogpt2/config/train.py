@@ -14,6 +14,9 @@ from nanogpt2.config.flags import MAX_SEED, check, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.config.sources import check_data
 
+# a larger scale drowns the model's own weights
+MOST_ALPHA = 10**6
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -152,7 +155,7 @@ class TrainConfig:
     )
     lora_rank: int = flag(0, "train only low-rank adapters of this rank; 0: all weights", low=0)
     lora_alpha: float | None = flag(
-        None, "the adapters' scale is alpha / rank (default: 2 rank)", above=0
+        None, "the adapters' scale is alpha / rank (default: 2 rank)", above=0, high=MOST_ALPHA
     )
     # a new model
     n_layer: int = flag(4, "blocks, with --init scratch", low=1, high=MOST_LAYERS)

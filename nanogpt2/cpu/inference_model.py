@@ -6,14 +6,15 @@ embedding is narrowed with its head. This model cannot be trained. This file doe
 tokens are chosen, nor the format of a file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from nanogpt2.config import IGNORE_INDEX, SCHEMES
+from nanogpt2.config import IGNORE_INDEX, SCHEMES, GPTConfig
 from nanogpt2.cpu import malloc
 from nanogpt2.cpu.prepacked import (
     FEW_ROWS,
@@ -123,6 +124,27 @@ class InferenceGPT(GPT):
     def logits(self, x: Tensor) -> Tensor:
         return self.head(x)
 
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Refuse `.half()`, `.to(...)` and the like: the products know one type and one device."""
+        weight = fn(torch.empty(0))
+        if (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
+            raise ValueError(
+                f"a model for generating stays in float32 on a CPU, not {weight.dtype} on "
+                f"{weight.device}: load_model takes a dtype and a device"
+            )
+        return self
+
+    def __copy__(self) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and deep-copy the state: neither a file nor a packed matrix can be."""
+        return _rebuilt, (self.config, self.kernels, self.scheme, dict(self.stored()))
+
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the state that the model was made of, one tensor at a time."""
         for name, tensor in self.state_dict().items():
@@ -136,6 +158,15 @@ class InferenceGPT(GPT):
         for name, product in products.items():
             for end, tensor in product.stored().items():
                 yield name + end, tensor
+
+
+def _rebuilt(
+    config: GPTConfig, kernels: str, scheme: str | None, state: dict[str, Tensor]
+) -> InferenceGPT:
+    with torch.device("meta"):
+        model = GPT(config)
+    model.use_kernels(kernels, "cpu")
+    return InferenceGPT(model, state, scheme)
 
 
 def pack(model: GPT, scheme: str | None = None) -> InferenceGPT:

@@ -15,7 +15,7 @@ from typing import Any
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.data.labelled import LabelledText
 from nanogpt2.evaluation.perplexity import ignore_progress
-from nanogpt2.metrics import accuracy, class_scores, confusion, macro_f1
+from nanogpt2.metrics import accuracy, class_scores, confusion, finite, macro_f1
 from nanogpt2.tokenizer import Tokenizer
 
 
@@ -26,13 +26,18 @@ def predict(
     block_size: int,
     advance: Callable[[int], object] = ignore_progress,
 ) -> list[str]:
-    """Return the most likely label of each text, from its first `block_size` tokens."""
+    """Return the most likely label of each text, from its first `block_size` tokens.
+
+    Raises FloatingPointError for scores that are not finite.
+    """
     found: dict[int, str] = {}
     # batch texts of similar length, to save padding
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        best = model.classify([texts[i][:block_size] for i in chosen]).argmax(dim=1)
+        probabilities = model.classify([texts[i][:block_size] for i in chosen])
+        finite(probabilities.sum().item())
+        best = probabilities.argmax(dim=1)
         found |= {i: model.labels[j] for i, j in zip(chosen, best.tolist(), strict=True)}
         advance(len(chosen))
     return [found[i] for i in range(len(texts))]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nanogpt2.evaluation.perplexity import ignore_progress, pad
+from nanogpt2.metrics import finite
 from nanogpt2.model import GPT
 
 
@@ -44,7 +45,8 @@ def score(
     """Score each continuation; a context that is too long keeps its last tokens.
 
     advance: called with the number of continuations in each finished batch. Raises ValueError for
-    an empty target, an empty context or a target longer than `block_size`.
+    an empty target, an empty context or a target longer than `block_size`, FloatingPointError for
+    a score that is not finite.
     """
     for i, c in enumerate(continuations):
         if not c.target or not c.context:
@@ -82,7 +84,7 @@ def _score_batch(
         scores = model.logits(places).float().log_softmax(dim=-1)  # (targets, V)
         target = torch.tensor(c.target, device=scores.device)
         right = scores.argmax(dim=-1) == target
-        total = scores.gather(1, target[:, None]).sum().item()
+        total = finite(scores.gather(1, target[:, None]).sum().item())
         scores[0, list(banned_first)] = -torch.inf
         allowed = scores.argmax(dim=-1) == target
         found.append(Score(total, bool(right.all()), bool(allowed.all())))

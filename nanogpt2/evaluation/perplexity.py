@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nanogpt2.config import IGNORE_INDEX
-from nanogpt2.metrics import perplexity
+from nanogpt2.metrics import finite, perplexity
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -62,14 +62,15 @@ def measure_perplexity(
 ) -> Perplexity:
     """Score a text's ids; call `advance` with the number of tokens in each finished batch.
 
-    Raises ValueError for fewer than two tokens and for a stride that skips tokens.
+    Raises ValueError for fewer than two tokens and for a stride that skips tokens,
+    FloatingPointError for a loss that is not finite.
     """
     if len(ids) < 2:
         raise ValueError(f"must hold 2 tokens or more, not {len(ids)}")
     device, total = model.wte.weight.device, 0.0
     for inputs, targets in windows(ids, block_size, stride, batch_size):
         count = int((targets != IGNORE_INDEX).sum())
-        total += model(inputs.to(device), targets.to(device)).item() * count
+        total += finite(model(inputs.to(device), targets.to(device)).item()) * count
         advance(count)
     count = len(ids) - 1
     written = [i for i in ids[1:] if i != tokenizer.end_of_text]

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from nanogpt2.checkpoints import tensors as tensor_file
+from nanogpt2.checkpoints.folder import Replaces, current_text, name_for_others
+from nanogpt2.checkpoints.replace import replace_set
+from nanogpt2.checkpoints.save import unwrapped
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import add_lora, lora_layers
@@ -51,8 +54,11 @@ WITHOUT_EFFECT = (
 def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
     """Write A and B, and a classifier's head.
 
-    `base_name` is the name or path of the base model. Raises ValueError for a model without LoRA.
+    `base_name` is the name or path of the base model; PEFT finds it by the repository or the
+    absolute path that is written. The adapter replaces an earlier one in the folder as `save_model`
+    does. Raises ValueError for a model without LoRA.
     """
+    model = unwrapped(model)
     layer = next(iter(lora_layers(model).values()), None)
     if layer is None:
         raise ValueError("the model has no LoRA layers to save")
@@ -60,7 +66,7 @@ def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
         "peft_type": "LORA",
         # SEQ_CLS makes PEFT load the head too
         "task_type": "SEQ_CLS" if isinstance(model, GPTClassifier) else "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name_for_others(base_name),
         "r": layer.rank,
         "lora_alpha": layer.alpha,
         "lora_dropout": 0.0,
@@ -70,10 +76,8 @@ def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
         "fan_in_fan_out": True,
         "inference_mode": True,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensor_file.write(folder / TENSORS, _tensors(model))
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
+    replace_set(Path(folder), texts, [CONFIG], TENSORS, _tensors(model))
 
 
 def load_adapter(model: Model, folder: str | Path) -> None:
@@ -82,9 +86,9 @@ def load_adapter(model: Model, folder: str | Path) -> None:
     Raises ValueError, and leaves the model unchanged, for an adapter of other layers, of another
     model, or with unknown settings. Raises OSError for an unreadable file.
     """
-    rank, alpha = _read_config(Path(folder) / CONFIG)
     path = Path(folder) / TENSORS
     with tensor_file.opened(path) as file:
+        rank, alpha = _read_config(Path(folder) / CONFIG, file.replaces)
         stored = dict(file.read([entry.name for entry in file.entries]))
     # the same model without weights: the names and shapes to expect in the file
     with torch.device("meta"):
@@ -112,10 +116,10 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in found.items()}
 
 
-def _read_config(path: Path) -> tuple[int, float]:
+def _read_config(path: Path, replaces: Replaces) -> tuple[int, float]:
     """Return rank and alpha. Raises ValueError for a setting that changes the computation."""
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        stated = json.loads(current_text(path, replaces) or path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}") from None
     if not isinstance(stated, dict):

@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt2 import terminal
+from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
@@ -88,12 +89,8 @@ def save_checkpoint(
     remove_unfinished(folder)
     _make_way(partial, run)
     partial.mkdir()
-    save_model(model, partial, tokenizer)
-    try:
-        save_file(tensors, partial / TENSORS)
-    except SafetensorError as error:
-        # safetensors reports a full disk by this error
-        raise OSError(str(error)) from error
+    save_model(model, partial, tokenizer, state.get("chat", False))
+    save_file(tensors, partial / TENSORS)
     (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
     entries = {file.name: _digest(file) for file in sorted(partial.iterdir())}
     entries[STATE] |= {"run": run} if run else {}
@@ -116,6 +113,11 @@ def _make_way(final: Path, run: str) -> None:
         aside = next(path for path in names if not os.path.lexists(path))
         final.rename(aside)
         terminal.note(f"{final} held files of others: moved to {aside.name}")
+
+
+def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors with metadata and ordinary permissions; safetensors' own writer lacks both."""
+    tensor_file.write(path, tensors)
 
 
 def latest_checkpoint(folder: Path, run: str | None = None) -> Path | None:

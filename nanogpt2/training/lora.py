@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.config.flags import show
+from nanogpt2.config.train import MOST_ALPHA
 from nanogpt2.cpu.training import linear
 
 M = TypeVar("M", bound=Model)
@@ -70,13 +72,15 @@ class LoRALinear(nn.Linear):
 def add_lora(model: Model, rank: int, alpha: float) -> None:
     """Add A and B to every linear layer of the blocks; freeze everything else.
 
-    Rank 0 changes nothing. Raises ValueError for a rank above the model's width, for alpha <= 0,
-    and for a model that already has LoRA layers.
+    Rank 0 changes nothing. Raises ValueError for a rank above the model's width, for alpha outside
+    (0, MOST_ALPHA], and for a model that already has LoRA layers.
     """
     if not 0 <= rank <= model.config.n_embd:
         raise ValueError(f"rank must be 0 to {model.config.n_embd}, the model's width, not {rank}")
     if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a finite number > 0, not {alpha}")
+        raise ValueError(f"alpha must be a finite number > 0, not {show(alpha)}")
+    if alpha > MOST_ALPHA:
+        raise ValueError(f"alpha must be {MOST_ALPHA} at most, not {show(alpha)}")
     if lora_layers(model):
         raise ValueError("the model has LoRA already")
     if rank == 0:

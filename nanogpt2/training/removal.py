@@ -17,6 +17,7 @@ MODEL_FILES = (
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.json",
     "tokenizer_config.json",
     "manifest.json",
 )

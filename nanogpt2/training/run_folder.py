@@ -24,6 +24,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from nanogpt2 import terminal
 from nanogpt2.config import TrainConfig
 from nanogpt2.training.removal import CHECKPOINT_FILES, MODEL_FILES, remove_checkpoint
 
@@ -344,7 +345,7 @@ class RunFolder:
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
             self._open_files.append(self._metrics)
-        self._metrics.write(json.dumps(figures) + "\n")
+        self._metrics.write(terminal.json_line(figures))
         self._metrics.flush()
         for log in self.loggers:
             log(figures)
