@@ -4,11 +4,14 @@ The files are made up; each stands for a kind. A row that must be read names wha
 row that must be refused names the parts of the error.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train
+from nanogpt2.config import TrainConfig, parse
 from nanogpt2.data.corpus import Columns, load_corpus
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 
@@ -99,3 +102,28 @@ def test_what_was_skipped_is_said():
     assert "skipped 27 (bad records): " in said and "line 7: 'text' is empty, ..." in said
     # the second time the tokens come from the cache
     assert load_corpus(str(CASES / "wiki.jsonl"), BYTES, skip_bad=True).describe(64) == said
+
+
+SMALL = ["--init", "scratch", "--tokenizer", "bytes", "--n_layer", "1", "--n_head", "1"]
+SMALL += ["--n_embd", "8", "--block_size", "16", "--steps", "1"]
+
+
+@pytest.mark.parametrize("flags", [["--dry_run"], []], ids=["dry run", "run"])
+def test_a_run_says_what_it_read_and_keeps_it(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(CASES / "wiki.jsonl"), *SMALL, "--skip_bad", *flags]
+    train.main(parse(TrainConfig, argv))
+    assert "1 file, 53 records, 6,807 tokens\nskipped 27 (bad records): " in capsys.readouterr().err
+    if not flags:
+        (read,) = json.loads(Path("out/run.json").read_text())["read"]
+        assert (read["files"], read["records"], read["tokens"]) == (1, 53, 6807)
+        assert read["skipped"]["bad records"]["count"] == 27
+
+
+def test_a_cut_question_is_said_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(parse(TrainConfig, [str(CASES / "longchat.jsonl"), *SMALL, "--task", "chat"]))
+    assert "40 of 40 questions are cut to their end: longer than block_size 16" in (
+        capsys.readouterr().err
+    )
+    assert json.loads(Path("out/run.json").read_text())["read"][0]["cut"] == 40

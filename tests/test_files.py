@@ -138,6 +138,9 @@ def test_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9")))
     (file,) = find_files("-", stdin_format=".jsonl")
     assert file.format == ".jsonl"
+    for data, kind in ((b'\n{"text": "a"}\n', ".jsonl"), (b'{"te', ".txt"), (b"{a}\nb", ".txt")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert find_files("-")[0].format == kind
     # standard input can be read twice
     assert [*file.text()] == [*file.text()] == ["café", ""]
 

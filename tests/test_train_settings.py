@@ -67,9 +67,9 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(capsys, records, task, 
     assert "minutes at " in out and "tokens/s" in out
     assert "error" not in err
     assert {p: p.is_file() and p.read_bytes() for p in Path().rglob("*")} == before
-    # the tokens are kept for the run to come, and nothing else
+    # the tokens and their counts are kept for the run to come, and nothing else
     kept = [p for p in Path("~/.cache/nanogpt2").expanduser().rglob("*") if p.is_file()]
-    assert kept and all(p.suffix == ".tokens" for p in kept)
+    assert kept and all(p.suffix in (".tokens", ".json") for p in kept)
 
 
 def test_a_dry_run_of_a_run_that_could_not_be_is_refused(capsys, book):

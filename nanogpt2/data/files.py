@@ -8,6 +8,7 @@ feed, whatever they ended in. This file does not know the meaning of the text.
 import codecs
 import gzip
 import io
+import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -139,15 +140,17 @@ def find_files(
     out: str | None = None,
     skip: Skip = no_report,
 ) -> list[DataFile]:
-    """Return the files of a source, sorted by name; standard input has the format `stdin_format`.
+    """Return the files of a source, sorted by name.
 
+    stdin_format: the format of standard input, unless that begins with a JSON object.
     encoding: of the files without a byte-order mark. out: the folder that a run writes, which is no
     data. skip: told of each file that is not read. Raises ValueError or OSError for a source
     without a file to read.
     """
     if source == "-":
         data = sys.stdin.buffer.read()
-        return [DataFile("standard input", stdin_format, data, encoding)]
+        kind = ".jsonl" if _is_object(data.lstrip().partition(b"\n")[0]) else stdin_format
+        return [DataFile("standard input", kind, data, encoding)]
     if source == "pydocs":
         from pydoc_data.topics import topics
 
@@ -173,6 +176,14 @@ def encoding_of(files: Sequence[DataFile]) -> str | None:
         except EncodingError:
             continue
     return None
+
+
+def _is_object(line: bytes) -> bool:
+    """Tell whether a line is a JSON object: standard input has no suffix."""
+    try:
+        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _format(path: Path) -> str:
