@@ -334,6 +334,7 @@ def test_a_long_text_slides(device, way):
     assert torch.equal(found.sequences, generate(model, ids, mask, **options).sequences)
 
 
+@pytest.mark.filterwarnings("ignore:a prompt ends with padding")
 @pytest.mark.parametrize("mask", [[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]], ids=str)
 def test_a_mask_with_holes_is_pytorchs(device, mask):
     model, ours = pair(device, n_layer=1)
