@@ -196,10 +196,9 @@ def save(run: Run, state: dict[str, Any]) -> None:
     model, tensors = run.trainer.exported(), run.trainer.tensors()
     state["micro_batch"] = run.trainer.micro_batch
     if run.trainer.world.is_first:
-        folder = run.folder
-        folder.sync_metrics()
+        run.folder.sync_metrics()
         made = model, run.tokenizer, tensors, state
-        store.commit(folder.path, *made, run.config.keep, folder.run_id)
+        store.commit(run.folder.path, *made, run.config.keep, run.folder.run_id)
 
 
 @contextmanager

@@ -272,17 +272,32 @@ commit: the rename is not synced
 
 test_checkpoint.py::test_pruning_keeps_the_newest_and_the_best
 prune: the best checkpoint goes
-- if path.resolve() != best
-+ if True
+- if os.path.realpath(path) not in best:
++ if True:
 
 test_checkpoint.py::test_damaged_checkpoints_after_the_saved_one_do_not_count
 prune: damaged checkpoints count among the newest
-- found[: found.index(saved) + 1][:-keep]
-+ found[:-keep]
+- if _step_of(p) <= _step_of(saved) and run_of(p) == run
++ if run_of(p) == run
+
+test_checkpoint.py::test_another_runs_checkpoint_is_never_taken
+resume: another run's checkpoint
+- elif run not in (None, run_of(path)):
++ elif False:
+
+test_checkpoint.py::test_a_touched_folder_still_resumes_and_settles
+prune: the best step goes where a person moved the link
+- best = {os.path.realpath(folder / "best"), os.path.realpath(folder / f"step-{best_step}")}
++ best = {os.path.realpath(folder / "best")}
+
+test_checkpoint.py::test_a_reader_whose_target_is_deleted_opens_the_new_one
+open: the link's old target is final
+- if os.path.realpath(name) == target: raise
++ raise
 
 test_kills.py::test_the_store_loses_nothing
 prune: before the best is marked
-- if state["is_best"]: mark_best(saved) publish(saved, out) prune(saved, keep)
+- if state["is_best"]: mark_best(saved) publish(saved, out) prune(saved, keep, best_step)
 + prune(saved, keep)
 + publish(saved, out)
 + mark_best(saved) if state["is_best"] else None

@@ -68,10 +68,11 @@ def commit(
 def settle(out: Path, state: dict[str, Any], keep: int) -> None:
     """Finish a commit: mark the best, publish the model, prune. Repeating it changes nothing."""
     saved = out / "checkpoints" / f"step-{state['step']}"
+    best_step = state.get("best_step")
     if state["is_best"]:
         mark_best(saved)
     publish(saved, out)
-    prune(saved, keep, state.get("best_step"))
+    prune(saved, keep, best_step)
 
 
 def save_checkpoint(
@@ -126,16 +127,16 @@ def latest_checkpoint(folder: Path, run: str | None = None) -> Path | None:
     run: the id that the checkpoint must state; empty for a run without an id. Prints a note for
     each checkpoint it skips. Raises ValueError when it skips all.
     """
-    found = checkpoints(folder)
+    found, whose = checkpoints(folder), "damaged checkpoints"
     for path in reversed(found):
         if not is_whole(path):
             terminal.note(f"{path} is damaged: trying the checkpoint before it")
         elif run not in (None, run_of(path)):
             terminal.note(f"{path} is another run's: trying the checkpoint before it")
+            whose = "checkpoints damaged or of another run"
         else:
             return path
     if found:
-        whose = "damaged checkpoints" if run is None else "checkpoints damaged or of another run"
         raise ValueError(f"found only {whose} in {str(folder)!r}; none was deleted")
     return None
 
