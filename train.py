@@ -107,6 +107,7 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         folder.start(config, before=asdict(before))
     else:
         before = Snapshot.from_record(folder.record()["before"])
+        folder.extend(config)
         folder.cut_metrics(state["step"])
         if trainer.world.is_first:
             store.settle(folder.path, state, config.keep)

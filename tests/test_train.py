@@ -556,3 +556,88 @@ def test_the_shortest_text(book, capsys):
     assert run(*argv) == 2
     error = "error: --block_size must be <= 5, all that 'held_out.txt' can fill, not 89\n"
     assert capsys.readouterr().err.endswith(error) and not Path("other").exists()
+
+
+# ---- going on, and looking first
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_more_steps_go_on(book, capsys, schedule):
+    """A constant rate ends as an undisturbed run of all the steps does, to the bit."""
+    argv = [book, *SMALL, "--schedule", schedule, "--warmup", "2", "--eval_every", "3"]
+    assert run(*argv, "--steps", "12", "--out", "whole") == 0
+    assert run(*argv, "--steps", "6") == 0
+    assert run("--resume", "--steps", "12") == 0
+    assert [row["step"] for row in metrics()] == list(range(1, 13))
+    assert RunFolder(Path("out")).record()["config"]["steps"] == 12
+    if schedule == "constant":
+        assert numbers() == numbers("whole")
+    capsys.readouterr()
+    assert run("--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_more_steps_after_a_kill_before_their_first_checkpoint(book):
+    argv = [book, *SMALL, "--schedule", "constant", "--warmup", "2", "--eval_every", "3"]
+    assert run(*argv, "--steps", "12", "--out", "whole") == 0
+    assert run(*argv, "--steps", "6") == 0
+    folder = RunFolder(Path("out"))
+    config = parse(TrainConfig, ["--resume", "--steps", "12"])
+    folder.extend(folder.check(config))
+    # the run goes on without the flag
+    assert run("--resume") == 0
+    assert numbers() == numbers("whole")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_rate_that_has_fallen_is_not_extended(book, capsys, schedule):
+    argv = [book, *SMALL, "--schedule", schedule, "--steps", "3"]
+    assert run(*argv) == 0
+    before = Path("out/run.json").read_bytes()
+    capsys.readouterr()
+    assert run("--resume", "--steps", "6") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: --out 'out' holds a run with --schedule " + schedule)
+    assert "--init out --out MORE" in line and len(line) <= 201
+    assert run("--resume", "--steps", "2") == 2
+    assert Path("out/run.json").read_bytes() == before
+
+
+def test_resuming_needs_no_data(book, capsys):
+    argv = [book, *SMALL, "--steps", "8", "--keep", "9"]
+    assert run(*argv, "--out", "whole") == 0
+    assert run(*argv) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    del record["after"]
+    Path("out/run.json").write_text(json.dumps(record))
+    for path in Path("out/checkpoints").glob("step-[78]"):
+        shutil.rmtree(path)
+    assert run("--resume") == 0
+    assert numbers() == numbers("whole")
+    capsys.readouterr()
+    assert run() == 2
+    assert capsys.readouterr().err.startswith("error: DATA is missing: a file, a folder")
+    Path("book.txt").rename("moved.txt")
+    assert run("moved.txt", "--resume") == 0
+
+
+def test_a_finished_run_says_how_to_go_on(book, capsys):
+    assert run(book, *SMALL, "--steps", "2") == 0
+    capsys.readouterr()
+    assert run(book, "--resume") == 0
+    assert "--init out --out MORE" in capsys.readouterr().err
+
+
+def test_a_dry_run_beside_a_finished_one(book, capsys):
+    assert run(book, *SMALL, "--steps", "2") == 0
+    held = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    argv = [book, *SMALL, "--steps", "20", "--lr", "0.002", "--warmup", "3", "--dry_run"]
+    assert run(*argv) == 0
+    out = capsys.readouterr().out
+    for part in (
+        *("learning rate 0.002 after 3 steps of warm-up, then cosine", "seed 1337"),
+        *("float32 on cpu with", "threads", "evaluated every 2 steps on", "saved every 2"),
+    ):
+        assert part in out, part
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == held

@@ -6,11 +6,11 @@ opens no file.
 
 import codecs
 import os
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from nanogpt2.config.flags import MAX_SEED, check, flag, show, usage_error
+from nanogpt2.config.flags import MAX_SEED, check, fail, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.config.sources import check_data
 
@@ -26,7 +26,7 @@ class TrainConfig:
     folder or a glob of such files, a .tokens file, - for standard input, or a name: pydocs (the
     language reference that every Python carries) or shakespeare (downloaded once). --out becomes a
     folder that `sample.py --model` and transformers load. Several devices: torchrun
-    --nproc_per_node=N train.py DATA.
+    --nproc_per_node=N train.py DATA. With --resume, DATA is the run's.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -106,7 +106,7 @@ class TrainConfig:
         "o": "the folder to write is --out",
         "n": "the number of steps is --steps, of epochs --epochs",
     }
-    data: str = flag(MISSING, "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
+    data: str = flag("", "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
     task: str = flag("lm", "what to learn from DATA", choices=("lm", "chat", "classify"))
     validation: str | None = flag(None, "texts to validate on (default: a tenth of DATA)")
     text_column: str = flag("text", "of a .jsonl, .json, .csv, .tsv or .parquet file")
@@ -262,8 +262,11 @@ class TrainConfig:
                 )
         if "text_column" in given and given.get("task") == "chat":
             raise ValueError("text_column must be left out with --task chat, whose columns are set")
-        with usage_error("DATA"):
-            check_data(given["data"], given.get("out", "out"))
+        if "data" in given:
+            with usage_error("DATA"):
+                check_data(given["data"], given.get("out", "out"))
+        elif not given.get("resume"):
+            fail("DATA is missing: a file, a folder, a glob, -, pydocs or shakespeare")
         if given.get("validation") is not None:
             with usage_error("--validation"):
                 check_data(given["validation"], given.get("out", "out"))

@@ -86,9 +86,24 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     """
     config = claim(config, folder)
     checkpoint, tensors, state = read_checkpoint(config, folder)
-    if state.get("finished") and "after" in folder.record():
-        terminal.note(f"the run in {folder.path} is finished: nothing to resume")
-        return None
+    if state.get("finished"):
+        record = folder.record()
+        if (
+            (config.steps or 0)
+            > state["step"]
+            in (
+                record["config"]["steps"],
+                *record.get("steps", ()),
+            )
+        ):
+            # --steps has extended the run
+            state["finished"] = False
+        elif "after" in record:
+            terminal.note(
+                f"the run in {folder.path} is finished: nothing to resume; to train its model "
+                f"further: --init {folder.path} --out MORE"
+            )
+            return None
     with usage_error():
         ops.choose_kernels(config.kernels, world.device)
     with usage_error("--init"):

@@ -50,6 +50,8 @@ FREE_ON_RESUME = {
     "keep",
     "timeout",
 }
+# schedules whose rate does not fall, or falls at the end only: --resume may raise --steps
+EXTENDED = ("constant", "wsd")
 # files that may have moved: --resume compares their SHA-256
 BY_DIGEST = {"validation", "init"}
 
@@ -91,7 +93,8 @@ class RunFolder:
             return self._as_recorded(config)
         if config.overwrite and self._contains(config.init):
             raise ValueError(f"{where} holds the --init model, which --overwrite would remove")
-        self._leftovers(config)
+        if not config.dry_run:
+            self._leftovers(config)
         return config
 
     def _leftovers(self, config: TrainConfig) -> list[Path]:
@@ -167,13 +170,18 @@ class RunFolder:
             old, new = recorded.get(name), getattr(config, name)
             # a file may have moved: hold_to() compares its SHA-256
             moved = name in BY_DIGEST and old and new and "scratch" not in (old, new)
-            if new != old and not moved:
+            if name == "steps" and config.steps and config.steps > old:
+                self._check_extension(config.steps, recorded)
+            elif new != old and not moved:
                 raise ValueError(
                     f"{str(self.path)!r} holds a run with --{name} {old!r}, "
                     f"which --resume cannot change to {new!r}"
                 )
         free = FREE_ON_RESUME | BY_DIGEST
-        given = free & {*config.given, "data", "out", "resume", "overwrite", "dry_run"}
+        given = free & {*config.given, "out", "resume", "overwrite", "dry_run"}
+        given |= {"steps"} & {*config.given} | ({"data"} if config.data else set())
+        if recorded.get("data") == "-" and not config.data:
+            raise ValueError(f"{str(self.path)!r} holds a run on standard input: give DATA again")
         settings = recorded | {name: getattr(config, name) for name in given}
         try:
             return replace(config, **settings, given=config.given)
@@ -181,6 +189,15 @@ class RunFolder:
             raise ValueError(f"{str(self.path / 'run.json')!r} is damaged") from None
         except ValueError as error:
             raise ValueError(f"{str(self.path / 'run.json')!r}: {error}") from None
+
+    def _check_extension(self, steps: int, recorded: Mapping[str, Any]) -> None:
+        """Raise ValueError for a schedule whose rate depends on the number of steps throughout."""
+        if (schedule := recorded.get("schedule")) not in EXTENDED:
+            raise ValueError(
+                f"{str(self.path)!r} holds a run with --schedule {schedule}, whose rate has fallen "
+                f"by step {recorded['steps']}; --steps {steps} needs {' or '.join(EXTENDED)}: "
+                f"--init {self.path} --out MORE trains on"
+            )
 
     def record(self) -> dict[str, Any]:
         """Return run.json's contents. Raises ValueError for a damaged file."""
@@ -273,7 +290,11 @@ class RunFolder:
             stated = {**settings.get("config", {}), **settings.get("digests", {})}
         except (AttributeError, TypeError):
             raise ValueError("the checkpoint's state.json: settings must be a table") from None
+        former = self.record().get("steps", [])
         for name, value in stated.items():
+            if name == "steps" and (value in former or value < now[name]):
+                # the run was extended
+                continue
             # a later version may lack a setting
             if name in now and now[name] != value:
                 raise ValueError(
@@ -329,6 +350,17 @@ class RunFolder:
         self._replace("run.json", json.dumps(record, indent=2))
         sync(self.path.absolute().parent)
         self._made = []
+
+    def extend(self, config: TrainConfig) -> None:
+        """Record more steps than the run had, in place of its end."""
+        record = self.record()
+        old = record["config"]["steps"]
+        if not self.writes or config.steps == old:
+            return
+        record["config"]["steps"] = config.steps
+        record["steps"] = [*record.get("steps", []), old]
+        record.pop("after", None)
+        self._replace("run.json", json.dumps(record, indent=2))
 
     def end(self, after: dict[str, Any]) -> None:
         """Record that the run is finished, so --resume has nothing to do, and the model's files."""
