@@ -21,6 +21,7 @@ from nanogpt2 import hub
 from nanogpt2.checkpoints import header as tensor_header
 from nanogpt2.config import PICKLES, PRESETS, GPTConfig, check_model
 from nanogpt2.config.flags import show
+from nanogpt2.filesystem import open_regular
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -28,7 +29,7 @@ WEIGHTS = "model.safetensors"
 # not WEIGHTS: transformers would read the numbers without their scales
 WEIGHTS_INT8 = "model.int8.safetensors"
 INDEX = "model.safetensors.index.json"
-LARGEST_JSON = 2**27  # bytes
+LARGEST_JSON = 2**25  # bytes
 # config.json's names that differ from ours
 THEIR_NAMES = {"block_size": "n_positions"}
 
@@ -119,13 +120,8 @@ def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, 
     stated = (manifest or {}).get(path.name)
     if not path.exists() and stated is None:
         return None
-    # reading a pipe could wait forever
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} is no regular file")
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(f"{str(path)!r} must be {LARGEST_JSON} bytes at most, not {size}")
-    data = path.read_bytes()
+    with open_regular(path, LARGEST_JSON) as file:
+        data = file.read()
     if stated is not None and stated["sha256"] != hashlib.sha256(data).hexdigest():
         raise ValueError(
             f"{str(path)!r} is not as {MANIFEST} states: it is damaged or was edited; "

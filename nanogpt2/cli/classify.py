@@ -13,6 +13,7 @@ from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.cli.text import as_line
 from nanogpt2.config import SampleConfig, fail, usage_error
+from nanogpt2.memory import is_out_of_memory
 from nanogpt2.tokenizer import Tokenizer
 
 
@@ -30,9 +31,8 @@ def show_labels(config: SampleConfig, device: str, texts: list[str]) -> None:
             terminal.write(show(found))
     except FloatingPointError as error:
         fail(str(error), code=1)
-    except RuntimeError as error:
-        # torch has no exception class for a full CPU memory
-        if "allocate" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         fail("out of memory: lower --batch_size or the texts' length", code=1)
 

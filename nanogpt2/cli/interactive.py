@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,10 @@ def _check_text(line: str) -> None:
 
 def run_interactive(conversation: Conversation, opening: str) -> None:
     """Run the loop until the input ends or :quit. `opening`, unless empty, is said first."""
-    if sys.stdin.isatty():
-        # line editing and history
-        import readline  # noqa: F401
+    if terminal.styled(sys.stdin):
+        # line editing and history; Windows has no readline
+        with suppress(ImportError):
+            import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a byte that is not UTF-8 makes only its own line invalid
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -7,17 +7,16 @@ tokens are chosen.
 """
 
 import json
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
 from nanogpt2.cli.decode import Text, decode_texts, request_for
 from nanogpt2.cli.text import as_json
 from nanogpt2.config import GenerationConfig
+from nanogpt2.filesystem import read_input
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -33,7 +32,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
     """
     if file is None and prompt != "-":
         return prompt
-    data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+    data = read_input("-" if file is None else file)
     try:
         return data.decode("utf-8").removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -50,7 +49,7 @@ def read_prompts(source: str, skip_bad: bool, key: str = "prompt") -> dict[int, 
     Raises ValueError that names the first malformed line otherwise, OSError for a file that cannot
     be read.
     """
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    data = read_input(source)
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     is_jsonl = (
         _looks_like_json(lines, key) if source == "-" else source.lower().endswith(JSON_SUFFIXES)

@@ -6,7 +6,6 @@ UTF-8 unless a byte-order mark says otherwise. This file does not know the meani
 
 import codecs
 import gzip
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import BinaryIO
 
 from nanogpt2 import hub
 from nanogpt2.config import data_files, data_kind
+from nanogpt2.filesystem import open_regular, read_input
 
 PIECE_SIZE = 1 << 20  # bytes
 # UTF-32 before UTF-16, whose mark is the beginning of UTF-32's
@@ -72,7 +72,7 @@ class DataFile:
             piece = next(pieces, b"")
 
     def _open(self) -> BinaryIO:
-        return Path(self.name).open("rb") if self.data is None else BytesIO(self.data)
+        return open_regular(Path(self.name)) if self.data is None else BytesIO(self.data)
 
     def _unpacked(self, file: BinaryIO) -> Iterator[bytes]:
         suffix = Path(self.name).suffix.lower() if self.data is None else ""
@@ -111,7 +111,7 @@ def find_files(source: str, stdin_format: str = ".txt") -> list[DataFile]:
     Raises ValueError or OSError for a source without a file to read.
     """
     if source == "-":
-        return [DataFile("standard input", stdin_format, sys.stdin.buffer.read())]
+        return [DataFile("standard input", stdin_format, read_input(source))]
     if source == "pydocs":
         from pydoc_data.topics import topics
 

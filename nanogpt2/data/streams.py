@@ -20,6 +20,7 @@ from nanogpt2.data.encode import encode_chat, encode_labelled, encode_text
 from nanogpt2.data.files import DataFile, find_files
 from nanogpt2.data.records import RECORD_FORMATS, Record, read_records
 from nanogpt2.data.shards import Ids, open_shard, write_shard
+from nanogpt2.hub import expanded
 from nanogpt2.tokenizer import Tokenizer
 
 # increase it whenever the same files give other tokens
@@ -70,7 +71,7 @@ class Streams:
         name = f"{digest.hexdigest()}-{self.tokenizer.name}-{merges}.tokens"
         make = self._encode_texts if self.task == "lm" else self._encode_records
         return _open_or_make(
-            self.cache.expanduser() / name, lambda: make(files, source)
+            expanded(self.cache) / name, lambda: make(files, source)
         ), digest.digest()
 
     def _open_tokens(self, file: DataFile) -> Ids:

@@ -31,8 +31,8 @@ from nanogpt2 import terminal
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
+from nanogpt2.filesystem import UNSUPPORTED, open_regular, sync
 from nanogpt2.tokenizer import Tokenizer
-from nanogpt2.training.run_folder import sync
 
 STATE, TENSORS = "state.json", "training.safetensors"
 
@@ -171,11 +171,25 @@ def _link(file: Path, target: Path) -> None:
 
 
 def mark_best(path: Path) -> None:
-    """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically."""
-    partial = path.parent / "best.tmp"
+    """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically.
+
+    Without symlinks, `best` is a folder with the checkpoint's model.
+    """
+    best, partial = path.parent / "best", path.parent / "best.tmp"
     partial.unlink(missing_ok=True)
-    partial.symlink_to(path.name)
-    partial.replace(path.parent / "best")
+    try:
+        partial.symlink_to(path.name)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        terminal.note_once("note: no symbolic links here: checkpoints/best is a copy")
+        best.mkdir(exist_ok=True)
+        publish(path, best)
+        return
+    if best.is_dir() and not best.is_symlink():
+        # the copy of an earlier run, on a file system without symlinks
+        shutil.rmtree(best)
+    partial.replace(best)
     sync(path.parent)
 
 
@@ -201,6 +215,6 @@ def _manifest_text(entries: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": sha256}

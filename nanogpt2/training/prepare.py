@@ -22,6 +22,7 @@ from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
 from nanogpt2.data.preview import preview
+from nanogpt2.memory import is_out_of_memory, out_of_memory_line
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training import distributed, plan
@@ -65,8 +66,12 @@ def joined(config: TrainConfig) -> Iterator[tuple[RunFolder, World]]:
     terminal.enable_output(world.is_first)
     try:
         yield folder, world
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, OSError) as error:
         fail(str(error), code=1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(out_of_memory_line(error), code=1)
     finally:
         folder.close()
         world.leave()

@@ -9,7 +9,6 @@ Only the standard library is imported, to refuse a folder in use before torch lo
 This file does not know models or batches.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanogpt2.config import TrainConfig
+from nanogpt2.filesystem import lock, open_regular, sync
 
 MODEL_FILES = (
     "model.safetensors",
@@ -105,7 +105,8 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """Return run.json's contents. Raises ValueError for a damaged file."""
         try:
-            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            with open_regular(self.path / "run.json") as file:
+                record = json.loads(file.read().decode("utf-8"))
             if (
                 isinstance(record["config"], dict)
                 and isinstance(record["digests"], dict)
@@ -124,13 +125,10 @@ class RunFolder:
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
+            self._open_files.append(lock(self.path / ".lock"))
+        except BlockingIOError:
             raise ValueError(f"{str(self.path)!r} is in use by another trainer") from None
-        self._open_files.append(lock)
 
     def close(self) -> None:
         """Release the lock and close the files."""
@@ -203,12 +201,3 @@ class RunFolder:
         sync(partial)
         partial.replace(self.path / name)
         sync(self.path)
-
-
-def sync(path: Path) -> None:
-    """Sync a file or a folder from the kernel's cache to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
