@@ -105,6 +105,7 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
         batches = make_batches(corpus.train, block_size, config.seed)
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
+        plan.check_memory(config, model.config, world)
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
     trainer = Trainer(config, model, world)
     prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
