@@ -270,7 +270,6 @@ def _last(line: str, width: int) -> str:
 
 def paint(text: str, level: float) -> str:
     """Colour a text's background from red (0) over yellow to green (1), if a script may."""
-    text = visible(text)
     if not _colours:
         return text
     level = min(1.0, max(0.0, level))

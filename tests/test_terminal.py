@@ -243,7 +243,6 @@ def test_control_characters_are_shown(capsys):
     err = capsys.readouterr().err
     assert err.startswith(shown) and "\x1b" not in err and err.count("\n") == 3
     assert terminal.table([["a\x1b[2J\nb", "1"]]) == "a\\x1b[2J\\nb  1"
-    assert terminal.paint("\x1b[2J", 0.5).count("\x1b") == 3
 
 
 @pytest.mark.parametrize(
