@@ -1,7 +1,5 @@
 """Write a file aside, then rename it: a reader finds the old file or the new one, both whole."""
 
-import errno
-import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,18 +22,3 @@ def whole_file(path: Path, *, locked: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Sync a file or a folder from the kernel's cache to the disk.
-
-    A file system that cannot sync a folder decides itself when its names reach the disk.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,8 @@
 """The devices of this machine: their names and their memory."""
 
-import os
-
 import torch
+
+from nanogpt2.memory import total_memory
 
 
 def choose_device(name: str) -> str:
@@ -19,7 +19,7 @@ def choose_device(name: str) -> str:
 
 
 def memory_of(device: str | torch.device) -> int:
-    """Return the total memory of a device, in bytes, used or free."""
+    """Return the total memory of a device, in bytes, used or free; of a CPU, this process's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_memory()

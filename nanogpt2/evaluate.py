@@ -97,8 +97,9 @@ class EvaluateConfig:
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
-    terminal.prepare()
-    CONFIG = parse(EvaluateConfig, sys.argv[1:])
+    with terminal.checked_output():
+        terminal.prepare()
+        CONFIG = parse(EvaluateConfig, sys.argv[1:])
 
 from nanogpt2 import ops
 from nanogpt2.checkpoints.load import open_checkpoint
@@ -259,4 +260,5 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    with terminal.checked_output():
+        main(CONFIG)

@@ -5,7 +5,11 @@ Each file's SHA-256 is fixed here. It is checked before the file appears there, 
 the file's size or modification time changes. This file does not interpret the bytes.
 """
 
+import atexit
 import hashlib
+import os
+import shutil
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -14,6 +18,7 @@ from pathlib import Path
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
 from nanogpt2.download import download
+from nanogpt2.filesystem import open_regular
 
 CACHE = Path("~/.cache/nanogpt2")
 WEIGHTS = "model.safetensors"
@@ -64,12 +69,27 @@ SHAKESPEARE_SIZE = 1_115_394
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
+def expanded(folder: Path) -> Path:
+    """Expand ~ to the home folder; where none is known, to a temporary one."""
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        home = tempfile.mkdtemp(prefix="nanogpt2-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        # for this process, huggingface-hub included
+        os.environ["HOME"] = home
+        terminal.note("note: HOME is not set: caches last as long as this process")
+        return folder.expanduser()
+
+
 def fetch_weights(name: str) -> Path:
     """Return the path of an official model.safetensors, downloading it the first time.
 
     Raises OSError for a file that is neither on disk nor downloadable, ValueError for bytes that
     are not OpenAI's. Both messages name the remedy.
     """
+    # huggingface-hub would make a folder named ~ where no home is known
+    expanded(CACHE)
     from huggingface_hub import try_to_load_from_cache
 
     release = RELEASES[name]
@@ -141,7 +161,7 @@ def fetch_shakespeare() -> Path:
 
     Raises OSError for a failed download, ValueError for other bytes, downloaded or kept on disk.
     """
-    path = CACHE.expanduser() / "shakespeare.txt"
+    path = expanded(CACHE) / "shakespeare.txt"
     if not path.exists():
         terminal.note("downloading tiny Shakespeare (1.1 MB)")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,15 +175,17 @@ def fetch_shakespeare() -> Path:
                 ) from error
             if hashlib.sha256(partial.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
                 raise ValueError("the file downloaded for 'shakespeare' is not tiny Shakespeare")
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(f"{str(path)!r} is not tiny Shakespeare: delete it and download again")
+        return path
+    with open_regular(path) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != SHAKESPEARE_SHA256:
+            raise ValueError(f"{str(path)!r} is not tiny Shakespeare: delete it and download again")
     return path
 
 
 def _verified(path: Path, sha256: str) -> bool:
     """Return True for the expected SHA-256. Read the file once for each size and mtime."""
     state = path.stat()
-    marker = CACHE.expanduser() / "verified" / f"{sha256}-{state.st_size}-{state.st_mtime_ns}"
+    marker = expanded(CACHE) / "verified" / f"{sha256}-{state.st_size}-{state.st_mtime_ns}"
     if marker.exists():
         return True
     with path.open("rb") as file:

@@ -50,8 +50,9 @@ class QuantizeConfig:
 
 if __name__ == "__main__":
     # before torch loads: --help and mistakes answer at once
-    terminal.prepare()
-    CONFIG = parse(QuantizeConfig, sys.argv[1:])
+    with terminal.checked_output():
+        terminal.prepare()
+        CONFIG = parse(QuantizeConfig, sys.argv[1:])
 
 import torch
 

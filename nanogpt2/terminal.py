@@ -15,8 +15,11 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from functools import cache
+from types import FrameType, TracebackType
 from typing import Any
+
+from nanogpt2.memory import is_out_of_memory, out_of_memory_line
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows lacks it
 
@@ -25,11 +28,26 @@ def prepare() -> None:
     """Make the standard streams and signals safe. Every script calls it first.
 
     SIGINT exits with 130, SIGTERM with 143, SIGHUP (a closed terminal) with 129. A closed pipe ends
-    the process silently.
+    the process silently. Out of memory anywhere is one line on stderr and exit code 1.
     """
+    global _colours
     _open_streams()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    _colours = styled(sys.stdout)
+    sys.excepthook = _show_uncaught
+    _on_broken_pipe(signal.SIG_DFL)
     _on_signals(lambda number: sys.exit(128 + number))
+
+
+_colours = True  # False where a script's stdout takes no escape sequences
+
+
+def _show_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if is_out_of_memory(error):
+        print(f"error: {out_of_memory_line(error)}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _open_streams() -> None:
@@ -76,7 +94,7 @@ def checked_output() -> Iterator[None]:
     except OSError as error:
         # redirect stdout, or Python would write the rest of the buffer again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
 
 
@@ -95,7 +113,13 @@ def note(text: str) -> None:
         return
     # print above a progress bar; tqdm is loaded only once a bar exists
     tqdm = sys.modules.get("tqdm")
-    (tqdm.tqdm.write if tqdm else print)(text, file=sys.stderr)
+    (tqdm.tqdm.write if tqdm else print)(visible(text), file=sys.stderr)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Print a note, but only the first time in this process."""
+    note(text)
 
 
 # control characters but tab and newline, marks that reorder a line, halves of surrogate pairs
@@ -105,6 +129,15 @@ _CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 def visible(text: str) -> str:
     """Show control characters as escapes, so that foreign text cannot steer the terminal."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def styled(stream: Any) -> bool:
+    """Return True if escape sequences may be written to a stream.
+
+    That is: to a terminal, unless TERM=dumb or NO_COLOR (https://no-color.org) say otherwise.
+    """
+    plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    return stream.isatty() and not plain
 
 
 def write(text: str) -> None:
@@ -146,7 +179,7 @@ class Progress:
     def __init__(self, total: int, done: int, unit: str) -> None:
         from tqdm import tqdm
 
-        is_drawn = _output_enabled and sys.stderr.isatty()
+        is_drawn = _output_enabled and styled(sys.stderr)
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -194,7 +227,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        _on_broken_pipe(signal.SIG_IGN)
         _on_signals(self._receive)
 
     def _receive(self, number: int) -> None:
@@ -205,6 +238,12 @@ class Signals:
             sys.exit(128 + number)
         self.received = number
         note("finishing the current step; a second signal stops at once")
+
+
+def _on_broken_pipe(action: signal.Handlers) -> None:
+    # Windows has no SIGPIPE
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, action)
 
 
 def _on_signals(action: Callable[[int], Any]) -> None:
@@ -234,8 +273,8 @@ class Screen:
         self._line = (self._line + text).rpartition("\n")[2]
 
     def redraws(self) -> bool:
-        """Return True if stdout is a terminal."""
-        return sys.stdout.isatty()
+        """Return True if stdout is a terminal that takes escape sequences."""
+        return styled(sys.stdout)
 
     def tail(self, text: str) -> None:
         """Draw text that may still change, dimmed, cut to the rest of the line."""
@@ -270,7 +309,9 @@ def _last(line: str, width: int) -> str:
 
 
 def paint(text: str, level: float) -> str:
-    """Colour a text's background from red (0) over yellow to green (1)."""
+    """Colour a text's background from red (0) over yellow to green (1), if a script may."""
+    if not _colours:
+        return text
     level = min(1.0, max(0.0, level))
     red, green = min(1.0, 2 - 2 * level), min(1.0, 2 * level)
     return f"\x1b[48;2;{int(160 * red)};{int(130 * green)};40m\x1b[97m{text}\x1b[0m"
@@ -280,8 +321,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """Align columns: the first one left, the others right.
 
     On a narrow terminal the columns that do not fit follow below, each block with the first column.
-    A note says how wide a terminal must be where even one column does not fit.
+    A note says how wide a terminal must be where even one column does not fit. A cell takes one
+    line.
     """
+    rows = [
+        [visible(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows
+    ]
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     limit = _columns()
     if limit is not None and (needed := widths[0] + 2 + max(widths[1:], default=-2)) > limit:

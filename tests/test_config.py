@@ -363,6 +363,25 @@ def test_wrong_use_is_one_line(capsys, call, argv, named):
     assert named in err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["a\udcff"], ["x", "--out", "\udce9"], ["--\udcff\x1b"], ["x", "--init=\udc80"]],
+    ids=ascii,
+)
+@pytest.mark.parametrize("cls", [SampleConfig, TrainConfig])
+def test_bytes_that_are_not_utf8_are_refused(capsys, cls, argv):
+    with pytest.raises(SystemExit) as stopped:
+        parse(cls, argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "is not UTF-8" in err and err.count("\n") == 1
+
+
+def test_json_with_half_a_character_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        sample("--stop_strings", '["\\ud800"]')
+    assert capsys.readouterr().err.startswith("error: --stop_strings must be ")
+
+
 @pytest.mark.parametrize("argv", [[], ["/nowhere/book.txt"], [""]])
 def test_the_text_must_exist(capsys, argv):
     with pytest.raises(SystemExit) as stopped:

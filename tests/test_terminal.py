@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from reference import ROOT
 
 from nanogpt2 import terminal
+from nanogpt2.config.flags import fail
 
 
 class FakeTerminal:
@@ -266,3 +268,51 @@ def test_the_bars_fields_drop_from_the_right():
     fields = ["loss 3.1234", "1,234 tokens/s", "mfu 41%", "3.2 GB"]
     for columns, kept in ((60, 4), (40, 3), (30, 2), (27, 2), (26, 1), (11, 1), (10, 0), (-5, 0)):
         assert terminal.fitting(fields, columns) == ", ".join(fields[:kept]), columns
+
+
+# ---- what a terminal must not be sent
+
+
+def test_control_characters_are_shown(capsys):
+    foreign = "a\x1b[31m\r\x07\x9b\u202e\udcff\tb\n日本 👩‍👩‍👧\xa0"
+    shown = "a\\x1b[31m\\r\\x07\\x9b\\u202e\\udcff\tb\n日本 👩‍👩‍👧\xa0"
+    assert terminal.visible(foreign) == shown
+    terminal.note(foreign)
+    with pytest.raises(SystemExit):
+        fail(f"--x is not {foreign}")
+    err = capsys.readouterr().err
+    assert err.startswith(shown) and "\x1b" not in err and err.count("\n") == 3
+    assert terminal.table([["a\x1b[2J\nb", "1"]]) == "a\\x1b[2J\\nb  1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_terminal", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"NO_COLOR": ""}, True, True),
+        ({"TERM": "dumb"}, True, False),
+    ],
+)
+def test_escape_sequences_go_to_terminals_that_take_them(
+    monkeypatch, environment, is_terminal, expected
+):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda: is_terminal)
+    assert terminal.Screen().redraws() == terminal.styled(sys.stderr) == expected
+    monkeypatch.setattr(terminal, "_colours", terminal.styled(sys.stdout))
+    assert ("\x1b" in terminal.paint("x", 0.5)) == expected
+    with terminal.Progress(3, 0, "step") as bar:
+        assert bar._bar.disable != expected
+
+
+def test_signals_that_windows_lacks(monkeypatch):
+    for name in ("SIGPIPE", "SIGHUP"):
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    terminal.Signals()

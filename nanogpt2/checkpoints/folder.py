@@ -23,6 +23,7 @@ from nanogpt2.checkpoints import header as tensor_header
 from nanogpt2.config import PICKLES, PRESETS, GenerationConfig, GPTConfig, check_model
 from nanogpt2.config.flags import show
 from nanogpt2.config.generation import FOREIGN
+from nanogpt2.filesystem import open_regular
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -30,7 +31,7 @@ WEIGHTS = "model.safetensors"
 # not WEIGHTS: transformers would read the numbers without their scales
 WEIGHTS_INT8 = "model.int8.safetensors"
 INDEX = "model.safetensors.index.json"
-LARGEST_JSON = 2**27  # bytes
+LARGEST_JSON = 2**25  # bytes
 # without these texts the weights mean something else
 TIED = ("config.json", "generation_config.json")
 # by file: the SHA-256 of the text replaced and the new text, from a header
@@ -181,14 +182,9 @@ def _read_json(path: Path, manifest: dict[str, Any] | None = None) -> dict[str, 
     stated = (manifest or {}).get(path.name)
     if not path.exists() and stated is None:
         return None
-    # reading a pipe could wait forever
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} is no regular file")
     try:
-        size = path.stat().st_size
-        if size > LARGEST_JSON:
-            raise ValueError(f"{str(path)!r} must be {LARGEST_JSON} bytes at most, not {size}")
-        data = path.read_bytes()
+        with open_regular(path, LARGEST_JSON) as file:
+            data = file.read()
     except FileNotFoundError:
         # deleted since
         if stated is None:

@@ -25,6 +25,8 @@ from typing import IO, Any
 
 from typing_extensions import override
 
+from nanogpt2.filesystem import open_regular
+
 # bytes of one number
 SIZES = {
     "F64": 8,
@@ -38,7 +40,7 @@ SIZES = {
     "U8": 1,
     "BOOL": 1,
 }
-LONGEST_HEADER = 100_000_000  # bytes, the library's limit
+LONGEST_HEADER = 2**24  # bytes: four times that of a model with the most layers
 MOST_AXES = 8
 DIGEST = "nanogpt2.sha256"  # its key in the metadata
 NO_DIGEST = "0" * 64
@@ -68,8 +70,10 @@ class Header:
         file.seek(0)
         length = file.read(8)
         announced = int.from_bytes(length, "little")
-        if len(length) < 8 or announced > min(size - 8, LONGEST_HEADER):
+        if len(length) < 8 or announced > size - 8:
             raise self._broken(f"{size} bytes cannot hold its header")
+        if announced > LONGEST_HEADER:
+            raise self._broken(f"its header has {announced} bytes, above {LONGEST_HEADER}")
         header = file.read(announced)
         self._head = length + header
         try:
@@ -155,10 +159,7 @@ def digest_ahead(path: Path, sha256: str | None = None) -> None:
 
     Raises ValueError for an invalid safetensors file, OSError for an unreadable one.
     """
-    # reading a pipe could wait forever
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         stated, head = Header(path, file).required_digest(sha256)
         if stated is not None:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -27,6 +27,7 @@ from nanogpt2.checkpoints.names import (
     Undrawn,
     agreed_config,
     by_our_names,
+    check_masks,
     check_tensors,
 )
 from nanogpt2.checkpoints.state import map_state, read_state
@@ -35,8 +36,13 @@ from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.cpu.inference_model import InferenceGPT, check_scheme
 from nanogpt2.cpu.prepacked import runs_prepacked
 from nanogpt2.devices import memory_of
+from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
+
+
+class TooLittleMemoryError(ValueError, MemoryError):
+    """The model would fit this machine, but something else takes its memory."""
 
 
 class Checkpoint:
@@ -57,11 +63,12 @@ class Checkpoint:
         with ExitStack() as stack:
             enter = stack.enter_context
             self._opened = [enter(tensor_file.opened(path)) for path in self._source.files]
-            entries = (entry for file in self._opened for entry in file.entries)
+            entries = [entry for file in self._opened for entry in file.entries]
             self.tensors = by_our_names(entries)
             for file in self._opened:
                 self._source = current(self._source, file.replaces)
             self.config = agreed_config(self._source, self.tensors)
+            check_masks(entries, self.config)
             head = self.tensors.get(SCORE)
             self.labels = () if head is None else labels_of(self._source, head.shape)
             check_tensors(self.tensors, self.config, self.labels, self._source.files[0])
@@ -289,7 +296,10 @@ def _check_dtype(dtype: str) -> None:
 
 @contextmanager
 def memory_for(config: GPTConfig, device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Raise ValueError if the device is too small for the parameters, or allocating them fails."""
+    """Raise ValueError if the device is too small for the parameters.
+
+    Raises TooLittleMemoryError if allocating them fails.
+    """
     needed = config.n_parameters * dtype.itemsize
     total = memory_of(device)
     line = f"{config.n_parameters:,} parameters take {needed / 1e9:,.1f} GB"
@@ -298,7 +308,6 @@ def memory_for(config: GPTConfig, device: str, dtype: torch.dtype) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has no exception class for a full CPU memory
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
-        raise ValueError(f"{line}; {device} has not that much free") from None
+        raise TooLittleMemoryError(f"{line}; {device} has not that much free") from None

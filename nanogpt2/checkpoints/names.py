@@ -14,6 +14,7 @@ Files of GPT-2 differ in small ways. All of these are read:
 This file reads no tensor's values.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,17 @@ def by_our_names(entries: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
             raise ValueError(f"{str(entry.file)!r}: tensor {show(entry.name)} is there twice")
         found[ours] = entry
     return found
+
+
+def check_masks(entries: Iterable[StoredTensor], config: GPTConfig) -> None:
+    """Raise ValueError for a mask above block_size x block_size, before it is read."""
+    for entry in entries:
+        size = math.prod(entry.shape)
+        if entry.name.endswith(MASKS) and size > config.block_size**2:
+            raise ValueError(
+                f"{str(entry.file)!r}: tensor {show(entry.name)} must have "
+                f"{config.block_size**2:,} numbers at most, not {size:,}"
+            )
 
 
 def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPTConfig:

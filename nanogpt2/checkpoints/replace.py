@@ -20,10 +20,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nanogpt2.atomic import sync
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import MANIFEST, digest_of_text
 from nanogpt2.checkpoints.header import REPLACES
+from nanogpt2.filesystem import sync
 
 
 def replace_set(

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from nanogpt2.checkpoints.header import DIGEST, NO_DIGEST, Header, StoredTensor, digest_of
+from nanogpt2.filesystem import open_regular
+from nanogpt2.memory import is_out_of_memory
 
 DTYPES = {
     "F64": torch.float64,
@@ -91,7 +93,8 @@ class TensorFile(Header):
                 self._file.fileno(), self._size, access=mmap.ACCESS_COPY
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"{str(self.path)!r} cannot be mapped: {error}") from None
+            kind = MemoryError if is_out_of_memory(error) else ValueError
+            raise kind(f"{str(self.path)!r} cannot be mapped: {error}") from None
         sha256, head = self.required_digest(sha256)
         digest = None if sha256 is None else digest_of(self._file, head, self._mapping)
         for entry in self.entries:
@@ -132,10 +135,7 @@ def _typed(data: Tensor, entry: StoredTensor) -> Tensor:
 @contextmanager
 def opened(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file. Raises ValueError for an invalid one, OSError for an absent one."""
-    # reading a pipe could wait forever
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} is no regular file")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         yield TensorFile(path, file)
 
 

@@ -27,6 +27,7 @@ from nanogpt2.data.labelled import (
     with_advice,
 )
 from nanogpt2.data.records import excerpt
+from nanogpt2.memory import is_out_of_memory
 from nanogpt2.metrics import accuracy, macro_f1
 from nanogpt2.tokenizer import Tokenizer
 
@@ -52,9 +53,8 @@ def show_labels(config: SampleConfig, device: str, prompt: str) -> None:
             predicted.append(found["label"])
     except FloatingPointError as error:
         fail(str(error), code=1)
-    except RuntimeError as error:
-        # torch has no exception class for a full CPU memory
-        if "allocate" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         fail("out of memory: lower --batch_size or the texts' length", code=1)
     terminal.note(compared(examples, predicted, model.labels))

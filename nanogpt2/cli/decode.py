@@ -21,6 +21,7 @@ from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request, check_least, prepare
 from nanogpt2.generation.search.diverse import avoided
 from nanogpt2.generation.stopping import stop_bytes
+from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -150,8 +151,7 @@ def decode_texts(
     try:
         return decode(model, tokenizer, request, sink or OutputSink())
     except (MemoryError, RuntimeError) as error:
-        # on a CPU torch raises a plain RuntimeError when memory runs out
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(
             "out of memory: lower --num_beams, --num_return_sequences, --batch_size or the texts' "

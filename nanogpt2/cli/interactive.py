@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -228,11 +229,13 @@ def _check_text(line: str) -> None:
 def run_interactive(conversation: Conversation, opening: str) -> None:
     """Run the loop until the input ends or :quit. `opening`, unless empty, is said first."""
     typed = sys.stdin.isatty()
-    if typed:
+    if terminal.styled(sys.stdin):
         # line editing and history; a pasted text, its line ends included, is one line
-        import readline
+        # Windows has no readline
+        with suppress(ImportError):
+            import readline
 
-        readline.parse_and_bind("set enable-bracketed-paste on")
+            readline.parse_and_bind("set enable-bracketed-paste on")
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a byte that is not UTF-8 makes only its own line invalid
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -7,11 +7,9 @@ prompts in the file. This file does not know how tokens are chosen.
 """
 
 import json
-import sys
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
@@ -19,6 +17,7 @@ from nanogpt2.cli.decode import Text, decode_texts, request_for
 from nanogpt2.cli.output import Output, Prompt
 from nanogpt2.cli.text import as_json, as_line
 from nanogpt2.config import GenerationConfig, SampleConfig
+from nanogpt2.filesystem import read_input
 from nanogpt2.generation.noise import seed_of
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -42,7 +41,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
             half = ascii(prompt[error.start])[1:-1]
             raise ValueError(f"must be UTF-8 text, without {half}") from None
         return prompt
-    data = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+    data = read_input("-" if file is None else file)
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -65,7 +64,7 @@ def read_prompts(
     """
     if source is None:
         return {}, ""
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    data = read_input(source)
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     is_jsonl = _looks_like_json(lines) if source == "-" else source.lower().endswith(JSON_SUFFIXES)
     prompts, blank = {}, []

@@ -2,8 +2,8 @@
 
 A field made by `flag` carries its help and its range. `check` compares values with them, from
 Python and from the command line alike. `parse` turns `argv` into an instance; a mistake gives one
-line of error and exit code 2. This file knows no particular flag. It imports the standard library
-only, so `--help` and a mistake answer at once.
+line of error and exit code 2. This file knows no particular flag. No import below this
+file needs more than the standard library, so `--help` and a mistake answer at once.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from nanogpt2 import __version__
+from nanogpt2.memory import is_out_of_memory
+from nanogpt2.terminal import visible
 
 
 class FromFlags(Protocol):
@@ -166,7 +168,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
         # the first process has no error, this process reports its own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT)
-    line = " ".join(f"error: {message}".split())
+    line = visible(" ".join(f"error: {message}".split()))
     print(line if len(line) <= 200 else line[:197] + "...", file=sys.stderr)
     raise SystemExit(code)
 
@@ -175,12 +177,12 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def usage_error(flag: str = "") -> Iterator[None]:
     """Report a ValueError or OSError inside as a wrong use of `flag`, and exit with 2.
 
-    Without `flag`, the error's text must start with a flag's name.
+    Without `flag`, the error's text must start with a flag's name. Out of memory exits with 1.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(f"{flag} {error}" if flag else f"--{error}")
+        fail(f"{flag} {error}" if flag else f"--{error}", 1 if is_out_of_memory(error) else 2)
 
 
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
@@ -191,6 +193,10 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     words = deque(argv)
     only_text = False
+    for word in words:
+        # Python turns bytes that are not UTF-8 into lone surrogates
+        if not _is_unicode(word):
+            fail(f"{show(word)} is not UTF-8, as every argument must be")
     while words:
         word = words.popleft()
         if word == "--" and not only_text:
@@ -216,6 +222,15 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
 def _looks_like_a_flag(cls: type, word: str) -> bool:
     """Return True for --name, and for a one-letter flag of other programs that has a hint."""
     return word.startswith("--") or (len(word) == 2 and word[1:] in getattr(cls, "HINTS", {}))
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for text with a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_flag(
@@ -279,7 +294,11 @@ def _structure(text: str, kind: Any) -> Any:
     if text.lower() == "none":
         return None
     plain = str in _alternatives(kind) and not text.startswith("[")
-    return text if plain else json_module.loads(text)
+    value = text if plain else json_module.loads(text)
+    # JSON's \ud800 is a lone surrogate
+    if not _is_unicode(json_module.dumps(value, ensure_ascii=False)):
+        raise ValueError(text)
+    return value
 
 
 def _convert(text: str, kind: Any) -> Any:

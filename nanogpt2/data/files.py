@@ -9,7 +9,6 @@ import codecs
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 from nanogpt2 import hub
 from nanogpt2.config import Skip, data_files, data_kind, no_report
+from nanogpt2.filesystem import open_regular, read_input
 
 PIECE_SIZE = 1 << 20  # bytes
 # an archive that unpacks to more than both is one byte repeated, not text
@@ -99,7 +99,7 @@ class DataFile:
             piece = next(pieces, b"")
 
     def _open(self) -> BinaryIO:
-        return Path(self.name).open("rb") if self.data is None else BytesIO(self.data)
+        return open_regular(Path(self.name)) if self.data is None else BytesIO(self.data)
 
     def _unpacked(self, file: BinaryIO) -> Iterator[bytes]:
         suffix = Path(self.name).suffix.lower() if self.data is None else ""
@@ -148,7 +148,7 @@ def find_files(
     without a file to read.
     """
     if source == "-":
-        data = sys.stdin.buffer.read()
+        data = read_input(source)
         kind = ".jsonl" if _is_object(data.lstrip().partition(b"\n")[0]) else stdin_format
         return [DataFile("standard input", kind, data, encoding)]
     if source == "pydocs":

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nanogpt2.atomic import whole_file
+from nanogpt2.filesystem import open_regular, sync
 
 HEADER = struct.Struct("<8sI4sQ32s")
 MAGIC, VERSION = b"ngpt2tok", 1
@@ -46,11 +47,7 @@ def write_shard(
     with whole_file(path) as partial:
         _write(partial, [ids] if isinstance(ids, np.ndarray) else ids, dtype)
     # sync the folder too, or a crash may undo the rename
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def _write(path: Path, pieces: Iterable[ArrayLike], dtype: np.dtype) -> None:
@@ -83,7 +80,7 @@ def open_shard(path: str | Path) -> Ids:
 
     Raises ValueError for a malformed or damaged file, OSError for a file that cannot be read.
     """
-    with Path(path).open("rb") as file:
+    with open_regular(Path(path)) as file:
         header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise ValueError(f"{str(path)!r} is not a token file: it has no ngpt2tok header")

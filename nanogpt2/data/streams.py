@@ -28,6 +28,7 @@ from nanogpt2.data.files import DataFile, find_files
 from nanogpt2.data.reading import Reading, reading_from
 from nanogpt2.data.records import RECORD_FORMATS
 from nanogpt2.data.shards import Ids, open_shard, write_shard
+from nanogpt2.hub import expanded
 from nanogpt2.tokenizer import Tokenizer
 
 # increase it whenever the same files give other tokens
@@ -108,7 +109,7 @@ class Streams:
     def _path(self, files: Sequence[_Digested]) -> Path:
         merges = hashlib.sha256(self.tokenizer.merges.encode()).hexdigest()[:8]
         name = f"{self._digest(files).hex()}-{self.tokenizer.name}-{merges}.tokens"
-        return self.cache.expanduser() / name
+        return expanded(self.cache) / name
 
     def _open_cached(self, path: Path) -> tuple[Ids, Reading] | None:
         """Open the token file `path` and what was read; None if one is absent or damaged."""

@@ -120,7 +120,8 @@ def check_memory(model: GPT, request: Request) -> None:
     """Raise ValueError where a request certainly needs more memory than its device has.
 
     Counts the memory that grows with the rows: the new tokens' keys and values, the scores and two
-    copies of them. A system that overcommits memory would kill the process without a message.
+    copies of them; a token's id, 64 bytes in tensors and lists. A system that overcommits memory
+    would kill the process without a message.
     """
     config, shape = request.config, model.config
     name, number = "num_return_sequences", request.rows
@@ -128,16 +129,22 @@ def check_memory(model: GPT, request: Request) -> None:
         name, number = "num_beams", config.num_beams
     elif config.penalty_alpha is not None:
         name, number = "top_k", min(config.top_k or shape.vocab_size, shape.vocab_size)
-    rows = len(request.ids) * number
     length = min(shape.block_size, request.max_length - request.prompt_length)
     cache = 2 * shape.n_layer * shape.n_embd * length * model.wpe.weight.element_size()
-    needed = rows * (cache + 3 * 4 * shape.vocab_size + request.max_length)
+    row = cache + 3 * 4 * shape.vocab_size
     total = memory_of(request.ids.device)
-    if needed > total:
-        raise ValueError(
-            f"{name} {number} needs {needed / 2**30:,.0f} GiB for {rows} rows of {length} "
-            f"tokens, more than the device's {total / 2**30:,.0f} GiB; lower it or max_new_tokens"
-        )
+    most = total // (len(request.ids) * (row + 64 * request.max_length))
+    if number <= most:
+        return
+    if most == 0 and row + 64 * request.prompt_length < total:
+        # one row alone is too long
+        name = "max_length" if config.max_new_tokens is None else "max_new_tokens"
+        most = (total // len(request.ids) - row) // 64
+        number = getattr(config, name)
+    raise ValueError(
+        f"{name} must be <= {most:,} in {total / 2**30:,.0f} GiB of memory, not {number} "
+        f"(a text has {length:,} tokens in the model's context)"
+    )
 
 
 @contextmanager

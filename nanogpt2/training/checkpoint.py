@@ -40,9 +40,9 @@ from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.config.flags import show
+from nanogpt2.filesystem import UNSUPPORTED, open_regular, sync
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.training.removal import remove_checkpoint, remove_unfinished
-from nanogpt2.training.run_folder import sync
 
 STATE, TENSORS = "state.json", "training.safetensors"
 
@@ -260,14 +260,23 @@ def _link(file: Path, target: Path) -> None:
 def mark_best(path: Path) -> None:
     """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically.
 
-    Where `best` is a folder, as in a copy of a run without links, it gets the model's files.
+    Where `best` is a folder, as in a copy of a run without links, or on a file system without
+    symlinks, it gets the checkpoint's model.
     """
     best, partial = path.parent / "best", path.parent / "best.tmp"
     if best.is_dir() and not best.is_symlink():
         publish(path, best)
         return
     partial.unlink(missing_ok=True)
-    partial.symlink_to(path.name)
+    try:
+        partial.symlink_to(path.name)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        terminal.note_once("note: no symbolic links here: checkpoints/best is a copy")
+        best.mkdir()
+        publish(path, best)
+        return
     partial.replace(best)
     sync(path.parent)
 
@@ -296,6 +305,6 @@ def _manifest_text(entries: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": sha256}

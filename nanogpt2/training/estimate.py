@@ -5,17 +5,16 @@ tokens in a micro-batch. The memory formula follows this model's autograd graph,
 in general. This file does not know the loop.
 """
 
-import resource
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from nanogpt2.chunked_loss import chunk_rows
 from nanogpt2.config import GPTConfig
 from nanogpt2.cpu.training import linear
+from nanogpt2.memory import peak_memory
 
 
 def count_parameters(config: GPTConfig) -> int:
@@ -166,13 +165,7 @@ def measure_matmul_rate(device: str, dtype: str) -> float:
 
 def memory_used(device: str) -> int:
     """Return the peak memory in bytes: the GPU's, or this process's."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage's peak includes the parent process's
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
 
 
 def _synchronize(device: str) -> None:

@@ -4,6 +4,7 @@ This file does not know the loop, the files or the source of the data.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from nanogpt2 import ops
 from nanogpt2.config import GPTConfig, TrainConfig
+from nanogpt2.devices import memory_of
 from nanogpt2.training.distributed import World
 from nanogpt2.training.estimate import memory_estimate
 from nanogpt2.training.trainer import Trainer
@@ -83,6 +85,50 @@ def fill_in(
         eval_every=eval_every,
         save_every=config.save_every or eval_every,
     )
+
+
+def check_memory(config: TrainConfig, model: GPTConfig, world: World) -> None:
+    """Raise ValueError where a step certainly needs more memory than the device has.
+
+    On a CPU the estimate decides: a system that overcommits memory would kill the process without a
+    message. Elsewhere, and where activations are recomputed, only the weights and the step's tokens
+    count, because out of memory halves the micro-batch there.
+    """
+    by_estimate = world.device_type == "cpu" and not config.activation_checkpointing
+
+    def needed(batch_size: int, grad_accum: int = config.grad_accum) -> int:
+        # int64 inputs and targets, all of the step's
+        tokens = 16 * batch_size * grad_accum * config.block_size // world.size
+        if not by_estimate:
+            return tokens + 4 * model.n_parameters
+        return tokens + memory_estimate(
+            model,
+            batch_size,
+            config.block_size,
+            trainable=0 if config.lora_rank else None,
+            dtype=config.dtype,
+            grad_accum=grad_accum,
+            labels=2 if config.task == "classify" else 0,
+        )
+
+    total = memory_of(world.device)
+    most = bisect_right(range(1, config.batch_size + 1), total, key=needed)
+    if most == 0 and needed(1, 1) <= total:
+        raise ValueError(
+            f"grad_accum {config.grad_accum}: the tokens of a step take {needed(1) / 1e9:,.1f} GB; "
+            f"{world.device} has {total / 1e9:,.1f} GB"
+        )
+    if most == 0:
+        raise ValueError(
+            f"block_size {config.block_size}: one sequence takes {needed(1) / 1e9:,.1f} GB "
+            f"with this model; {world.device} has {total / 1e9:,.1f} GB"
+        )
+    if most < config.batch_size:
+        raise ValueError(
+            f"batch_size must be <= {most:,} with --block_size {config.block_size} and "
+            f"{total / 1e9:,.1f} GB of memory, not {config.batch_size} (--grad_accum makes a step "
+            "larger)"
+        )
 
 
 def _rate(config: TrainConfig, width: int) -> float:

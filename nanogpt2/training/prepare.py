@@ -23,6 +23,7 @@ from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples
 from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
 from nanogpt2.data.preview import preview
+from nanogpt2.memory import is_out_of_memory, out_of_memory_line
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training import distributed, plan
@@ -66,9 +67,11 @@ def joined(config: TrainConfig) -> Iterator[tuple[RunFolder, World]]:
     terminal.enable_output(world.is_first)
     try:
         yield folder, world
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, OSError) as error:
         fail(str(error), code=1)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            fail(out_of_memory_line(error), code=1)
         if not world.is_loss(error):
             raise
         wait = f"{config.timeout} s (--timeout)"
@@ -88,14 +91,8 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     checkpoint, tensors, state = read_checkpoint(config, folder)
     if state.get("finished"):
         record = folder.record()
-        if (
-            (config.steps or 0)
-            > state["step"]
-            in (
-                record["config"]["steps"],
-                *record.get("steps", ()),
-            )
-        ):
+        former = (record["config"]["steps"], *record.get("steps", ()))
+        if state["step"] in former and state["step"] < (config.steps or 0):
             # --steps has extended the run
             state["finished"] = False
         elif "after" in record:
@@ -126,6 +123,7 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         block_size = plan.block_size(config, model.config, world, corpus.max_block_sizes)
         batches = make_batches(corpus.train, block_size, config.seed)
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
+        plan.check_memory(config, model.config, world)
     terminal.note(corpus.describe(block_size))
     folder.read = [asdict(reading) for reading in corpus.readings]
     validation = validation_batches(corpus.validation, config.batch_size, block_size)

@@ -11,7 +11,6 @@ library is imported, to refuse a folder in use before torch loads. This file doe
 batches.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from typing import Any, TextIO
 
 from nanogpt2 import terminal
 from nanogpt2.config import TrainConfig
+from nanogpt2.filesystem import lock, open_regular, sync
 from nanogpt2.training.removal import CHECKPOINT_FILES, MODEL_FILES, remove_checkpoint
 
 RUN_FILES = ("metrics.jsonl", "loss.png", *MODEL_FILES, "run.json")
@@ -202,14 +202,13 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """Return run.json's contents. Raises ValueError for a damaged file."""
         path = self.path / "run.json"
-        # reading a pipe could wait forever
-        if path.is_file():
-            with suppress(ValueError, TypeError, LookupError, RecursionError):
-                record = json.loads(path.read_text(encoding="utf-8"))
-                parts = record["config"], record["digests"], record["before"]
-                is_valid = all(isinstance(part, dict) for part in parts)
-                if is_valid and record["before"] and isinstance(record.get("run", ""), str):
-                    return record
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
+            with open_regular(path) as file:
+                record = json.loads(file.read().decode("utf-8"))
+            parts = record["config"], record["digests"], record["before"]
+            is_valid = all(isinstance(part, dict) for part in parts)
+            if is_valid and record["before"] and isinstance(record.get("run", ""), str):
+                return record
         raise ValueError(f"{str(path)!r} is damaged")
 
     @property
@@ -228,17 +227,10 @@ class RunFolder:
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
-        # "a" leaves a file of the user's as it is
-        lock = path.open("a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the last holder may have deleted the file after it was opened here
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise OSError("the lock was deleted")
-        except OSError:
-            lock.close()
+            self._open_files.append(lock(path))
+        except BlockingIOError:
             raise ValueError(f"{str(self.path)!r} is in use by another trainer") from None
-        self._open_files.append(lock)
         if is_new:
             self._made.insert(0, path)
 
@@ -413,12 +405,3 @@ def _is_plain(path: Path) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Sync a file or a folder from the kernel's cache to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

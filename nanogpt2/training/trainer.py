@@ -30,6 +30,7 @@ from nanogpt2 import terminal
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.cpu import training as cpu_training
+from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World, full_tensor, shard, shared_like
 from nanogpt2.training.estimate import device_rate, memory_used, model_flops
@@ -143,7 +144,7 @@ class Trainer:
         if self.config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             what, *_ = str(error).splitlines()
             raise OSError(f"--compile does not work here; leave it out: {what}") from None
-        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not is_out_of_memory(error):
             raise error
         self.drop_gradients()
         if self.world.device_type == "cuda":
