@@ -13,11 +13,13 @@ constrained.py and stochastic.py in search/ replace beam.py. No file here knows 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation.beam import Beams, beam_search, best
@@ -27,6 +29,7 @@ from nanogpt2.generation.request import (
     Processor,
     Request,
     StoppingCriterion,
+    encode_prompts,
     prepare,
 )
 from nanogpt2.generation.sampling import Step, decode
@@ -48,7 +51,7 @@ class Streamer(Protocol):
         """Take note that the last token was put."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationOutput:
     """The result of generate(). N = B * num_return_sequences, the texts of a prompt side by side.
 
@@ -56,17 +59,31 @@ class GenerationOutput:
     padded on the right. sequences_scores: float32 (N,) for beams, else None. scores: with
     output_scores, the processed scores of every step, each float32 (rows, V). beam_indices: with
     output_scores and beams, int32 (N, new), the row that got each new token, -1 past the end.
+    texts: where the prompts were texts, the N texts, prompts included, without the end token.
     """
 
     sequences: Tensor
     sequences_scores: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
     beam_indices: Tensor | None = None
+    texts: tuple[str, ...] | None = None
+
+    @override
+    def __repr__(self) -> str:
+        rows, length = self.sequences.shape
+        shown = "" if self.texts is None else f": {', '.join(map(repr, self.texts))}"
+        return f"GenerationOutput({rows} of {length} tokens{shown})"
+
+    def _repr_html_(self) -> str:
+        """Show the texts, or the ids, in a notebook."""
+        rows = self.texts or [" ".join(map(str, row)) for row in self.sequences.tolist()]
+        style = "white-space: pre-wrap; border-left: 3px solid; padding-left: 0.6em"
+        return "".join(f'<p style="{style}">{escape(row)}</p>' for row in rows)
 
 
 def generate(
     model: GPT,
-    input_ids: Tensor,
+    input_ids: Tensor | str | Sequence[str],
     attention_mask: Tensor | None = None,
     *,
     tokenizer: Tokenizer | None = None,
@@ -80,8 +97,9 @@ def generate(
     """Continue prompts, token for token as transformers' `generate` does.
 
     input_ids: whole numbers (B, T), left-padded where lengths differ; T = 0 starts from the model's
-    bos_token_id. attention_mask: (B, T), 0 at padding; None infers it as transformers does.
-    tokenizer: needed by stop_strings. logits_processor: your own functions of (ids, scores).
+    bos_token_id. With `tokenizer`, a text or several texts; the result then has texts too.
+    attention_mask: (B, T), 0 at padding; None infers it as transformers does.
+    tokenizer: needed by stop_strings and by texts. logits_processor: your own functions of (ids, scores).
     prefix_allowed_tokens_fn: (the prompt's number, ids so far) -> the ids allowed next.
     stopping_criteria: functions of (ids, scores of the steps with output_scores, else None); a row
     ends where one returns True. streamer: not with beams. options: the fields of GenerationConfig;
@@ -96,6 +114,9 @@ def generate(
     FloatingPointError for a model whose scores are not finite.
     """
     device = model.wte.weight.device
+    as_text = not isinstance(input_ids, Tensor)
+    if as_text:
+        input_ids, attention_mask = encode_prompts(input_ids, attention_mask, tokenizer)
     criteria = (stopping_criteria,) if callable(stopping_criteria) else tuple(stopping_criteria)
     with as_usual(device):
         request = prepare(
@@ -111,10 +132,27 @@ def generate(
         )
         check_memory(model, request)
         if request.config.num_beams == 1:
-            return _run_rows(model, request, input_ids.device, streamer)
-        if streamer is not None:
+            output = _run_rows(model, request, input_ids.device, streamer)
+        elif streamer is not None:
             raise ValueError("streamer must be left out with num_beams > 1")
-        return _run_beams(model, request, input_ids.device)
+        else:
+            output = _run_beams(model, request, input_ids.device)
+    return replace(output, texts=_texts(request, output.sequences)) if as_text else output
+
+
+def _texts(request: Request, sequences: Tensor) -> tuple[str, ...]:
+    """Decode rows, int64 (N, T), without padding and without the token that ended each."""
+    assert request.tokenizer is not None
+    prompts, count = request.mask, len(sequences) // len(request.mask)
+    ends = {*request.eos.tolist(), request.pad}
+    found = []
+    for i, row in enumerate(sequences.tolist()):
+        kept = prompts[i // count].tolist()
+        new = row[len(kept) :]
+        cut = next((n for n, token in enumerate(new) if token in ends), len(new))
+        ids = [token for token, is_prompt in zip(row, kept, strict=False) if is_prompt]
+        found.append(request.tokenizer.decode(ids + new[:cut]))
+    return tuple(found)
 
 
 def steps(model: GPT, request: Request) -> Iterator[Step]:

@@ -4,13 +4,15 @@ This file does not know how tokens are scored or chosen.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanogpt2.config import FROM_CHECKPOINT, GenerationConfig, GPTConfig
+from nanogpt2.config.flags import show
 from nanogpt2.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 20
@@ -95,6 +97,29 @@ def prepare(
         prefix_allowed_tokens=prefix_allowed_tokens,
         stopping_criteria=stopping_criteria,
     )
+
+
+def encode_prompts(
+    prompts: Any, attention_mask: Tensor | None, tokenizer: Tokenizer | None
+) -> tuple[Tensor, Tensor]:
+    """Encode a text or several: ids, int64 (B, T), left-padded, and their mask.
+
+    Raises TypeError for anything else than texts, ValueError without a tokenizer.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not (isinstance(texts, Sequence) and texts and all(isinstance(t, str) for t in texts)):
+        raise TypeError(f"input_ids must be a tensor, a text or texts, not {show(prompts)}")
+    if tokenizer is None:
+        raise ValueError("input_ids must come with tokenizer=, which encodes the text")
+    if attention_mask is not None:
+        raise ValueError("attention_mask must be left out with texts")
+    rows = [tokenizer.encode(text) for text in texts]
+    longest = max(map(len, rows))
+    if min(map(len, rows)) == 0 < longest:
+        raise ValueError("input_ids must not mix empty texts with others")
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    return ids.long(), mask.long()
 
 
 def _start_ids(model_config: GPTConfig, ids: Tensor) -> Tensor:

@@ -146,8 +146,11 @@ def final_report(
     drawn = terminal.sparkline([before.val_loss, *val_losses], SPARKLINE_WIDTH)
     if len(val_losses) > 1 and drawn:
         parts.append(f"validation loss  {drawn}")
-    flag = " --classify" if task == "classify" else ""
+    # chat.py writes dialogues so; a prompt with its completion stands by itself
+    is_dialogue = task == "chat" and "\nFriend:" in f"\n{before.sample}"
     text = " 'some text'" if task == "classify" else ""
+    flag = " --classify" if task == "classify" else ""
+    flag = " --interactive" + " --preset dialogue" * is_dialogue if task == "chat" else flag
     parts.append(f"now try: python sample.py{text} --model {shlex.quote(str(folder))}{flag}")
     return "\n\n".join(parts) + "\n"
 
