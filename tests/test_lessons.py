@@ -15,6 +15,7 @@ from reference import ROOT
 PAGES = ["docs/gpt2.md", "docs/decoding.md"]
 PICTURES = ROOT / "docs/pictures"
 LARGEST = 100_000  # bytes of a picture
+AGAIN = "python tests/test_lessons.py writes them anew"
 # a python block and the output block after it
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n\n```text\n(?P<output>.*?)^```$", re.M | re.S)
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
@@ -67,7 +68,7 @@ def test_every_output_of_a_page_comes_from_its_code(page):
     assert len(blocks) == page_text(page).count("```python\n")
     for number, (block, got) in enumerate(zip(blocks, outputs(page), strict=True), start=1):
         wrong = difference(block["output"], got)
-        assert wrong is None, f"{page}, block {number}: {wrong}"
+        assert wrong is None, f"{page}, block {number}: {wrong}; {AGAIN}"
 
 
 def test_every_picture_is_the_one_its_script_draws():
@@ -77,7 +78,7 @@ def test_every_picture_is_the_one_its_script_draws():
     for name, svg in new.items():
         assert len(svg.encode()) < LARGEST, name
         wrong = difference(committed[name], svg)
-        assert wrong is None, f"{name}: {wrong}"
+        assert wrong is None, f"{name}: {wrong}; {AGAIN}"
 
 
 def test_every_picture_is_shown_on_a_page():
@@ -88,10 +89,9 @@ def test_every_picture_is_shown_on_a_page():
 def test_every_link_into_a_page_leads_to_a_heading():
     headings = {page: set(map(anchor, headings_of(page))) for page in PAGES}
     for page in PAGES:
-        folder, text = ROOT / page, page_text(page)
-        for path, name in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", text):
+        for path, name in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", page_text(page)):
             target = f"docs/{path}" if path else page
-            assert name in headings[target], f"{folder}: {path}#{name}"
+            assert name in headings[target], f"{page}: {path}#{name}"
 
 
 def headings_of(page):
