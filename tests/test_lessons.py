@@ -1,0 +1,132 @@
+"""The pages that teach: their Python runs, and their outputs and pictures come from it.
+
+`python tests/test_lessons.py` writes the outputs into the pages and draws the pictures again.
+"""
+
+import io
+import re
+import runpy
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from reference import ROOT
+
+PAGES = ["docs/gpt2.md", "docs/decoding.md"]
+PICTURES = ROOT / "docs/pictures"
+LARGEST = 100_000  # bytes of a picture
+AGAIN = "python tests/test_lessons.py writes them anew"
+# a python block and the output block after it
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n\n```text\n(?P<output>.*?)^```$", re.M | re.S)
+NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]\d+)?")
+
+
+def outputs(page):
+    """What a page's blocks print, run top to bottom in one namespace."""
+    namespace, printed = {"__name__": page}, []
+    for number, block in enumerate(BLOCK.finditer(page_text(page)), start=1):
+        screen = io.StringIO()
+        with redirect_stdout(screen):
+            exec(compile(block["code"], f"{page}, block {number}", "exec"), namespace)
+        printed.append(screen.getvalue())
+    return printed
+
+
+def page_text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def difference(expected, got):
+    """The first difference between two texts, or None; numbers with a point may differ a little.
+
+    They may differ by two units of their last digit: sums round by the processor's width.
+    """
+    for one, other in zip(expected.splitlines(), got.splitlines(), strict=False):
+        # a minus more or less moves the spaces
+        words = [" ".join(NUMBER.sub("#", line).split()) for line in (one, other)]
+        pairs = list(zip(NUMBER.findall(one), NUMBER.findall(other), strict=False))
+        if words[0] != words[1] or not all(near(a, b) for a, b in pairs):
+            return f"expected {one!r}, got {other!r}"
+    lengths = len(expected.splitlines()), len(got.splitlines())
+    return None if lengths[0] == lengths[1] else f"{lengths[0]} lines expected, got {lengths[1]}"
+
+
+def near(a, b):
+    digits, _, power = a.partition("e")
+    unit = 10.0 ** (int(power or 0) - len(digits.partition(".")[2]))
+    return abs(float(a) - float(b)) <= 2.01 * unit
+
+
+def drawn():
+    """The pictures, name -> SVG, as their script draws them."""
+    return runpy.run_path(str(PICTURES / "draw.py"))["pictures"]()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_output_of_a_page_comes_from_its_code(page):
+    blocks = list(BLOCK.finditer(page_text(page)))
+    assert len(blocks) == page_text(page).count("```python\n")
+    for number, (block, got) in enumerate(zip(blocks, outputs(page), strict=True), start=1):
+        wrong = difference(block["output"], got)
+        assert wrong is None, f"{page}, block {number}: {wrong}; {AGAIN}"
+
+
+def test_every_picture_is_the_one_its_script_draws():
+    committed = {path.name: path.read_text() for path in PICTURES.glob("*.svg")}
+    new = drawn()
+    assert committed.keys() == new.keys()
+    for name, svg in new.items():
+        assert len(svg.encode()) < LARGEST, name
+        wrong = difference(committed[name], svg)
+        assert wrong is None, f"{name}: {wrong}; {AGAIN}"
+
+
+def test_every_picture_is_shown_on_a_page():
+    shown = {name for page in PAGES for name in re.findall(r"\(pictures/(.*?)\)", page_text(page))}
+    assert shown == {path.name for path in PICTURES.glob("*.svg")}
+
+
+def test_every_link_into_a_page_leads_to_a_heading():
+    headings = {page: set(map(anchor, headings_of(page))) for page in PAGES}
+    for page in PAGES:
+        for path, name in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", page_text(page)):
+            target = f"docs/{path}" if path else page
+            assert name in headings[target], f"{page}: {path}#{name}"
+
+
+def headings_of(page):
+    prose = re.sub(r"^```.*?^```", "", page_text(page), flags=re.M | re.S)
+    return re.findall(r"^#+ (.*)$", prose, flags=re.M)
+
+
+def anchor(heading):
+    """The anchor that code hosts make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_a_wrong_word_or_number_is_seen():
+    assert difference("p 0.981 of 5\n", "p 0.982 of 5\n") is None
+    assert difference("p -0.00\n", "p  0.00\n") is None
+    assert difference("p 1.25e-03\n", "p 1.26e-03\n") is None
+    assert difference("p 0.981\n", "p 0.985\n")
+    assert difference("5 tokens\n", "6 tokens\n")
+    assert difference("a\nb\n", "a\n")
+    assert anchor("4. Why 1/sqrt(2 n_layer)?") == "4-why-1sqrt2-n_layer"
+
+
+def write():
+    """Write the outputs into the pages, and the pictures."""
+    torch.set_num_threads(1)
+    for page in PAGES:
+        printed = iter(outputs(page))
+        text = BLOCK.sub(
+            lambda block: f"```python\n{block['code']}```\n\n```text\n{next(printed)}```",  # noqa: B023
+            page_text(page),
+        )
+        (ROOT / page).write_text(text, encoding="utf-8")
+    for name, svg in drawn().items():
+        (PICTURES / name).write_text(svg)
+
+
+if __name__ == "__main__":
+    write()
