@@ -99,7 +99,7 @@ def generate(
     input_ids: whole numbers (B, T), left-padded where lengths differ; T = 0 starts from the model's
     bos_token_id. With `tokenizer`, a text or several texts; the result then has texts too.
     attention_mask: (B, T), 0 at padding; None infers it as transformers does.
-    tokenizer: needed by stop_strings and by texts. logits_processor: your own functions of (ids, scores).
+    tokenizer: needed by texts and stop_strings. logits_processor: your functions of (ids, scores).
     prefix_allowed_tokens_fn: (the prompt's number, ids so far) -> the ids allowed next.
     stopping_criteria: functions of (ids, scores of the steps with output_scores, else None); a row
     ends where one returns True. streamer: not with beams. options: the fields of GenerationConfig;
@@ -114,17 +114,18 @@ def generate(
     FloatingPointError for a model whose scores are not finite.
     """
     device = model.wte.weight.device
-    as_text = not isinstance(input_ids, Tensor)
-    if as_text:
-        input_ids, attention_mask = encode_prompts(input_ids, attention_mask, tokenizer)
+    if isinstance(input_ids, Tensor):
+        ids, mask = input_ids, attention_mask
+    else:
+        ids, mask = encode_prompts(input_ids, attention_mask, tokenizer)
     criteria = (stopping_criteria,) if callable(stopping_criteria) else tuple(stopping_criteria)
     with as_usual(device):
         request = prepare(
             model.config,
             device,
             GenerationConfig.of(model.generation_options, generation_config, options),
-            input_ids,
-            attention_mask,
+            ids,
+            mask,
             tokenizer,
             tuple(logits_processor),
             prefix_allowed_tokens_fn,
@@ -132,26 +133,31 @@ def generate(
         )
         check_memory(model, request)
         if request.config.num_beams == 1:
-            output = _run_rows(model, request, input_ids.device, streamer)
+            output = _run_rows(model, request, ids.device, streamer)
         elif streamer is not None:
             raise ValueError("streamer must be left out with num_beams > 1")
         else:
-            output = _run_beams(model, request, input_ids.device)
-    return replace(output, texts=_texts(request, output.sequences)) if as_text else output
+            output = _run_beams(model, request, ids.device)
+    if isinstance(input_ids, Tensor):
+        return output
+    return replace(output, texts=_texts(request, ids.size(1), output.sequences))
 
 
-def _texts(request: Request, sequences: Tensor) -> tuple[str, ...]:
-    """Decode rows, int64 (N, T), without padding and without the token that ended each."""
+def _texts(request: Request, length: int, sequences: Tensor) -> tuple[str, ...]:
+    """Decode rows, int64 (N, T), without padding and without the token that ended each.
+
+    length: of the prompts in tokens; 0 where the model's bos_token_id stands for them.
+    """
     assert request.tokenizer is not None
-    prompts, count = request.mask, len(sequences) // len(request.mask)
+    rows_each = len(sequences) // len(request.mask)
     ends = {*request.eos.tolist(), request.pad}
     found = []
     for i, row in enumerate(sequences.tolist()):
-        kept = prompts[i // count].tolist()
-        new = row[len(kept) :]
+        mask = request.mask[i // rows_each, :length].tolist()
+        prompt = [token for token, is_read in zip(row, mask, strict=False) if is_read]
+        new = row[request.prompt_length :]
         cut = next((n for n, token in enumerate(new) if token in ends), len(new))
-        ids = [token for token, is_prompt in zip(row, kept, strict=False) if is_prompt]
-        found.append(request.tokenizer.decode(ids + new[:cut]))
+        found.append(request.tokenizer.decode(prompt + new[:cut]))
     return tuple(found)
 
 
