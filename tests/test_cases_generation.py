@@ -100,7 +100,7 @@ def test_half_a_character_is_an_error_of_its_line(folder, capsys, tmp_path, line
 
 
 def test_a_prompt_that_is_not_utf8_is_refused(folder, capsys):
-    assert refused(capsys, folder, "a\udcff").startswith("error: PROMPT must be UTF-8 text")
+    assert refused(capsys, folder, "a\udcff").startswith(r"error: 'a\udcff' is not UTF-8")
 
 
 def test_names_that_the_result_has_itself_are_said(folder, capsys, tmp_path):

@@ -150,6 +150,11 @@ def test_a_name_from_another_program_is_ours(command, typed, name, value):
     assert getattr(config if hasattr(config, name) else config.generation, name) == value
 
 
+def test_a_word_of_two_letters_is_a_prompt():
+    for word in ("Hi", "-", "in", "an", "-x"):
+        assert sample(word).prompt == word
+
+
 @pytest.mark.parametrize("cls", [SampleConfig, TrainConfig], ids=lambda c: c.__name__)
 def test_every_alias_is_a_flag_and_every_hint_is_none(cls):
     flags = {f.name for c in (cls, GenerationConfig) for f in fields(c) if f.metadata}

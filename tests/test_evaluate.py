@@ -510,7 +510,7 @@ def test_wrong_files_are_one_line(capsys, models, tmp_path, monkeypatch):
         ("lambada", b"", "is empty"),
         ("lambada", b'{"text": "a b"}\n{"text": ', 'line 2 is not a JSON object: \'{"text":'),
         ("lambada", b"a\xff", "is not UTF-8: byte 0xff at offset 1"),
-        ("lambada", b"\n[1]\n", "item 1 is not a JSON object: '1'"),
+        ("lambada", b"\n[1]\n", "line 2 is not a JSON object: '[1]'"),
         ("lambada", b'{"txt": "a b", "id": 1}', "has no column 'text'; columns found: 'txt', 'id'"),
         ("lambada", b'{"text": 7}', "line 1: 'text' must be text, not '7'"),
         ("lambada", b'{"text": "word "}', "line 1 must hold two words or more, not 'word'"),

@@ -89,11 +89,14 @@ def test_a_seed_of_its_own_can_be_used_again(capsys, folder):
     assert first == again and first["seed"] != other["seed"]
 
 
+GREEDY = ["--do_sample=false", "--max_new_tokens", "8"]
+
+
 def test_a_text_that_ends_says_so(capsys, folder):
-    (free,) = run_json(capsys, folder, "Hi", "--eos_token_id=none", "--max_new_tokens", "8")
+    (free,) = run_json(capsys, folder, "Hi", "--eos_token_id=none", *GREEDY)
     assert free["finish_reason"] == "length" and len(free["token_ids"]) == 8
     stop = free["token_ids"][3]
-    (ended,) = run_json(capsys, folder, "Hi", f"--eos_token_id={stop}", "--max_new_tokens", "8")
+    (ended,) = run_json(capsys, folder, "Hi", f"--eos_token_id={stop}", *GREEDY)
     assert ended["finish_reason"] == "stop"
     assert ended["token_ids"] == free["token_ids"][: free["token_ids"].index(stop) + 1]
     assert ended["completion"] == byte_tokenizer().decode(ended["token_ids"][:-1])
@@ -147,7 +150,7 @@ def test_a_prompt_longer_than_the_context_is_kept_working(capsys, folder, length
 
 
 def test_greedy_is_generates(capsys, folder):
-    argv = ["Hello", "--no_repeat_ngram_size", "2", "--max_new_tokens", "12"]
+    argv = ["Hello", "--do_sample=false", "--no_repeat_ngram_size", "2", "--max_new_tokens", "12"]
     (found,) = run_json(capsys, folder, *argv)
     ids = torch.tensor([byte_tokenizer().encode("Hello")])
     expected = generate(load_model(folder), ids, max_new_tokens=12, no_repeat_ngram_size=2)
@@ -285,7 +288,7 @@ def test_beams_have_scores(capsys, folder):
 
 
 def test_stop_strings_end_and_are_cut_off(capsys, folder):
-    argv = ["Hi", "--seed", "2", "--max_new_tokens", "20", "--eos_token_id=none"]
+    argv = ["Hi", "--do_sample=false", "--max_new_tokens", "20", "--eos_token_id=none"]
     (free,) = run_json(capsys, folder, *argv)
     stop = free["completion"][5]
     (ended,) = run_json(capsys, folder, *argv, "--stop_strings", stop)

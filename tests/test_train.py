@@ -641,3 +641,13 @@ def test_a_dry_run_beside_a_finished_one(book, capsys):
     ):
         assert part in out, part
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == held
+
+
+def test_edited_steps_are_no_extension(book, capsys):
+    argv = [book, *SMALL, "--steps", "4", "--save_every", "2", "--keep", "9"]
+    assert run(*argv) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    record["config"]["steps"] = 8
+    Path("out/run.json").write_text(json.dumps(record))
+    assert run("--resume") == 2
+    assert "run.json' was edited: steps is 8, in the checkpoint 4" in capsys.readouterr().err

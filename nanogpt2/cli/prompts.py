@@ -35,11 +35,6 @@ def read_prompt(prompt: str, file: str | None) -> str:
     Raises ValueError for text that is not UTF-8, OSError for a file that cannot be read.
     """
     if file is None and prompt != "-":
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = ascii(prompt[error.start])[1:-1]
-            raise ValueError(f"must be UTF-8 text, without {half}") from None
         return prompt
     data = read_input("-" if file is None else file)
     try:

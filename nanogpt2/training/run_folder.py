@@ -190,6 +190,10 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{str(self.path / 'run.json')!r}: {error}") from None
 
+    @staticmethod
+    def _extends(config: TrainConfig, steps: int) -> bool:
+        return config.schedule in EXTENDED and steps < (config.steps or 0)
+
     def _check_extension(self, steps: int, recorded: Mapping[str, Any]) -> None:
         """Raise ValueError for a schedule whose rate depends on the number of steps throughout."""
         if (schedule := recorded.get("schedule")) not in EXTENDED:
@@ -284,8 +288,7 @@ class RunFolder:
             raise ValueError("the checkpoint's state.json: settings must be a table") from None
         former = self.record().get("steps", [])
         for name, value in stated.items():
-            if name == "steps" and (value in former or value < now[name]):
-                # the run was extended
+            if name == "steps" and (value in former or self._extends(config, value)):
                 continue
             # a later version may lack a setting
             if name in now and now[name] != value:
