@@ -36,10 +36,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error means that memory ran out, whichever library raised it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
+    # torch's class, without importing torch
+    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     known = isinstance(error, (RuntimeError, ImportError, OSError))
-    return isinstance(error, MemoryError) or (
-        known and any(words in str(error) for words in SAID_OF_MEMORY)
-    )
+    return by_class or (known and any(words in str(error) for words in SAID_OF_MEMORY))
 
 
 def out_of_memory_line(error: BaseException) -> str:
