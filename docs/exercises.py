@@ -3,7 +3,8 @@
 Each exercise replaces lines of model.py or ops.py in memory; no file changes. The broken model
 gets the demo model's weights. The script prints its loss on a text at once, and after some steps
 of training on another part of that text. docs/exercises.md has the questions and the solutions,
-tests/test_exercises.py holds the solutions to these numbers. This file does not know them.
+and tests/test_exercises.py compares them with this script's numbers. This file does not know the
+solutions. It stands in docs/ because readers run it beside the page; no program imports it.
 """
 
 import sys
@@ -57,7 +58,7 @@ EXERCISES: Mapping[str, list[tuple[str, str, str]]] = {
         (
             "model.py",
             "self.ln_f = LayerNorm(config)",
-            "self.ln_f = LayerNorm(config); self.head = nn.Embedding(config.vocab_size, config.n_embd)",
+            "self.ln_f = LayerNorm(config); self.head = nn.Embedding(*self.wte.weight.shape)",
         ),
         (
             "model.py",
