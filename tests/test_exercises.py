@@ -51,7 +51,7 @@ def test_the_loss_changes_at_once_as_the_solution_says(name, unseen, intact):
 
 
 def test_only_the_masks_that_are_wrong_let_a_later_token_through():
-    ids = torch.arange(8)[None]
+    ids = torch.tensor([[464, 661, 286, 262, 1578, 1829, 286, 2253]])
     other = ids.clone()
     other[0, -1] = 8
     # each of the four blocks lets it one position further
@@ -59,7 +59,7 @@ def test_only_the_masks_that_are_wrong_let_a_later_token_through():
     for name in ("as it is", *leaks):
         with torch.no_grad():
             model = script["broken_model"](name)
-            moved = (model(ids) - model(other))[0, :-1].abs().amax(dim=1) > 1e-3
+            moved = (model(ids) - model(other))[0, :-1].abs().amax(dim=1) > 1e-4
         first = moved.nonzero().flatten().tolist()[:1]
         assert first == leaks.get(name, []), name
 

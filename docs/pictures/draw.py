@@ -402,7 +402,7 @@ def online() -> str:
 
 def tiles() -> str:
     """Draw the tiles of one head's scores under the causal mask, and what is done with each."""
-    count, cell, left, top = 6, 44, 150, 40
+    count, cell, left, top = 6, 44, 130, 40
     at = Picture(720, 350, "The tiles of flash attention under the causal mask")
     at.text(left, 14, "keys and values, a block at a time")
     for i in range(count):
@@ -428,7 +428,7 @@ def tiles() -> str:
     at.box(x, 90, 16, 16, ORANGE, 0.8)
     at.text(x + 24, 103, "on the diagonal: masked")
     at.frame(x, 120, 16, 16)
-    at.text(x + 24, 133, "later keys only: neither read nor computed")
+    at.text(x + 24, 133, "later keys only: not read")
     at.text(x, 170, "in registers, from tile to tile:")
     at.text(x, 190, "q, acc, m, l of the program's queries", colour=BLUE)
     at.text(x, 214, "from memory, for each tile: a block of k and v")
@@ -475,15 +475,15 @@ def fine_tuning() -> tuple[Curve, dict[str, float]]:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
     generator, curve = torch.Generator().manual_seed(0), []
-    for step in range(33):
-        if step % 4 == 0:
+    for step in range(49):
+        if step % 8 == 0:
             losses = (tools["loss_on"](model, ids) for ids in (seen[:198], unseen))
             curve.append((step, *losses))
-        if step == 32:
+        if step == 48:
             break
         x, y = tools["batch"](seen, generator)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step + 1, 32, 8, 2e-3, "constant")
+            group["lr"] = learning_rate(step + 1, 48, 8, 2e-3, "constant")
         model(x, y).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -512,15 +512,15 @@ def overfitting(curve: Curve) -> str:
         (1, BLUE, "text that it trains on"),
         (2, ORANGE, "text that it never sees"),
     ):
-        points = [(left + 15 * row[0], top + nat * (7 - row[n])) for row in curve]
+        points = [(left + 10 * row[0], top + nat * (7 - row[n])) for row in curve]
         at.path(points, colour, 2)
         at.text(points[-1][0] + 8, points[-1][1] + 4, name, colour=colour)
     step, _, least = min(curve, key=lambda row: row[2])
-    x, y = left + 15 * step, top + nat * (7 - least)
+    x, y = left + 10 * step, top + nat * (7 - least)
     at.path([(x, y + 6), (x, 196)], ORANGE, 1, "3 3")
-    at.text(x + 6, 150, "stop here", colour=ORANGE)
-    for tick in range(0, 33, 8):
-        at.text(left + 15 * tick, 214, str(tick), "middle")
+    at.text(x + 6, 90, "stop here", colour=ORANGE)
+    for tick in range(0, 49, 8):
+        at.text(left + 10 * tick, 214, str(tick), "middle")
     at.text(left + 240, 234, "step", "middle")
     at.text(left + 490, 20, "loss in nats")
     return at.svg()
@@ -533,8 +533,8 @@ def weight_changes(changes: dict[str, float]) -> str:
     y = 28
     for name, change in changes.items():
         at.text(142, y + 11, name.removesuffix(".weight"), "end", 11)
-        at.box(150, y, 1500 * change, 12, BLUE if name.startswith("h.") else ORANGE, 0.8)
-        at.text(156 + 1500 * change, y + 11, f"{change:.3f}", size=11)
+        at.box(150, y, 1300 * change, 12, BLUE if name.startswith("h.") else ORANGE, 0.8)
+        at.text(156 + 1300 * change, y + 11, f"{change:.3f}", size=11)
         y += 16
     return at.svg()
 
