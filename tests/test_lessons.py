@@ -3,16 +3,24 @@
 `python tests/test_lessons.py` writes the outputs into the pages and draws the pictures again.
 """
 
+import inspect
 import io
+import os
 import re
 import runpy
+import subprocess
+import sys
+import tempfile
 from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from reference import ROOT
 
-PAGES = ["docs/gpt2.md", "docs/decoding.md"]
+PAGES = ["docs/gpt2.md", "docs/decoding.md", "docs/training.md"]
+PAGES += ["docs/exercises.md", "docs/kernels.md"]
 PICTURES = ROOT / "docs/pictures"
 LARGEST = 100_000  # bytes of a picture
 AGAIN = "python tests/test_lessons.py writes them anew"
@@ -25,11 +33,30 @@ def outputs(page):
     """What a page's blocks print, run top to bottom in one namespace."""
     namespace, printed = {"__name__": page}, []
     for number, block in enumerate(BLOCK.finditer(page_text(page)), start=1):
+        if "@triton.jit" in block["code"]:
+            printed.append(output_of_program(block["code"]))
+            continue
         screen = io.StringIO()
         with redirect_stdout(screen):
             exec(compile(block["code"], f"{page}, block {number}", "exec"), namespace)
         printed.append(screen.getvalue())
     return printed
+
+
+def output_of_program(code):
+    """What a block prints as a file of its own, as a reader without a GPU runs it."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "double.py"
+        file.write_text(code, encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, str(file)],
+            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def page_text(page):
@@ -84,6 +111,56 @@ def test_every_picture_is_the_one_its_script_draws():
 def test_every_picture_is_shown_on_a_page():
     shown = {name for page in PAGES for name in re.findall(r"\(pictures/(.*?)\)", page_text(page))}
     assert shown == {path.name for path in PICTURES.glob("*.svg")}
+
+
+ROOMS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+# a row of the map: the room, its functions, what it waits for, the tour's sections
+ROW = re.compile(r"^\| `(\w+)\.py` \| (.*?) \| .*? \| ([\d-]+) \|$", re.M)
+
+
+def test_the_map_shows_every_room_and_its_functions():
+    rows = ROW.findall(page_text("kernels/README.md"))
+    assert sorted(room for room, _, _ in rows) == ROOMS
+    for room, functions, _ in rows:
+        module = import_module(f"nanogpt2.kernels.{room}")
+        shown = dict(re.findall(r"`(\w+)(?:\((.*?)\))?`", functions))
+        public = [
+            name
+            for name, f in inspect.getmembers(module, inspect.isfunction)
+            if f.__module__ == module.__name__ and not name.startswith("_")
+        ]
+        assert set(shown) == {name for name in public if not name.endswith("_ref")}, room
+        for name, arguments in shown.items():
+            known = inspect.signature(getattr(module, name)).parameters
+            assert set(re.findall(r"\w+", arguments)) <= set(known), name
+
+
+def test_the_tour_visits_the_rooms_where_the_map_says():
+    headings = re.findall(r"^## (\d+)\. (.*)$", page_text("docs/kernels.md"), flags=re.M)
+    assert [int(number) for number, _ in headings] == list(range(1, len(headings) + 1))
+    titles = {int(number): title for number, title in headings}
+    subjects = {"cross_entropy": "The loss", "decode_attention": "Decoding", "sampling": "The draw"}
+    for room, _, sections in ROW.findall(page_text("kernels/README.md")):
+        subject = subjects.get(room, room.replace("_", " "))
+        assert titles[int(sections.split("-")[0])].lower().startswith(subject.lower()), room
+
+
+@pytest.mark.parametrize("page", ["docs/kernels.md", "kernels/README.md"])
+def test_what_the_tour_names_in_the_rooms_is_there(page):
+    source = "".join((ROOT / f"kernels/{room}.py").read_text() for room in ROOMS)
+    prose = re.sub(r"^```.*?^```", "", page_text(page), flags=re.M | re.S)
+    # kernels, helpers and tables; `_<op>_fwd` is a pattern
+    names = set(re.findall(r"`(_[a-z_]+|[A-Z]+_?[A-Z]+)`", prose)) - {"_double_kernel", "WORD"}
+    assert names
+    assert not {name for name in names if not re.search(rf"\b{name}\b", source)}
+
+
+def test_the_lines_that_the_kernels_exercises_change_are_there_once():
+    changes = re.findall(r"make `([^`]+)`\s+(?:just|128)", page_text("docs/kernels.md"))
+    files = re.findall(r"^\d\. `(kernels/\w+\.py)`", page_text("docs/kernels.md"), flags=re.M)
+    assert len(changes) == len(files) == 3
+    for file, line in zip(files, changes, strict=True):
+        assert (ROOT / file).read_text().count(line) == 1, line
 
 
 def test_every_link_into_a_page_leads_to_a_heading():

@@ -1,12 +1,14 @@
-"""Draw the pictures of docs/gpt2.md and docs/decoding.md as SVG: `python docs/pictures/draw.py`.
+"""Draw the pictures of the pages that teach as SVG: `python docs/pictures/draw.py`.
 
-The numbers come from the packaged demo model, and from networks before any training. The colours
+The numbers come from the packaged demo model, also trained for some steps, and from networks before
+any training. The colours
 are of middle brightness on no background, so that a picture reads on white and on black. The same
 numbers give the same bytes; `tests/test_lessons.py` compares. This file does not know the pages'
 text.
 """
 
 import math
+import runpy
 from html import escape
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from nanogpt2 import GPT, GPTConfig, Tokenizer, load_model, load_tokenizer
 from nanogpt2.generation.processors import keep_top_k, keep_top_p, scale_temperature
+from nanogpt2.training.optim import learning_rate
 
 GREY, BLUE, ORANGE = "#7a8088", "#3b82f6", "#d9782b"
 
@@ -94,6 +97,7 @@ class Picture:
 def pictures() -> dict[str, str]:
     """Draw all pictures: file name -> SVG."""
     model, tok = load_model("demo").requires_grad_(False), load_tokenizer("demo")
+    curve, changes = fine_tuning()
     return {
         "shapes.svg": shapes(model, tok),
         "attention.svg": attention(model, tok),
@@ -102,6 +106,12 @@ def pictures() -> dict[str, str]:
         "heads.svg": heads(model, tok),
         "choices.svg": choices(model, tok),
         "tree.svg": tree(model, tok),
+        "online.svg": online(),
+        "tiles.svg": tiles(),
+        "schedule.svg": schedule(),
+        "overfitting.svg": overfitting(curve),
+        "changes.svg": weight_changes(changes),
+        "lora.svg": lora(model),
     }
 
 
@@ -357,6 +367,208 @@ def tree(model: GPT, tok: Tokenizer) -> str:
         at.text(columns[n + 1], 14, step, size=11)
     at.text(4, 330, "orange: the best sum of a step", size=11, colour=ORANGE)
     at.text(4, 344, "blue: the second beam", size=11, colour=BLUE)
+    return at.svg()
+
+
+def online() -> str:
+    """Draw the online softmax of [1, 2 | 4, 0]: each block's terms, and how the old sum shrinks."""
+    blocks, unit, left = [[1, 2], [4, 0]], 250, 150
+    at = Picture(720, 250, "The online softmax: one factor corrects the old sum")
+    m, total, y = -math.inf, 0.0, 20
+    for n, block in enumerate(blocks):
+        new = max(m, *block)
+        factor = math.exp(m - new)
+        at.text(10, y + 14, f"block {n + 1}: z = {block}")
+        at.text(10, y + 30, f"m = {new}", size=11, colour=BLUE)
+        x = float(left)
+        if n:
+            at.box(x, y, unit * total, 18, ORANGE, 0.35)
+            at.text(x + unit * total + 8, y + 13, f"l = {total:.4f}, measured from {m}")
+            y += 34
+            at.text(x - 8, y + 13, f"times exp({m} - {new})", "end", 11, ORANGE)
+        at.box(x, y, unit * total * factor, 18, ORANGE, 0.8)
+        x += unit * total * factor
+        for value in block:
+            width = unit * math.exp(value - new)
+            at.box(x + 1, y, width - 2, 18, BLUE, 0.8)
+            at.text(x + 2, y + 32, f"exp({value} - {new})", size=9, turn=30)
+            x += width
+        total, m = total * factor + sum(math.exp(value - new) for value in block), new
+        at.text(x + 8, y + 13, f"l = {total:.4f}")
+        y += 92
+    at.text(10, 244, "orange: the sum of earlier blocks; blue: the terms of this block", size=11)
+    return at.svg()
+
+
+def tiles() -> str:
+    """Draw the tiles of one head's scores under the causal mask, and what is done with each."""
+    count, cell, left, top = 6, 44, 130, 40
+    at = Picture(720, 350, "The tiles of flash attention under the causal mask")
+    at.text(left, 14, "keys and values, a block at a time")
+    for i in range(count):
+        y = top + i * cell
+        at.text(left - 12, y + 26, f"queries, program {i}", "end", 11)
+        at.text(left + i * cell + cell / 2, 32, f"{i}", "middle", 11)
+        for j in range(count):
+            x = left + j * cell
+            if j > i:
+                at.frame(x, y, cell - 3, cell - 3)
+            elif j < i:
+                at.box(x, y, cell - 3, cell - 3, BLUE, 0.7)
+            else:
+                # on the diagonal half of the tile is masked
+                at.box(x, y, cell - 3, cell - 3, ORANGE, 0.8)
+                at.path([(x, y), (x + cell - 3, y + cell - 3)], width=2)
+        if i:
+            middle = y + (cell - 3) / 2
+            at.path([(left + 8, middle), (left + i * cell + 12, middle)], width=2)
+    x = left + count * cell + 30
+    at.box(x, 60, 16, 16, BLUE, 0.7)
+    at.text(x + 24, 73, "every key is seen: no mask")
+    at.box(x, 90, 16, 16, ORANGE, 0.8)
+    at.text(x + 24, 103, "on the diagonal: masked")
+    at.frame(x, 120, 16, 16)
+    at.text(x + 24, 133, "later keys only: not read")
+    at.text(x, 170, "in registers, from tile to tile:")
+    at.text(x, 190, "q, acc, m, l of the program's queries", colour=BLUE)
+    at.text(x, 214, "from memory, for each tile: a block of k and v")
+    at.text(x, 238, "to memory, once: o = acc / l, lse = m + log l")
+    at.text(
+        left, 324, "A lane is a program's walk; program 5 starts first, for it has the most tiles."
+    )
+    return at.svg()
+
+
+def schedule() -> str:
+    """Plot the learning rate of the four schedules over 100 steps."""
+    at, left, bottom = Picture(720, 220, "Learning rates by step"), 60, 180
+    at.path([(left, bottom), (left + 500, bottom)])
+    for name, colour, dash in (
+        ("cosine", BLUE, ""),
+        ("linear", ORANGE, ""),
+        ("constant", GREY, "6 4"),
+        ("wsd", BLUE, "2 4"),
+    ):
+        rates = [learning_rate(step, 100, 10, 1.0, name) for step in range(1, 101)]
+        points = [(left + 5 * step, bottom - 150 * rate) for step, rate in enumerate(rates, 1)]
+        at.path(points, colour, 2, dash)
+        y = {"cosine": 120, "linear": 90, "constant": 34, "wsd": 60}[name]
+        at.path([(left + 520, y - 4), (left + 550, y - 4)], colour, 2, dash)
+        at.text(left + 558, y, name, colour=colour)
+    for step in (0, 10, 50, 100):
+        at.text(left + 5 * step, bottom + 18, str(step), "middle")
+    at.text(left - 8, bottom - 146, "peak", "end")
+    at.text(left + 250, bottom + 36, "step", "middle")
+    return at.svg()
+
+
+Curve = list[tuple[int, float, float]]
+
+
+def fine_tuning() -> tuple[Curve, dict[str, float]]:
+    """Train the demo model on a small text, as docs/training.md does.
+
+    Return (step, loss on the text, loss on unseen text) and each matrix's relative change.
+    """
+    tools = runpy.run_path(str(Path(__file__).parent.parent / "exercises.py"))
+    model, (seen, unseen) = load_model("demo"), tools["text"]()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
+    generator, curve = torch.Generator().manual_seed(0), []
+    for step in range(49):
+        if step % 8 == 0:
+            losses = (tools["loss_on"](model, ids) for ids in (seen[:198], unseen))
+            curve.append((step, *losses))
+        if step == 48:
+            break
+        x, y = tools["batch"](seen, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, 48, 8, 2e-3, "constant")
+        model(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    changes = {
+        name: ((p.detach() - before[name]).norm() / before[name].norm()).item()
+        for name, p in model.named_parameters()
+        if p.dim() == 2
+    }
+    return curve, changes
+
+
+def overfitting(curve: Curve) -> str:
+    """Plot the losses of a run that goes on for too long."""
+    at, left, top, nat = (
+        Picture(720, 240, "Overfitting: the demo model on 3400 characters"),
+        60,
+        10,
+        34,
+    )
+    for loss in range(2, 7):
+        y = top + nat * (7 - loss)
+        at.path([(left, y), (left + 480, y)], dash="2 4")
+        at.text(left - 8, y + 4, str(loss), "end")
+    for n, colour, name in (
+        (1, BLUE, "text that it trains on"),
+        (2, ORANGE, "text that it never sees"),
+    ):
+        points = [(left + 10 * row[0], top + nat * (7 - row[n])) for row in curve]
+        at.path(points, colour, 2)
+        at.text(points[-1][0] + 8, points[-1][1] + 4, name, colour=colour)
+    step, _, least = min(curve, key=lambda row: row[2])
+    x, y = left + 10 * step, top + nat * (7 - least)
+    at.path([(x, y + 6), (x, 196)], ORANGE, 1, "3 3")
+    at.text(x + 6, 90, "stop here", colour=ORANGE)
+    for tick in range(0, 49, 8):
+        at.text(left + 10 * tick, 214, str(tick), "middle")
+    at.text(left + 240, 234, "step", "middle")
+    at.text(left + 490, 20, "loss in nats")
+    return at.svg()
+
+
+def weight_changes(changes: dict[str, float]) -> str:
+    """Draw how far training moved each matrix, by layer: length of the change / of the matrix."""
+    at = Picture(720, 330, "How far fine-tuning moved each matrix")
+    at.text(150, 16, "length of the change / length of the matrix before")
+    y = 28
+    for name, change in changes.items():
+        at.text(142, y + 11, name.removesuffix(".weight"), "end", 11)
+        at.box(150, y, 1300 * change, 12, BLUE if name.startswith("h.") else ORANGE, 0.8)
+        at.text(156 + 1300 * change, y + 11, f"{change:.3f}", size=11)
+        y += 16
+    return at.svg()
+
+
+def lora(model: GPT) -> str:
+    """Draw LoRA at one layer of the demo model, its sides to scale."""
+    weight, rank = model.h[0].mlp.c_fc.weight, 8
+    (rows, cols), unit = weight.shape, 0.4
+    at = Picture(720, 290, "LoRA: a frozen matrix and a trained product of two thin ones")
+    height, width, thin = rows * unit, cols * unit, rank * unit * 2
+    at.box(60, 40, width, height, GREY, 0.5)
+    at.text(60 + width / 2, 30, f"W ({rows}, {cols})", "middle")
+    at.text(60 + width / 2, 262, f"frozen: {weight.numel():,} numbers", "middle", 11)
+    at.text(150, 146, "+   s  x")
+    at.box(220, 40, thin, height, ORANGE, 0.9)
+    at.text(220, 30, f"B ({rows}, {rank})", colour=ORANGE)
+    at.text(240, 146, "x")
+    at.box(262, 138, width, thin, ORANGE, 0.9)
+    at.text(262, 130, f"A ({rank}, {cols})", colour=ORANGE)
+    at.text(240, 262, f"trained: {rank * (rows + cols):,} numbers", size=11, colour=ORANGE)
+    at.text(340, 146, "=")
+    at.box(372, 40, width, height, BLUE, 0.7)
+    at.text(372, 30, "the matrix after training", colour=BLUE)
+    at.text(460, 100, "B starts at 0, so B A = 0:")
+    at.text(460, 118, "the first step sees the old model.")
+    at.text(460, 146, f"s = alpha / {rank}")
+    at.text(460, 174, "x A^T has 8 numbers: whatever comes")
+    at.text(460, 192, "in, the change passes through them.")
+    at.text(
+        60,
+        282,
+        "Lengths to scale, but for the thin side, which is twice as wide as it should be.",
+        size=10,
+    )
     return at.svg()
 
 
