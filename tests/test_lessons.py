@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import ROOT
 
-PAGES = ["docs/gpt2.md", "docs/decoding.md"]
+PAGES = ["docs/gpt2.md", "docs/decoding.md", "docs/relatives.md", "docs/model_card.md"]
 PICTURES = ROOT / "docs/pictures"
 LARGEST = 100_000  # bytes of a picture
 AGAIN = "python tests/test_lessons.py writes them anew"
@@ -58,8 +58,9 @@ def near(a, b):
 
 
 def drawn():
-    """The pictures, name -> SVG, as their script draws them."""
-    return runpy.run_path(str(PICTURES / "draw.py"))["pictures"]()
+    """The pictures, name -> SVG, as their scripts draw them."""
+    scripts = sorted(PICTURES.glob("*.py"))
+    return {k: v for path in scripts for k, v in runpy.run_path(str(path))["pictures"]().items()}
 
 
 @pytest.mark.parametrize("page", PAGES)
