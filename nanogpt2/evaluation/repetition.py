@@ -74,7 +74,7 @@ def measure_repetition(
             "distinct_1": mean(distinct_n(ids, 1) for ids in texts),
             "distinct_2": mean(distinct_n(ids, 2) for ids in texts),
             "repeated_4": mean(repetition(ids, 4) for ids in texts),
-            "loops": mean(ends_in_a_loop(ids) for ids in texts),
+            "loops": mean(float(ends_in_a_loop(ids)) for ids in texts),
         }
     return {"examples": len(prompts), "max_new_tokens": max_new_tokens, "ways": ways}
 
