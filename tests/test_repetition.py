@@ -33,6 +33,8 @@ def models(tmp_path_factory):
         # two rounds and a half
         ([*range(20), *[1, 2, 3, 4] * 2, 1, 2], False),
         ([*range(20), *[5, 6, 7, 8, 9] * 2, 5, 6], False),
+        # said twice, as the whole text
+        ([*range(13)] * 2, False),
         # a loop that was left again
         ([*[1, 2, 3] * 8, 9], False),
         # six rounds and a half of two
