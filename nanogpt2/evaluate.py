@@ -7,7 +7,8 @@ model. The top of each task's file in evaluation/ defines its figures.
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nanogpt2 import terminal
@@ -23,15 +24,31 @@ from nanogpt2.config import (
     parse,
     usage_error,
 )
-from nanogpt2.config.flags import check, flag
+from nanogpt2.config.flags import MAX_SEED, check, flag
 
-TASKS = ("perplexity", "lambada", "hellaswag", "classify")
+ASSETS = Path(__file__).parent / "assets"
+
+TASKS = ("perplexity", "lambada", "hellaswag", "classify", "repetition", "bias")
+# the packaged file of a task that needs none
+OWN_FILES = {"repetition": "prompts.jsonl", "bias": "pairs.jsonl"}
+# the tables among the figures, with the name of their first column
+TABLES = {
+    "classes": "label",
+    "confusion": "label",
+    "ways": "decoding",
+    "groups": "group",
+    "pairs": "pair",
+    "shifts": "next token",
+    "continuations": "continuation",
+}
 # flags of some tasks alone
 OWN_FLAGS = {
     "stride": ("perplexity",),
     "text_column": ("classify", "perplexity"),
     "label_column": ("classify",),
     "skip_bad": ("classify", "perplexity"),
+    "max_new_tokens": ("repetition",),
+    "seed": ("repetition",),
 }
 
 
@@ -42,10 +59,12 @@ class EvaluateConfig:
     FILE is a source as for train.py: texts, or records (.jsonl, .csv and the like). By --task:
     perplexity reads the texts, of records the column `text`; lambada's records have `text`;
     hellaswag's `ctx`, `endings` and `label`; classify's `text` and `label`, or the texts lie in
-    folders named by their labels, for a --model that train.py --task classify made.
+    folders named by their labels, for a --model that train.py --task classify made. repetition's
+    records have `text`, a prompt; bias's `first`, `second` and `continuations`. These two have a
+    packaged FILE.
     """
 
-    file: str = flag(MISSING, "the text or the examples", positional=True)
+    file: str = flag("", "the text or the examples", positional=True)
     task: str = flag("perplexity", "what to measure", choices=TASKS)
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
@@ -62,6 +81,10 @@ class EvaluateConfig:
         None, "perplexity: tokens between windows (default: half the block size)", low=1
     )
     limit: int | None = flag(None, "only the first examples, or tokens of the text", low=1)
+    max_new_tokens: int | None = flag(
+        None, "repetition: tokens of each text (default: 100, or as many as fit)", low=12
+    )
+    seed: int = flag(0, "repetition: of the draws", low=0, high=MAX_SEED)
     text_column: str | None = flag(
         None, "perplexity, classify: the column of the texts (default: as trained, or text)"
     )
@@ -83,6 +106,10 @@ class EvaluateConfig:
     def from_flags(cls, given: dict[str, Any]) -> "EvaluateConfig":
         """Build the configuration from the flags that were given."""
         config = cls(**given)
+        if "file" not in given:
+            if config.task not in OWN_FILES:
+                fail("FILE is missing: the text or the examples")
+            config = replace(config, file=str(ASSETS / OWN_FILES[config.task]))
         for name, tasks in OWN_FLAGS.items():
             if name in given and config.task not in tasks:
                 raise ValueError(
@@ -105,12 +132,14 @@ from nanogpt2 import ops
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.data.labelled import column_names
 from nanogpt2.devices import choose_device
+from nanogpt2.evaluation.bias import measure_bias, read_pairs
 from nanogpt2.evaluation.classification import measure_classification
 from nanogpt2.evaluation.examples import read_classified, read_examples, read_texts
 from nanogpt2.evaluation.hellaswag import measure_hellaswag, read_hellaswag
 from nanogpt2.evaluation.lambada import measure_lambada, read_lambada
 from nanogpt2.evaluation.perplexity import joined, measure_perplexity
 from nanogpt2.evaluation.published import published
+from nanogpt2.evaluation.repetition import LOOP, WAYS, measure_repetition
 from nanogpt2.tokenizer import Tokenizer
 
 Advance = Callable[[int], object]
@@ -134,6 +163,8 @@ def main(config: EvaluateConfig) -> None:
         kernels, quantize = config.kernels, config.quantize
         if config.task == "classify":
             model = checkpoint.classifier(device, config.dtype, kernels=kernels)
+        elif config.task == "repetition":
+            model = checkpoint.generator(device, config.dtype, quantize, kernels)
         else:
             model = checkpoint.model(device, config.dtype, quantize=quantize, kernels=kernels)
     terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
@@ -212,11 +243,46 @@ def classify_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     return len(examples), measure
 
 
+def repetition_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
+    """Prompts to continue in several ways."""
+    records = read_examples(config.file, config.limit, config.encoding)
+    prompts = [record.text("text") for record in records]
+    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts)
+
+    def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
+        room = block_size - longest
+        if room < LOOP:
+            raise ValueError(
+                f"{config.file!r} has a prompt of {longest} tokens; with {LOOP} new ones it must "
+                f"fit the block size, {block_size}"
+            )
+        count = config.max_new_tokens or min(100, room)
+        if count > room:
+            fail(f"--max_new_tokens must be <= {room}, the room after the prompts, not {count}")
+        return measure_repetition(
+            model, tokenizer, prompts, count, config.seed, config.batch_size, advance
+        )
+
+    return len(prompts) * len(WAYS), measure
+
+
+def bias_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
+    """Pairs of prompts."""
+    pairs = read_pairs(read_examples(config.file, config.limit, config.encoding))
+
+    def measure(model: Any, block_size: int, advance: Advance) -> Mapping[str, Any]:
+        return measure_bias(model, tokenizer, pairs, config.batch_size, block_size, advance)
+
+    return sum(2 + 2 * len(pair.continuations) for pair in pairs), measure
+
+
 JOBS = {
     "perplexity": perplexity_job,
     "lambada": lambada_job,
     "hellaswag": hellaswag_job,
     "classify": classify_job,
+    "repetition": repetition_job,
+    "bias": bias_job,
 }
 
 
@@ -227,15 +293,15 @@ def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -
         head = {"task": config.task, "model": config.model, "file": config.file}
         rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}
         return terminal.json_line(head | {"block_size": block_size} | dict(figures) | rest).rstrip()
-    tables = {name: figures[name] for name in ("classes", "confusion") if name in figures}
+    tables = {name: figures[name] for name in TABLES if figures.get(name)}
     rows = [["figure", "measured"], ["block_size", str(block_size)]]
-    plain = {name: value for name, value in figures.items() if name not in tables}
+    plain = {name: value for name, value in figures.items() if name not in TABLES}
     rows += [[name, _number(value)] for name, value in _flat(plain)]
     text = terminal.table(rows)
-    for cells in tables.values():
+    for table, cells in tables.items():
         columns = list(next(iter(cells.values())))
         body = [[label, *map(_number, row.values())] for label, row in cells.items()]
-        text += "\n\n" + terminal.table([["label", *columns], *body])
+        text += "\n\n" + terminal.table([[TABLES[table], *columns], *body])
     if others:
         text += "\n\n" + terminal.table(
             [["published", "value", "source"]]

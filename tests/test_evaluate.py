@@ -603,6 +603,8 @@ RECORDS = {
     "hellaswag": {"ctx": "it was", "endings": ["the best", "the worst"], "label": 0},
     "classify": {"text": "it was", "label": "ham"},
     "perplexity": {"text": "it was the best"},
+    "repetition": {"text": "it"},
+    "bias": {"first": "he was", "second": "she was"},
 }
 
 

@@ -87,7 +87,16 @@ MAY_IMPORT = {
     ],
     "__main__": ["config"],
     "training.snapshot": ["generation"],
-    "evaluation": ["classifier", "config", "data", "metrics", "model", "tokenizer", "evaluation"],
+    "evaluation": [
+        "classifier",
+        "config",
+        "data",
+        "evaluation",
+        "generation",
+        "metrics",
+        "model",
+        "tokenizer",
+    ],
     "training.prepare": ["data"],
     "evaluate": [
         "checkpoints",

@@ -19,8 +19,8 @@ import pytest
 import torch
 from reference import ROOT
 
-PAGES = ["docs/gpt2.md", "docs/decoding.md", "docs/training.md"]
-PAGES += ["docs/exercises.md", "docs/kernels.md"]
+PAGES = ["docs/gpt2.md", "docs/decoding.md", "docs/training.md", "docs/relatives.md"]
+PAGES += ["docs/model_card.md", "docs/exercises.md", "docs/kernels.md"]
 PICTURES = ROOT / "docs/pictures"
 LARGEST = 100_000  # bytes of a picture
 AGAIN = "python tests/test_lessons.py writes them anew"
@@ -85,8 +85,9 @@ def near(a, b):
 
 
 def drawn():
-    """The pictures, name -> SVG, as their script draws them."""
-    return runpy.run_path(str(PICTURES / "draw.py"))["pictures"]()
+    """The pictures, name -> SVG, as their scripts draw them."""
+    scripts = sorted(PICTURES.glob("*.py"))
+    return {k: v for path in scripts for k, v in runpy.run_path(str(path))["pictures"]().items()}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -164,11 +165,10 @@ def test_the_lines_that_the_kernels_exercises_change_are_there_once():
 
 
 def test_every_link_into_a_page_leads_to_a_heading():
-    headings = {page: set(map(anchor, headings_of(page))) for page in PAGES}
-    for page in PAGES:
+    for page in [*PAGES, "docs/glossary.md", "docs/questions.md"]:
         for path, name in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", page_text(page)):
             target = f"docs/{path}" if path else page
-            assert name in headings[target], f"{page}: {path}#{name}"
+            assert name in map(anchor, headings_of(target)), f"{page}: {path}#{name}"
 
 
 def headings_of(page):
