@@ -313,8 +313,8 @@ lock: two trainers share it
 
 test_kills.py::test_what_the_last_commit_left_undone_is_done_on_resuming
 resume: a run without its report counts as finished
-- and "after" in folder.record()
-+
+- elif "after" in record:
++ else:
 
 test_trainer.py::test_the_best_is_remembered_over_a_stop
 resume: the best loss so far is forgotten
@@ -383,10 +383,11 @@ def line_of(found: re.Match[str]) -> int:
 
 
 def shipped_files() -> list[Path]:
-    # nanogpt2/kernels is a link to kernels/: read each kernel once
+    # nanogpt2/ has links to kernels/ and to the two scripts: read each file once
     found = [path for name in SHIPPED for path in [ROOT / name, *(ROOT / name).rglob("*.py")]]
     links = ROOT / "nanogpt2/kernels"
-    return sorted(path for path in found if path.is_file() and links not in path.parents)
+    plain = (path for path in found if path.is_file() and not path.is_symlink())
+    return sorted(path for path in plain if links not in path.parents)
 
 
 def copy_repository(folder: Path) -> None:

@@ -142,7 +142,9 @@ TYPED = [
 ]
 
 
-@pytest.mark.parametrize(("command", "typed", "name", "value"), TYPED, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("command", "typed", "name", "value"), TYPED, ids=[row[1] for row in TYPED]
+)
 def test_a_name_from_another_program_is_ours(command, typed, name, value):
     config = command(*typed.split())
     assert getattr(config if hasattr(config, name) else config.generation, name) == value
@@ -168,6 +170,7 @@ def test_every_alias_is_a_flag_and_every_hint_is_none(cls):
         (train, "--per_device_train_batch_size 4", "--per_device_train_batch_size is not a flag; "),
         (train, "--train_file=book.txt", "--train_file is not a flag; DATA stands by itself"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_name_with_another_meaning_is_answered_with_ours(capsys, command, typed, said):
     with pytest.raises(SystemExit, match="2"):

@@ -330,8 +330,8 @@ def endings_seen(monkeypatch):
     seen = []
     ended = Stopping.ended
 
-    def spy(self, ids):
-        seen.append(ended(self, ids))
+    def spy(self, *arguments):
+        seen.append(ended(self, *arguments))
         return seen[-1].clone()
 
     monkeypatch.setattr(Stopping, "ended", spy)
