@@ -102,7 +102,6 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         if config.resume:
             terminal.note("no checkpoint yet: starting over")
         state = {"step": 0, "best": math.inf, "stale": 0, "finished": False}
-        state["chat"] = config.task == "chat"
         before = snapshot(run, validate(trainer, run.validation))
         folder.start(config, before=asdict(before))
     else:
@@ -112,7 +111,7 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         if trainer.world.is_first:
             store.settle(folder.path, state, config.keep)
         terminal.note(f"resuming after step {state['step']}")
-    state["settings"] = folder.settings(config)
+    state |= {"settings": folder.settings(config), "chat": config.task == "chat"}
     if config.tensorboard and trainer.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
     sizes = run.batches.sequences, run.validation.sequences

@@ -12,11 +12,13 @@ def whole_file(path: Path, *, locked: bool = False) -> Iterator[Path]:
 
     An error in the block deletes the temporary file and leaves `path` as it was. A kill leaves the
     temporary file. locked: no other process writes `path`, so the temporary name is always the
-    same, and the next write replaces that file. Otherwise the name is random: two machines that
+    same, and the next write deletes that file. Otherwise the name is random: two machines that
     share a folder may have equal process ids.
     """
     random = "" if locked else f".{secrets.token_hex(8)}"
     partial = path.with_name(f".{path.name}{random}.tmp")
+    # a killed run may have left a link there: never write through it
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)

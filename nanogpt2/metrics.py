@@ -29,6 +29,11 @@ def finite(score: float) -> float:
     return score
 
 
+def is_number(value: Any) -> bool:
+    """Return True for a float, and for an int that a float holds exactly; False for a bool."""
+    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
+
+
 # ---- repetition
 
 

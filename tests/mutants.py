@@ -297,13 +297,14 @@ open: the link's old target is final
 
 test_kills.py::test_the_store_loses_nothing
 prune: before the best is marked
-- if state["is_best"]: mark_best(saved) publish(saved, out) prune(saved, keep, best_step)
+- mark_best(best) publish(saved, out) prune(saved, keep, best_step)
 + prune(saved, keep)
 + publish(saved, out)
-+ mark_best(saved) if state["is_best"] else None
++ mark_best(best)
 publish: written over the model in use
-- partial.replace(out / file.name)
-+ shutil.copyfile(partial, out / file.name)
+- (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
++ shutil.copyfile(file, out / file.name)
++ shutil.copyfile(file, partial)
 
 test_kills.py::test_a_lock_keeps_two_trainers_out_and_dies_with_its_holder
 lock: two trainers share it

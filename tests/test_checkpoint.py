@@ -44,10 +44,10 @@ def trained(seed=0, steps=2):
     return trainer
 
 
-def save(folder, step, seed=0):
+def save(folder, step, seed=0, run=""):
     trainer = trained(seed)
     made = trainer.exported(), byte_tokenizer(), trainer.tensors()
-    return store.save_checkpoint(folder, *made, {"step": step})
+    return store.save_checkpoint(folder, *made, {"step": step}, run)
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
@@ -421,6 +421,33 @@ def put_a_file_in_the_way(checkpoints):
         (checkpoints / name).write_text("mine")
 
 
+def put_folders_in_the_way(checkpoints):
+    """With the names of the run's files, but without a manifest."""
+    for name in ("step-6/model.safetensors", "step-5/state.json"):
+        (checkpoints / name).parent.mkdir()
+        (checkpoints / name).write_text("mine")
+
+
+def put_a_file_for_best(checkpoints):
+    (checkpoints / "best").unlink()
+    (checkpoints / "best").write_text("mine")
+
+
+def put_a_folder_for_best(checkpoints):
+    (checkpoints / "best").unlink()
+    (checkpoints / "best").mkdir()
+    (checkpoints / "best/model.safetensors").write_text("mine")
+
+
+def copy_under_other_steps(checkpoints):
+    shutil.copytree(checkpoints / "step-4", checkpoints / "step-40")
+    (checkpoints / "step-5").symlink_to("step-2")
+
+
+def lose_the_links(checkpoints):
+    (checkpoints / "best").unlink()
+
+
 def make_read_only(checkpoints):
     for path in checkpoints.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -428,7 +455,8 @@ def make_read_only(checkpoints):
 
 
 TOUCHES = [touch_by_programs, copy_without_links, point_best_back, copy_a_step, link_a_step]
-TOUCHES += [put_a_file_in_the_way, make_read_only]
+TOUCHES += [put_a_file_in_the_way, put_folders_in_the_way, copy_under_other_steps, lose_the_links]
+TOUCHES += [put_a_file_for_best, put_a_folder_for_best, make_read_only]
 
 
 def put_there(folder):
@@ -539,7 +567,7 @@ STATE = {"step": 4, "best": 1.5, "best_step": 3, "stale": 1, "finished": False, 
 STATE |= {"micro_batch": 4, "figures": {"loss": 1.5, "grad_norm": None, "val_loss": math.nan}}
 WRONG = {
     "step": ["4", 4.0, 3, True, None, -4],
-    "best": [math.nan, "1.5", None, True],
+    "best": [math.nan, "1.5", None, True, 10**400],
     "best_step": [5, -1, "3", None],
     "stale": [-1, "0", 0.5, None],
     "finished": [True, "no", 0, None],

@@ -17,7 +17,7 @@ from nanogpt2.training.snapshot import Snapshot
 
 def settings(tmp_path, **options):
     options = {"data": "pydocs", "init": "demo", "out": str(tmp_path / "out")} | options
-    return TrainConfig(**options, given=tuple(options))
+    return TrainConfig(**({"steps": 10} | options), given=tuple(options))
 
 
 def begun(tmp_path, **options):
@@ -68,13 +68,13 @@ def finished_once(tmp_path_factory):
     folder = begun(place, lora_rank=2)
     for step in (1, 2):
         folder.log({"step": step})
-        save(folder.checkpoints, step)
+        save(folder.checkpoints, step, run=folder.run_id)
         store.settle(folder.path, {"step": step, "is_best": True}, 2)
-    folder.end(after={"val_loss": 1.0})
-    folder.close()
     for name in ("tensorboard/events.out.tfevents.1" + EVENTS, "adapter/adapter_config.json"):
         write(folder.path / name, "")
     write(folder.path / "loss.png", "")
+    folder.end(after={"val_loss": 1.0})
+    folder.close()
     return folder.path
 
 
@@ -137,11 +137,17 @@ def test_what_a_run_would_delete_is_looked_for(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "checkpoints/step-9/model.safetensors"]
+    "name",
+    [
+        *("model.safetensors", "config.json", "manifest.json", "loss.png"),
+        *("adapter/adapter_config.json", "checkpoints/step-9/model.safetensors"),
+        *("checkpoints/step-9/state.json", "checkpoints/step-9", "checkpoints/best"),
+    ],
 )
 def test_a_file_of_ones_own_among_a_runs_files_is_refused(tmp_path, finished, name):
     path = finished / name
-    path.unlink(missing_ok=True)
+    if path.is_symlink() or path.exists():
+        path.unlink()
     write(path)
     before = files(tmp_path)
     with pytest.raises(ValueError, match="move it away"):
@@ -192,6 +198,57 @@ def test_a_run_is_known_without_links_and_without_checkpoints(tmp_path, finished
     RunFolder(finished).check(config)
     shutil.rmtree(finished / "checkpoints")
     RunFolder(finished).check(config)
+
+
+def test_another_runs_checkpoint_is_not_removed(tmp_path, finished):
+    """Moved here by a person, say to compare them."""
+    save(finished / "checkpoints", 7, run="another")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="step-7' is not known to be a run's"):
+        RunFolder(finished).check(settings(tmp_path, overwrite=True))
+    assert files(tmp_path) == before
+
+
+def test_a_best_that_is_a_copy_is_the_runs(tmp_path, finished):
+    """As a run without symlinks writes it, and as cp -rL copies it."""
+    best, step = finished / "checkpoints/best", finished / "checkpoints/step-2"
+    best.unlink()
+    best.mkdir()
+    store.publish(step, best)
+    RunFolder(finished).check(settings(tmp_path, overwrite=True))
+    shutil.rmtree(best)
+    shutil.copytree(step, best)
+    RunFolder(finished).check(settings(tmp_path, overwrite=True))
+
+
+def test_a_folder_called_as_a_part_of_a_run(tmp_path, finished):
+    for name in ("adapter", "checkpoints", "tensorboard"):
+        path = Path(shutil.copytree(finished, tmp_path / name, symlinks=True))
+        config = settings(tmp_path, overwrite=True, out=str(path))
+        RunFolder(path).check(config)
+        (path / "model.safetensors").unlink()
+        write(path / "model.safetensors")
+        with pytest.raises(ValueError, match="move it away"):
+            RunFolder(path).check(config)
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "loss.png", "model.safetensors"])
+def test_a_file_to_be_written_that_is_no_file(tmp_path, kind, name):
+    """A pipe would be waited for, a folder would fail the first save, hours later."""
+    begun(tmp_path)
+    kind(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match=f"{name}' must be a plain file"):
+        RunFolder(tmp_path / "out").check(settings(tmp_path, resume=True))
+
+
+def test_a_link_in_place_of_a_temporary_file_is_not_written_through(tmp_path):
+    begun(tmp_path)
+    write(tmp_path / "precious")
+    (tmp_path / "out/.run.json.tmp").symlink_to(tmp_path / "precious")
+    RunFolder(tmp_path / "out").end(after={"val_loss": 1.0})
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert RunFolder(tmp_path / "out").record()["after"]
 
 
 def test_what_came_after_the_check_is_not_removed(tmp_path):
@@ -334,7 +391,7 @@ def test_files_that_moved_are_held_to_their_digests(tmp_path):
     ("where", "name", "value"),
     [
         *(("config", "seed", 5), ("config", "lr", 0.25), ("config", "schedule", "constant")),
-        *(("config", "steps", None), ("digests", "data", "def"), ("digests", "init", "def")),
+        *(("config", "steps", 5), ("digests", "data", "def"), ("digests", "init", "def")),
     ],
 )
 def test_an_edited_record_does_not_resume(tmp_path, where, name, value):
@@ -368,7 +425,14 @@ def test_a_malformed_record_is_one_line(tmp_path):
     bad = ["{", "[]", "null", "{}", '{"config": []}', "[" * 100_000, "9" * 5000]
     bad += [json.dumps(whole | {key: []}) for key in ("config", "digests", "before")]
     bad += [changed(warmth=3), changed(given=["lr"]), changed(lr="x"), changed(steps=[])]
-    bad += [changed(lr=float("inf")), changed(seed=True), changed(dropout=2)]
+    bad += [json.dumps(whole | {"steps": value}) for value in (None, 5, "x")]
+    bad += [
+        changed(steps=None),
+        changed(steps="x"),
+        changed(lr=float("inf")),
+        changed(seed=True),
+        changed(dropout=2),
+    ]
     for damaged in bad:
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"run\.json'( is damaged|: )"):
@@ -385,6 +449,7 @@ def test_a_malformed_record_is_one_line(tmp_path):
         *({"loss": 1.0}, {}, {"val_loss": None}, {"val_loss": "x"}, {"val_loss": 1.0, "ids": 5}),
         *({"val_loss": 1.0, name: wrong} for name, wrong in (("ids", ["x"]), ("sample", 5))),
         {"val_loss": 1.0, "accuracy": "x"},
+        {"val_loss": 10**400},
     ],
 )
 def test_malformed_figures_of_the_record(figures):
@@ -401,6 +466,16 @@ def test_metrics_are_cut_to_the_step(tmp_path):
     path.write_text(path.read_text() + '{"step": 6, "lo')
     RunFolder(tmp_path / "out").cut_metrics(3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_lines_that_a_person_put_into_the_metrics(tmp_path, capsys):
+    folder, path = begun(tmp_path), tmp_path / "out/metrics.jsonl"
+    path.write_text('note\n{"step": 1}\n\n[5]\n{"step": 2}\n{"step": 3}\n')
+    folder.cut_metrics(2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert not capsys.readouterr().err
+    folder.cut_metrics(4)
+    assert "has 2 lines of 4 steps" in capsys.readouterr().err
 
 
 def test_two_trainers_do_not_share_a_folder(tmp_path):

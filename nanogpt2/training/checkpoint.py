@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt2 import terminal
+from nanogpt2.atomic import whole_file
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import MANIFEST, WEIGHTS, read_manifest
 from nanogpt2.checkpoints.save import save_model
@@ -41,6 +42,7 @@ from nanogpt2.classifier import Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.config.flags import show
 from nanogpt2.filesystem import UNSUPPORTED, open_regular, sync
+from nanogpt2.metrics import is_number
 from nanogpt2.tokenizer import Tokenizer
 from nanogpt2.training.removal import remove_checkpoint, remove_unfinished
 
@@ -66,11 +68,17 @@ def commit(
 
 
 def settle(out: Path, state: dict[str, Any], keep: int) -> None:
-    """Finish a commit: mark the best, publish the model, prune. Repeating it changes nothing."""
+    """Finish a commit: mark the best, publish the model, prune. Repeating it changes nothing.
+
+    Marks the best anew where the link was lost, as in a copy, or replaced.
+    """
     saved = out / "checkpoints" / f"step-{state['step']}"
     best_step = state.get("best_step")
-    if state["is_best"]:
-        mark_best(saved)
+    best = saved if state["is_best"] else saved.with_name(f"step-{best_step}")
+    mark = saved.with_name("best")
+    is_marked = mark.exists() and (mark.is_symlink() or _is_of(mark, run_of(saved)))
+    if state["is_best"] or (best.is_dir() and not is_marked):
+        mark_best(best)
     publish(saved, out)
     prune(saved, keep, best_step)
 
@@ -107,13 +115,26 @@ def save_checkpoint(
 
 def _make_way(final: Path, run: str) -> None:
     """Delete this run's folder where a checkpoint is to come; move anything else aside."""
-    if run_of(final) in (run, None):
+    if _is_of(final, run):
         remove_checkpoint(final)
     if os.path.lexists(final):
-        names = (final.with_name(f"{final.name}.old{number}") for number in itertools.count(1))
-        aside = next(path for path in names if not os.path.lexists(path))
-        final.rename(aside)
-        terminal.note(f"{final} held files of others: moved to {aside.name}")
+        _move_aside(final)
+
+
+def _is_of(path: Path, run: str | None) -> bool:
+    """Return True for a folder of this run, damaged or whole. The run writes a manifest always."""
+    return (path / MANIFEST).exists() and run_of(path) in (run, None)
+
+
+def _move_aside(path: Path) -> None:
+    with suppress(OSError):
+        # empty
+        path.rmdir()
+        return
+    names = (path.with_name(f"{path.name}.old{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    path.rename(aside)
+    terminal.note(f"{path} held files of others: moved to {aside.name}")
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -134,6 +155,8 @@ def latest_checkpoint(folder: Path, run: str | None = None) -> Path | None:
         elif run not in (None, run_of(path)):
             terminal.note(f"{path} is another run's: trying the checkpoint before it")
             whose = "checkpoints damaged or of another run"
+        elif (step := _stated_step(path)) not in (None, _step_of(path)):
+            terminal.note(f"{path} is a copy of step {step}: trying the checkpoint before it")
         else:
             return path
     if found:
@@ -157,6 +180,14 @@ def run_of(path: Path) -> str | None:
         return (read_manifest(path) or {})[STATE].get("run", "")
     except (OSError, ValueError, LookupError):
         return None
+
+
+def _stated_step(path: Path) -> int | None:
+    """Return the step of a checkpoint, whatever its folder is called; None if malformed."""
+    with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
+        step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+        return step if type(step) is int else None
+    return None
 
 
 def is_whole(path: Path) -> bool:
@@ -200,9 +231,6 @@ def check_state(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
     def is_count(value: Any, low: int, high: float = math.inf) -> bool:
         return type(value) is int and low <= value <= high
 
-    def is_number(value: Any) -> bool:
-        return type(value) in (int, float)
-
     allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "step": (f"{number} and <= {steps}", lambda v: is_count(v, number, min(number, steps))),
         "best": ("a number", lambda v: is_number(v) and not math.isnan(v)),
@@ -232,20 +260,15 @@ def publish(path: Path, out: Path) -> None:
     """
     entries = read_manifest(path) or {}
     lasting = {n: e for n, e in entries.items() if n not in (WEIGHTS, STATE, TENSORS)}
-    partial = out / f".{MANIFEST}.tmp"
-    partial.write_text(_manifest_text(lasting), encoding="utf-8")
-    sync(partial)
-    partial.replace(out / MANIFEST)
-    for file in (path / name for name in (*lasting, WEIGHTS)):
-        partial = out / f".{file.name}.tmp"
-        # a killed run may have left a hard link to a checkpoint's file: never write through it
-        partial.unlink(missing_ok=True)
-        # link the large weights; copy the rest: a user may edit it, the checkpoint must not change
-        (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
+    with whole_file(out / MANIFEST, locked=True) as partial:
+        partial.write_text(_manifest_text(lasting), encoding="utf-8")
         sync(partial)
-        partial.replace(out / file.name)
-        # replace() does nothing if both names already link to one file
-        partial.unlink(missing_ok=True)
+    for file in (path / name for name in (*lasting, WEIGHTS)):
+        with whole_file(out / file.name, locked=True) as partial:
+            # link the large weights; copy the rest: a user may edit it, the checkpoint must not
+            # change
+            (_link if file.name == WEIGHTS else shutil.copyfile)(file, partial)
+            sync(partial)
     sync(out)
 
 
@@ -261,11 +284,16 @@ def mark_best(path: Path) -> None:
     """Point the symlink `best`, beside a checkpoint, at that checkpoint, atomically.
 
     Where `best` is a folder, as in a copy of a run without links, or on a file system without
-    symlinks, it gets the checkpoint's model.
+    symlinks, it gets the checkpoint's model. A file or folder of others is moved aside.
     """
     best, partial = path.parent / "best", path.parent / "best.tmp"
+    if os.path.lexists(best) and not best.is_symlink() and not _is_of(best, run_of(path)):
+        _move_aside(best)
     if best.is_dir() and not best.is_symlink():
         publish(path, best)
+        # those of the copied checkpoint
+        for name in (STATE, TENSORS):
+            (best / name).unlink(missing_ok=True)
         return
     partial.unlink(missing_ok=True)
     try:

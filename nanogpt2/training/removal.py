@@ -54,7 +54,8 @@ def remove_unfinished(folder: Path) -> None:
 
 def _is_of_checkpoint(name: str) -> bool:
     # save_model writes .NAME.RANDOM.tmp first
-    return name in CHECKPOINT_FILES or (name.startswith(".") and name.endswith(".tmp"))
+    unfinished = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", name)
+    return (unfinished[1] if unfinished else name) in CHECKPOINT_FILES
 
 
 def _remove(folder: Path, is_made: Callable[[str], bool]) -> None:

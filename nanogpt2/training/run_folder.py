@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanogpt2 import terminal
+from nanogpt2.atomic import whole_file
 from nanogpt2.config import TrainConfig
 from nanogpt2.filesystem import lock, open_regular, sync
 from nanogpt2.training.removal import CHECKPOINT_FILES, MODEL_FILES, remove_checkpoint
@@ -52,6 +53,8 @@ FREE_ON_RESUME = {
 }
 # schedules whose rate does not fall, or falls at the end only: --resume may raise --steps
 EXTENDED = ("constant", "wsd")
+# how JSON of another form fails
+MALFORMED = (AttributeError, ValueError, TypeError, LookupError, RecursionError)
 # files that may have moved: --resume compares their SHA-256
 BY_DIGEST = {"validation", "init"}
 
@@ -90,6 +93,10 @@ class RunFolder:
         if config.resume:
             if not (self.path / "run.json").exists():
                 raise ValueError(f"{where} holds no run to --resume")
+            for file in (self.path / name for name in RUN_FILES[:-1]):
+                # a pipe would be waited for, a folder would fail the first save
+                if file.exists() and not file.is_file():
+                    raise ValueError(f"{str(file)!r} must be a plain file")
             return self._as_recorded(config)
         if config.overwrite and self._contains(config.init):
             raise ValueError(f"{where} holds the --init model, which --overwrite would remove")
@@ -136,29 +143,44 @@ class RunFolder:
         with suppress(TypeError, ValueError):
             saved = {(name, sha256) for name, sha256 in record.get("saved", [])}
         for step in self._steps():
-            with suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
-                manifest = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
-                saved |= {(name, entry["sha256"]) for name, entry in manifest.items()}
+            if self._run_of(step) == record.get("run"):
+                saved |= _stated(step / "manifest.json")
         return saved
+
+    def _run_of(self, step: Path) -> str | None:
+        """Return the run's id that a checkpoint states; None where it states none."""
+        with suppress(OSError, *MALFORMED):
+            manifest = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
+            return manifest["state.json"].get("run")
+        return None
 
     def _is_own(self, path: Path, record: Mapping[str, Any], saved: set[tuple[str, str]]) -> bool:
         """Return True for a file or folder that the recorded run has made."""
-        folder, name = path.parent, path.name
-        if path == self.checkpoints / "best" and path.is_symlink():
-            return re.fullmatch("step-[0-9]+", str(path.readlink())) is not None
-        if folder == self.checkpoints and path.is_dir() and not path.is_symlink():
-            # other files in it stay: remove_checkpoint
-            made = [file for file in path.iterdir() if file.name in CHECKPOINT_FILES]
-            return (path / "state.json") in made and all(map(_is_plain, made))
-        if not _is_plain(path):
+        if path.parent != self.checkpoints:
+            is_log = path.name in ("run.json", "metrics.jsonl") and _is_plain(path)
+            return is_log or self._is_known(path, saved)
+        if path.is_symlink():
+            to_step = re.fullmatch("step-[0-9]+", str(path.readlink()))
+            return path.name == "best" and to_step is not None
+        if not path.is_dir():
             return False
-        if folder.name == "adapter":
-            return bool(record["config"].get("lora_rank")) and not folder.is_symlink()
-        if name == "manifest.json" or name not in MODEL_FILES:
-            return True
-        copies = (step / name for step in self._steps())
+        # other files in it stay: remove_checkpoint
+        made = [file for file in path.iterdir() if file.name in CHECKPOINT_FILES]
+        if path.name == "best":
+            # a copy, where links are lacking
+            return all(self._is_known(file, saved) for file in made)
+        return self._run_of(path) == record.get("run") and all(map(_is_plain, made))
+
+    def _is_known(self, path: Path, saved: set[tuple[str, str]]) -> bool:
+        """Return True for a file with the content that the run gave it."""
+        if not _is_plain(path) or (path.parent.is_symlink() and path.parent != self.path):
+            return False
+        if path.name == "manifest.json":
+            stated = _stated(path)
+            return bool(stated) and stated <= saved
+        copies = (step / path.name for step in self._steps())
         linked = any(copy.exists() and path.samefile(copy) for copy in copies)
-        return linked or (name, _sha256(path)) in saved
+        return linked or (path.name, _sha256(path)) in saved
 
     def _contains(self, init: str) -> bool:
         model, out = Path(init).resolve(), self.path.resolve()
@@ -206,12 +228,14 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """Return run.json's contents. Raises ValueError for a damaged file."""
         path = self.path / "run.json"
-        with suppress(ValueError, TypeError, LookupError, RecursionError):
+        with suppress(*MALFORMED):
             with open_regular(path) as file:
                 record = json.loads(file.read().decode("utf-8"))
             parts = record["config"], record["digests"], record["before"]
             is_valid = all(isinstance(part, dict) for part in parts)
-            if is_valid and record["before"] and isinstance(record.get("run", ""), str):
+            is_valid &= isinstance(record.get("run", ""), str)
+            is_valid &= isinstance(record.get("steps", []), list)
+            if is_valid and record["before"] and type(record["config"]["steps"]) is int:
                 return record
         raise ValueError(f"{str(path)!r} is damaged")
 
@@ -315,7 +339,7 @@ class RunFolder:
         path, rows = self.path / "metrics.jsonl", []
         if path.is_file():
             for line in path.read_bytes().decode("utf-8", "replace").splitlines():
-                with suppress(AttributeError, ValueError, TypeError, LookupError, RecursionError):
+                with suppress(*MALFORMED):
                     row = json.loads(line)
                     # the first finite val_loss is the best so far, which is saved
                     best = math.isfinite(row.get("val_loss", math.inf))
@@ -359,9 +383,12 @@ class RunFolder:
 
     def end(self, after: dict[str, Any]) -> None:
         """Record that the run is finished, so --resume has nothing to do, and the model's files."""
+        record = self.record()
         # so that --overwrite knows the model where the checkpoints were deleted
-        saved = sorted(pair for pair in self._saved({}) if pair[0] in MODEL_FILES)
-        record = self.record() | {"after": after, "saved": saved}
+        saved = {pair for pair in self._saved({"run": self.run_id}) if pair[0] in MODEL_FILES}
+        last = [self.path / "loss.png", *(self.path / "adapter" / name for name in ADAPTER_FILES)]
+        saved |= {(path.name, _sha256(path)) for path in last if _is_plain(path)}
+        record |= {"after": after, "saved": sorted(saved)}
         self._replace("run.json", json.dumps(record, indent=2))
 
     def log(self, figures: dict[str, Any]) -> None:
@@ -388,21 +415,33 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not (self.writes and path.exists()):
             return
+        kept = []
         # a kill may cut a line within a character
-        kept = path.read_bytes().decode("utf-8", "replace").splitlines()[:step]
-        self._replace("metrics.jsonl", "".join(line + "\n" for line in kept))
+        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+            with suppress(*MALFORMED):
+                kept += [line + "\n"] if 1 <= json.loads(line)["step"] <= step else []
+        if len(kept) != step:
+            terminal.note(f"{path} has {len(kept)} lines of {step} steps: was it edited?")
+        self._replace("metrics.jsonl", "".join(kept))
 
     def _replace(self, name: str, text: str) -> None:
         """Replace a file atomically: a reader finds the old text or the new text, complete."""
-        partial = self.path / f".{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        sync(partial)
-        partial.replace(self.path / name)
+        with whole_file(self.path / name, locked=True) as partial:
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
         sync(self.path)
 
 
 def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
+
+
+def _stated(manifest: Path) -> set[tuple[str, str]]:
+    """Return (name, SHA-256) of the files that a manifest states; nothing if it is damaged."""
+    with suppress(OSError, *MALFORMED):
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        return {(name, entry["sha256"]) for name, entry in entries.items()}
+    return set()
 
 
 def _sha256(path: Path) -> str:

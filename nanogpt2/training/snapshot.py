@@ -13,6 +13,7 @@ import torch
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import SENSIBLE_SAMPLING
 from nanogpt2.generation import generate
+from nanogpt2.metrics import is_number
 from nanogpt2.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 60
@@ -36,7 +37,7 @@ class Snapshot:
         except TypeError:
             raise ValueError("run.json is damaged: unknown figures in before") from None
         scores = [score for score in (found.accuracy, found.macro_f1) if score is not None]
-        numbers = all(type(number) in (int, float) for number in (found.val_loss, *scores))
+        numbers = all(map(is_number, (found.val_loss, *scores)))
         ids = isinstance(found.ids, list | tuple) and all(type(i) is int for i in found.ids)
         if not (numbers and ids and isinstance(found.sample, str)):
             raise ValueError("run.json is damaged: wrong figures in before")
