@@ -49,8 +49,11 @@ def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
     if "instruction" in values:
         answer = "output" if "output" in values or "response" not in values else "response"
         # an instruction needs no input
-        names = [name for name in ("input", "context") if name in values]
-        more = [name for name in names if str(record.value(name) or "").strip()]
+        more = [
+            name
+            for name in ("input", "context")
+            if name in values and str(record.value(name) or "").strip()
+        ]
         question = "\n".join(record.text(name).strip() for name in ("instruction", *more))
         turn = [("user", question), ("assistant", record.text(answer))]
         messages = [{"role": role, "content": content} for role, content in turn]
@@ -110,9 +113,10 @@ def _message(where: str, message: Any) -> Record:
         if ours not in values and theirs in values:
             values[ours] = values.pop(theirs)
     parts = values.get("content")
-    texts = [p.get("text") for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
-    if texts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-        values["content"] = "".join(texts)
+    if isinstance(parts, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
+    ):
+        values["content"] = "".join(part["text"] for part in parts)
     return Record(where, values)
 
 
