@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt2 import ops
+from nanogpt2.devices import as_usual
 from nanogpt2.model import GPT
 
 
@@ -64,21 +65,24 @@ class GPTClassifier(nn.Module):
     def classify(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Return the labels' probabilities for texts of token ids: float32 (B, L).
 
-        Dropout is off meanwhile. Of a text longer than block_size only the start counts. Raises
-        ValueError for a text without a token.
+        Dropout and autocast are off meanwhile. Of a text longer than block_size only the start
+        counts. Raises ValueError for a text without a token.
         """
         if not all(texts):
             raise ValueError("a text must have a token to be classified")
-        lengths = torch.tensor([min(len(text), self.config.block_size) for text in texts])  # (B,)
-        idx = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)  # (B, T)
-        for row, text, length in zip(idx, texts, lengths, strict=True):
-            row[:length] = torch.tensor(text[:length])
-        was_training = self.training
-        self.eval()
-        x = self.transformer.hidden_states(idx.to(self.score.weight.device))  # (B, T, C)
-        self.train(was_training)
-        last = x[torch.arange(len(texts)), lengths - 1]  # (B, C)
-        return ops.softmax(self.score(last).float(), self.kernels)
+        device = self.score.weight.device
+        longest = self.config.block_size
+        with as_usual(device):
+            lengths = torch.tensor([min(len(text), longest) for text in texts])  # (B,)
+            idx = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)  # (B, T)
+            for row, text, length in zip(idx, texts, lengths, strict=True):
+                row[:length] = torch.tensor(text[:length])
+            was_training = self.training
+            self.eval()
+            x = self.transformer.hidden_states(idx.to(device))  # (B, T, C)
+            self.train(was_training)
+            last = x[torch.arange(len(texts)), lengths - 1]  # (B, C)
+            return ops.softmax(self.score(last).float(), self.kernels)
 
 
 Model = GPT | GPTClassifier

@@ -1,4 +1,7 @@
-"""The devices of this machine: their names and their memory."""
+"""The devices of this machine: their names and their memory, and torch's settings for them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -23,3 +26,19 @@ def memory_of(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return total_memory()
+
+
+@contextmanager
+def as_usual(device: torch.device | str) -> Iterator[None]:
+    """Keep out the caller's autocast, default dtype and default device; restore them afterwards.
+
+    device: the model's.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(torch.device(device).type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield

@@ -12,9 +12,13 @@ from reference import hf_model, prompts, their_output, twins
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from nanogpt2.checkpoints.load import load_generator, load_model
-from nanogpt2.config import GenerationConfig
+from nanogpt2.checkpoints.load import load_classifier, load_generator, load_model
+from nanogpt2.checkpoints.save import save_model
+from nanogpt2.classifier import GPTClassifier
+from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import byte_tokenizer
 
 SAMPLED = {"do_sample": True, "seed": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
 WAYS = {
@@ -30,6 +34,7 @@ WAYS = {
     "lookup": {"prompt_lookup_num_tokens": 3},
 }
 IDS = torch.tensor([[1, 2, 3, 4, 2, 3]])
+BYTES = byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,32 @@ def test_the_callers_settings_change_no_token_and_stay(folder, way, load):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+def test_the_callers_settings_change_no_model_and_no_text(tmp_path, setting):
+    torch.manual_seed(2)
+    shape = GPTConfig(257, 16, 1, 2, 8, bos_token_id=256, eos_token_id=256)
+    save_model(GPTClassifier(GPT(shape), ("a", "b")), tmp_path / "classifier", BYTES)
+    save_model(GPT(shape), tmp_path / "0", BYTES)
+
+    def results(number):
+        model = load_model(tmp_path / str(number))
+        classifier = load_classifier(tmp_path / "classifier")
+        save_model(model, tmp_path / str(number + 1), BYTES)
+        narrow = load_generator(tmp_path / "0", quantize="int8")
+        return (
+            classifier.classify([[1, 2], [3]]),
+            generate(model, ["ab", "c"], tokenizer=BYTES, max_new_tokens=4).sequences,
+            generate(narrow, "ab", tokenizer=BYTES, max_new_tokens=4).sequences,
+            *model.state_dict().values(),
+        )
+
+    expected = results(0)
+    with SETTINGS[setting]():
+        found = results(1)
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.dtype == right.dtype and torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_the_callers_settings_stay_after_an_error(models, setting):
     def broken(ids, scores):
         raise KeyError("mine")
@@ -132,6 +163,10 @@ def test_the_callers_settings_stay_after_an_error(models, setting):
             {},
         ),
         ({"top_p": None, "repetition_penalty": None, "length_penalty": None, "seed": None}, {}),
+        ({"logits_processor": None, "stopping_criteria": None, "guidance_scale": None}, {}),
+        ({"use_cache": True, "return_dict_in_generate": True, "output_attentions": False}, {}),
+        ({"attention_mask": [[1] * 6]}, {"attention_mask": torch.ones(1, 6)}),
+        ({"attention_mask": np.ones((1, 6))}, {"attention_mask": torch.ones(1, 6)}),
     ],
     ids=str,
 )
@@ -270,6 +305,11 @@ def test_a_configuration_of_what_does_not_exist_here_is_refused(models):
         generate(models[0], IDS, generation_config=theirs)
     with pytest.raises(TypeError, match="max_new_token"):
         generate(models[0], IDS, generation_config={"max_new_token": 3})
+    with pytest.raises(ValueError, match="guidance_scale must be left out"):
+        generate(models[0], IDS, guidance_scale=1.5)
+    for other in (5, "greedy", [("max_new_tokens", 3)]):
+        with pytest.raises(TypeError, match="generation_config must have options"):
+            generate(models[0], IDS, generation_config=other)
 
 
 def test_padding_on_the_right_is_said(models):

@@ -1,5 +1,6 @@
 """sample.py on inputs that went wrong in trials, and on others of their kinds."""
 
+import io
 import json
 import os
 import pty
@@ -14,7 +15,10 @@ from reference import ROOT
 
 import sample
 from nanogpt2.checkpoints.save import save_model
+from nanogpt2.cli.output import Output
+from nanogpt2.cli.prompts import read_prompts
 from nanogpt2.config import GPTConfig, SampleConfig, parse
+from nanogpt2.filesystem import lock
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 
@@ -75,7 +79,7 @@ def test_equal_prompts_draw_differently(folder, capsys):
     assert len({str(r["token_ids"]) for r in records(capsys.readouterr().out)}) == 32
 
 
-@pytest.mark.parametrize("end", ["\r\n", "\n", ""])
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r", ""])
 def test_line_ends_of_a_prompt_file(folder, capsys, tmp_path, end):
     path = tmp_path / "prompt.txt"
     path.write_bytes(f"My fellow{end}citizens{end}".encode())
@@ -84,6 +88,32 @@ def test_line_ends_of_a_prompt_file(folder, capsys, tmp_path, end):
     assert records(capsys.readouterr().out)[0]["prompt"] == f"My fellow{line_end}citizens"
     run(folder, "--prompt_file", CASES / "crlf.txt", "--json")
     assert records(capsys.readouterr().out)[0]["prompt"] == "My fellow citizens"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.ndjson", '{"prompt": "a", "id": 7}\n\n{"prompt": "b"}\n'),
+        ("a.json", '[{"prompt": "a", "id": 7}, " ", "b"]'),
+        ("a.jsonl", '\ufeff\n[\n  {\n "prompt": "a", "id": 7\n },\n " ",\n "b"\n]\n'),
+        ("-", '[{"prompt": "a", "id": 7}, " ", "b"]\n'),
+    ],
+)
+def test_prompts_in_every_form_of_json(folder, capsys, monkeypatch, tmp_path, name, data):
+    monkeypatch.chdir(tmp_path)
+    if name == "-":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data.encode())))
+    else:
+        Path(name).write_text(data)
+    run(folder, "--prompts", name, "--in_order")
+    found = records(capsys.readouterr().out)
+    assert [(r["line"], r["prompt"], r.get("id")) for r in found] == [(1, "a", 7), (3, "b", None)]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.parquet", "a.jsonl.gz", "a.txt.zst"])
+def test_a_file_whose_lines_are_no_prompts_is_refused(folder, capsys, tmp_path, name):
+    (tmp_path / name).write_text("prompt,id\na,1\n")
+    assert "a prompt a line" in refused(capsys, folder, "--prompts", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -237,12 +267,53 @@ def test_nothing_of_the_users_is_written_over(folder, capsys, tmp_path, file):
     # a path that only the attempt shows to be wrong
     long = tmp_path / ("x" * 250)
     assert "File name too long" in refused(capsys, folder, *argv, "--output", long)
+    assert "File name too long" in refused(
+        capsys, folder, *argv, "--output", tmp_path / ("x" * 300)
+    )
+    for name in ("/", ".", "a\0b"):
+        assert "--output must be a file" in refused(capsys, folder, *argv, "--output", name)
+    # the settings' file of the run would be another's
+    for name in ("link", "own"):
+        (tmp_path / f"{name}.run.json").symlink_to(tmp_path / "absent")
+    (tmp_path / "own.run.json").unlink()
+    for content in ("[1]", '{"mine": 1}', "mine"):
+        (tmp_path / "own.run.json").write_text(content)
+        assert "own.run.json" in refused(capsys, folder, *argv, "--output", tmp_path / "own")
+        assert (tmp_path / "own.run.json").read_text() == content
+    (tmp_path / "own.run.json").unlink()
+    (tmp_path / "link").unlink()
+    assert "link.run.json" in refused(capsys, folder, *argv, "--output", tmp_path / "link")
+    (tmp_path / "link.run.json").unlink()
     # options that cannot run leave no file
     new = tmp_path / "new.jsonl"
     refused(capsys, folder, *argv, "--output", new, "--eos_token_id", 999)
     bans = json.dumps([*range(257)])
     refused(capsys, folder, *argv, "--output", new, "--do_sample", "--suppress_tokens", bans)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "mine.jsonl", "prompts.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.jsonl", "prompts.txt"]
+
+
+def test_a_second_run_does_not_write_to_the_same_file(folder, capsys, tmp_path, file):
+    out = tmp_path / "out.jsonl"
+    argv = ["--prompts", file, "--output", out]
+    run(folder, *argv, "--seed", 3)
+    whole = out.read_bytes()
+    out.write_bytes(whole[: len(whole) // 2])
+    with lock(tmp_path / "out.jsonl.run.json"):
+        assert "another run writes" in refused(capsys, folder, *argv, "--resume")
+    assert out.read_bytes() == whole[: len(whole) // 2]
+    config = parse(
+        SampleConfig, ["--model", folder, "--max_new_tokens", "5", "--resume", *map(str, argv)]
+    )
+    late = Output(config, read_prompts(str(file), False)[0])
+    # the other run ends after this one has read the file
+    out.write_bytes(whole)
+    with pytest.raises(ValueError, match="another run writes"), late:
+        pass
+    assert out.read_bytes() == whole
+    # without its texts, the settings of a run are written anew
+    out.unlink()
+    run(folder, *argv, "--seed", 3)
+    assert out.read_bytes() == whole
 
 
 # ---- prompts

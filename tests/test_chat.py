@@ -79,6 +79,24 @@ def test_calls_of_tools_and_their_results_are_left_out():
     assert cut(messages=said)[1] == (" One moment.\n", True)
 
 
+@pytest.mark.parametrize("text", [None, 5, {"value": "hi"}, ["hi"]])
+def test_parts_of_a_message_must_be_texts(text):
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": text}]
+    with pytest.raises(RecordError, match="message 1: 'content' must be text"):
+        cut(messages=[{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}])
+
+
+def test_a_time_that_python_cannot_express_within_a_message():
+    class Values(dict):
+        def __getitem__(self, name):
+            raise ValueError("nanoseconds")
+
+    for name in ("messages", "prompt", "instruction"):
+        record = Record("row 3", Values({name: [], "completion": "a", "output": "a"}))
+        with pytest.raises(RecordError, match=f"row 3: '{name}' cannot be read: nanoseconds"):
+            segments(record)
+
+
 def test_an_empty_prompt_and_a_written_end():
     assert cut(prompt="", completion="b") == [("", False), ("b", True)]
     for end in ("<|endoftext|>", " <|endoftext|>\n", "<|endoftext|><|endoftext|>"):

@@ -211,6 +211,10 @@ def test_label_folders(capsys, folder, tmp_path):
     order = sorted(range(5), key=lambda i: (TRUE[i], i))
     out, err = run(capsys, folder, "--prompts", str(tmp_path / "mails"))
     checked(out, err, folder, [TEXTS[i] for i in order], [TRUE[i] for i in order])
+    (tmp_path / "mails" / "ham" / "x.txt").write_bytes(b"na\xefve")
+    argv = ["--prompts", str(tmp_path / "mails")]
+    assert "cp1252" in wrong(capsys, 2, *argv, "--model", str(folder), "--classify")
+    assert run(capsys, folder, *argv, "--skip_bad")[0] == out
 
 
 def test_standard_input_holds_lines_or_records(capsys, folder, tmp_path, monkeypatch):
@@ -220,6 +224,7 @@ def test_standard_input_holds_lines_or_records(capsys, folder, tmp_path, monkeyp
 
     write_rows(tmp_path / "a.jsonl", rows())
     checked(*piped((tmp_path / "a.jsonl").read_bytes()), folder)
+    checked(*piped(json.dumps(rows(), indent=1).encode()), folder)
     for data in (b'{"a\n\n[b\n', b'"{\\"a"\n"[b"\n'):
         out, err = piped(data)
         assert [json.loads(line)["text"] for line in out.splitlines()] == ['{"a', "[b"] and not err

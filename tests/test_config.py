@@ -455,3 +455,8 @@ def test_presets_are_the_releases():
     }
     with pytest.raises(ValueError, match="n_embd"):
         GPTConfig(n_embd=10, n_head=3)
+
+
+@pytest.mark.parametrize("word", ["hi", "in", "up", "it", "as", "-", "-x", "你i"])
+def test_a_prompt_of_two_letters_is_no_flag(word):
+    assert parse(SampleConfig, [word]).prompt == word

@@ -215,6 +215,24 @@ def test_settings_beside_texts_are_skipped_and_said(here):
         load_corpus("data/settings.json", BYTES)
 
 
+def test_empty_files_of_every_kind_are_said(here):
+    (here / "data").mkdir()
+    (here / "data/a.txt").write_text("a text " * 20)
+    kinds = ("txt", "jsonl", "json", "csv", "tsv", "parquet")
+    for kind in kinds:
+        (here / f"data/empty.{kind}").touch()
+    (reading,) = load_corpus("data", BYTES).readings
+    assert reading.records == 1 and reading.skipped["empty"].count == len(kinds)
+
+
+def test_a_written_end_of_text_in_a_conversation_is_the_token(here):
+    turn = {"prompt": "<|endoftext|>a", "completion": "b<|endoftext|>c<|endoftext|>"}
+    write(here / "a.jsonl", turn, turn)
+    inputs, targets = load_corpus("a.jsonl", BYTES, "chat").train.example(0, 99)
+    assert inputs.tolist() == [256, *b"ab", 256, *b"c"]
+    assert targets.tolist() == [-100, *b"b", 256, *b"c", 256]
+
+
 def test_the_runs_own_folder_is_no_data(here):
     (here / "data/out").mkdir(parents=True)
     (here / "data/a.txt").write_text("a text " * 20)

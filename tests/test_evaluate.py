@@ -176,6 +176,12 @@ def test_records_are_texts_as_for_training(capsys, models, tmp_path):
     argv = [str(tmp_path / "d.csv"), "--model", folder]
     assert "byte 0xef at offset 7; --encoding cp1252" in refused(capsys, *argv)
     assert run_json(capsys, *argv, "--encoding", "cp1252")["tokens"] == 5
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text("one one<|endoftext|>two")
+    (tmp_path / "d/b.txt").write_bytes("na\xefve".encode("latin-1"))
+    argv = [str(tmp_path / "d"), "--model", folder]
+    assert "b.txt' is not UTF-8" in refused(capsys, *argv)
+    assert run_json(capsys, *argv, "--skip_bad") == expected | {"file": argv[0]}
 
 
 def test_a_perplexity_beyond_the_floats_is_null(capsys, models, tmp_path):

@@ -138,7 +138,19 @@ def test_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9")))
     (file,) = find_files("-", stdin_format=".jsonl")
     assert file.format == ".jsonl"
-    for data, kind in ((b'\n{"text": "a"}\n', ".jsonl"), (b'{"te', ".txt"), (b"{a}\nb", ".txt")):
+    for data, kind in (
+        (b'\n{"text": "a"}\n', ".jsonl"),
+        (b'\xef\xbb\xbf{"text": "a"}\n', ".jsonl"),
+        ('{"text": "a"}\r\n'.encode("utf-16"), ".jsonl"),
+        (b'[{"text": "a"}, 5]', ".jsonl"),
+        (b'\n[\n {\n  "text": "a"\n }\n]\n', ".jsonl"),
+        (b'{"te', ".txt"),
+        (b"{a}\nb", ".txt"),
+        (b"[1] a\n[2] b", ".txt"),
+        (b"[1, 2]", ".txt"),
+        (b"caf\xe9", ".txt"),
+        (b"", ".txt"),
+    ):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert find_files("-")[0].format == kind
     # standard input can be read twice

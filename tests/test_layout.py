@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "chunked_loss": ["config"],
     "ops": ["config", "kernels", "chunked_loss"],
     "model": ["config", "ops", "kv_cache"],
-    "classifier": ["ops", "model"],
+    "classifier": ["devices", "ops", "model"],
     "cpu": ["config", "model", "ops", "kv_cache", "chunked_loss", "classifier", "cpu"],
     "checkpoints": [
         "atomic",

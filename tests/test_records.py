@@ -175,6 +175,18 @@ def test_any_delimiter_and_any_line_end(delimiter, ends, suffix):
     ]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("line", ["sep={}\r\n", '"sep={}"\n', "\n\nSEP={}\n\n"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_line_that_states_the_delimiter_is_no_record(delimiter, line, suffix):
+    data = line.format(delimiter) + f"my, text{delimiter}label\nyes; no, x{delimiter}ham\n"
+    if delimiter in ";,":
+        data = data.replace("my, text", '"my, text"').replace("yes; no, x", '"yes; no, x"')
+    (record,) = read(data, suffix)
+    assert record.values == {"my, text": "yes; no, x", "label": "ham"}
+    assert record.where.endswith(f"line {len(line.splitlines()) + 2}")
+
+
 def test_a_column_alone_may_hold_other_delimiters():
     assert values('text\n"a;b, c"\n', ".csv") == [{"text": "a;b, c"}]
     assert values("text\na;b, c\n", ".tsv") == [{"text": "a;b, c"}]
@@ -237,7 +249,8 @@ def test_parquet(tmp_path):
     records = read(path.read_bytes(), ".parquet")
     assert [r.values for r in records] == rows
     assert records[4].where == "'data.parquet' row 5"
-    for damaged in (b"", b"no parquet", path.read_bytes()[:-9]):
+    assert read(b"", ".parquet") == []
+    for damaged in (b"no parquet", path.read_bytes()[:-9]):
         with pytest.raises(ValueError, match=r"'data.parquet' is not a Parquet file"):
             read(damaged, ".parquet")
 
@@ -280,7 +293,8 @@ def test_parquet_without_its_library_says_what_to_install(monkeypatch):
 
 def test_columns():
     record = Record(
-        "'x.csv' line 7", {"text": "a", "n": 5, "blank": " \n", "nan": math.nan, "l": " b "}
+        "'x.csv' line 7",
+        {"text": "a", "n": 5, "blank": " \n", "nan": math.nan, "l": " b ", "half": "a\ud83d"},
     )
     assert record.text("text") == "a" and record.label("n") == "5" and record.label("l") == "b"
     labels = {"a": True, "b": False, "c": 1.5, "d": -2, "e": Decimal("1.0")}
@@ -290,6 +304,8 @@ def test_columns():
         (record.text, "body", "line 7 has no column 'body'; columns found: 'text', 'n', 'blank'"),
         (record.text, "n", "line 7: 'n' must be text, not '5'"),
         (record.text, "blank", "line 7: 'blank' is empty"),
+        (record.text, "half", r"line 7: 'half' has \\ud83d, half a surrogate pair"),
+        (record.label, "half", "half a surrogate pair"),
         (record.label, "blank", "line 7: 'blank' is empty"),
         (record.label, "nan", "must be text, a number, true or false, not 'nan'"),
     ):

@@ -14,6 +14,7 @@ from nanogpt2.training.report import (
     Snapshot,
     TensorBoard,
     final_report,
+    finish,
     plot_losses,
     read_metrics,
     smooth,
@@ -212,3 +213,15 @@ def test_a_report_of_few_and_huge_figures():
     assert "inf" in text and "4.85e+08" in text
     # a single evaluation is no curve
     assert "▁" not in text
+
+
+def test_the_report_shows_control_characters(tmp_path, capsys):
+    """Those of a sample, which an untrained byte model writes, and of the folder's name."""
+    folder = tmp_path / "o\x1b[31m"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "val_loss": 2.0}\n')
+    samples = [Snapshot(2.0, sample=f"a\n\tb\x1b]0;{i}\x07\x9b") for i in range(2)]
+    finish(folder, *samples, 2.0, "lm")
+    out, _ = capsys.readouterr()
+    assert "a\n\tb\\x1b]0;1\\x07\\x9b" in out and "o\\x1b[31m" in out
+    assert not set(out) & set("\x1b\x07\x9b")

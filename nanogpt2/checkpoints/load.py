@@ -35,7 +35,7 @@ from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.cpu.inference_model import InferenceGPT, check_scheme
 from nanogpt2.cpu.prepacked import runs_prepacked
-from nanogpt2.devices import memory_of
+from nanogpt2.devices import as_usual, memory_of
 from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
@@ -128,7 +128,7 @@ class Checkpoint:
             raise ValueError(f"{str(self.name)!r} is no classifier: it has no tensor {SCORE}")
         if self._is_narrow():
             raise ValueError(f"{str(self.name)!r} is int8, which a classifier cannot be")
-        with memory_for(self.config, device, getattr(torch, dtype)):
+        with as_usual(device), memory_for(self.config, device, getattr(torch, dtype)):
             with torch.device("meta"), Undrawn():
                 model = GPTClassifier(self._empty(dropout), self.labels)
             model.use_kernels(kernels, device)
@@ -172,7 +172,7 @@ class Checkpoint:
                 f"{str(self.name)!r} is a classifier, which writes no texts: --classify, "
                 "--task classify"
             )
-        with memory_for(self.config, device, wanted):
+        with as_usual(device), memory_for(self.config, device, wanted):
             with torch.device("meta"), Undrawn():
                 model = self._empty(dropout)
             model.use_kernels(kernels, device)

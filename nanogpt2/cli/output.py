@@ -2,13 +2,14 @@
 
 Beside the file FILE stands FILE.run.json with the settings of its run, the seed among them. A rerun
 with --resume must have the same settings. It cuts a half-written last record, and the records of
-the last prompt where some are missing, and writes the others. This file does not know how texts are
-made.
+the last prompt where some are missing, and writes the others. Only one run writes at a time. This
+file does not know how texts are made.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
 from nanogpt2.config import SampleConfig
 from nanogpt2.config.flags import show
+from nanogpt2.filesystem import lock
 
 # flags that a rerun may change: no text depends on them, and each record holds its prompt
 FREE = ("prompt", "prompts", "batch_size", "skip_bad", "in_order", "output", "resume", "json")
@@ -42,24 +44,36 @@ class Output:
         self.seed = config.generation.seed
         self._path = None if config.output is None else Path(config.output)
         self._config, self._size = config, 0
+        self._before = 0  # bytes, when it was read
         self._file: FileIO | None = None
+        self._open_files = ExitStack()
         if self._path is not None:
-            self._open(self._path, prompts)
+            try:
+                self._open(self._path, prompts)
+            except OSError as error:
+                raise ValueError(f"output: {error.strerror}: {str(error.filename)!r}") from None
         if self.seed is None:
             self.seed = int.from_bytes(os.urandom(7))
 
     def _open(self, path: Path, prompts: Mapping[int, Prompt]) -> None:
+        name = self._config.output or ""
+        if not path.name or "\0" in name:
+            raise ValueError(f"output must be a file, not {show(name)}")
         self._run = path.with_name(f"{path.name}.run.json")
-        name = self._config.output
         if self._config.resume:
             if not (path.is_file() and self._run.is_file()):
                 raise ValueError(f"output: no run to resume: {name!r} or its .run.json is missing")
             self._compare(_json(self._run, self._run.read_bytes()))
             self._read(path, prompts, self._config.generation.num_return_sequences)
+            self._before = path.stat().st_size
         elif path.exists() or path.is_symlink():
             raise ValueError(f"output must be a new file, or --resume given: {name!r} exists")
         elif not path.parent.is_dir():
             raise ValueError(f"output must be in a folder: {str(path.parent)!r} is not a folder")
+        elif self._run.is_symlink() or (
+            self._run.exists() and "weights" not in _json(self._run, self._run.read_bytes())
+        ):
+            raise ValueError(f"output must be another file: {str(self._run)!r} is not of a run")
 
     def _compare(self, before: dict[str, Any]) -> None:
         """Take over the seed of the run; raise ValueError for other settings."""
@@ -121,14 +135,22 @@ class Output:
         if self._config.resume:
             terminal.note(f"note: {len(self.done)} prompts are done already")
         try:
-            if not self._config.resume:
-                with whole_file(self._run) as partial:
-                    partial.write_text(json.dumps(self._settings(), indent=2) + "\n")
-            self._file = FileIO(self._path, "r+" if self._config.resume else "x")
-            self._file.truncate(self._size)
+            with ExitStack() as stack:
+                if not self._config.resume:
+                    with whole_file(self._run) as partial:
+                        partial.write_text(json.dumps(self._settings(), indent=2) + "\n")
+                stack.enter_context(lock(self._run))
+                mode = "r+" if self._config.resume else "x"
+                self._file = stack.enter_context(FileIO(self._path, mode))
+                if self._file.seek(0, os.SEEK_END) != self._before:
+                    raise BlockingIOError
+                self._file.truncate(self._size)
+                self._file.seek(self._size)
+                self._open_files = stack.pop_all()
+        except BlockingIOError:
+            raise ValueError(f"output: another run writes to {str(self._path)!r}") from None
         except OSError as error:
             raise ValueError(f"output: {error.strerror}: {str(self._path)!r}") from None
-        self._file.seek(self._size)
         return self
 
     def write(self, line: str) -> None:
@@ -148,7 +170,7 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._file is None or self._path is None:
             return
-        self._file.close()
+        self._open_files.close()
         if kind is not None and issubclass(kind, ValueError) and not self._size:
             # wrong use leaves nothing behind
             self._path.unlink()

@@ -1,9 +1,9 @@
 """Read one prompt, or run a file of prompts: one JSON object for each text, as soon as it is done.
 
-The file is plain text with one prompt a line, or JSONL with one string or object a line. The object
-holds the prompt as "prompt"; its other fields go into the result. Only prompts of the same length
-in tokens share a batch, and each line draws with a seed of its own. So no text depends on the other
-prompts in the file. This file does not know how tokens are chosen.
+The file is plain text with one prompt a line, JSONL with one string or object a line, or an array
+of them. An object holds the prompt as "prompt"; its other fields go into the result. Only prompts
+of the same length in tokens share a batch, and each line draws with a seed of its own. So no text
+depends on the other prompts in the file. This file does not know how tokens are chosen.
 """
 
 import json
@@ -22,7 +22,9 @@ from nanogpt2.generation.noise import seed_of
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
-JSON_SUFFIXES = (".jsonl", ".json")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+# a line of these is no prompt
+OTHER_SUFFIXES = (".csv", ".tsv", ".parquet", ".gz", ".zst")
 # rounds in which --unique tries to replace duplicates
 MAX_ROUNDS = 10
 # blank lines named in a note
@@ -44,24 +46,29 @@ def read_prompt(prompt: str, file: str | None) -> str:
         raise ValueError(
             f"{where!r} is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
         ) from None
-    return text.replace("\r\n", "\n").removesuffix("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def read_prompts(
     source: str | None, skip_bad: bool, template: str = "{}"
 ) -> tuple[dict[int, Prompt], str]:
-    """Return the prompts of a file by line number, and a note on blank prompts, which are left out.
+    """Return the prompts of a file by number, and a note on blank prompts, which are left out.
 
-    source: a path, - for standard input, or None for no prompts; skip_bad: skip malformed lines,
-    with a note for each; template: a format string around each prompt.
+    A prompt's number is its line's, or its item's in an array. source: a path, - for standard
+    input, or None for no prompts; skip_bad: skip malformed lines, with a note for each; template: a
+    format string around each prompt.
     Raises ValueError that names the first malformed line otherwise, OSError for a file that cannot
     be read.
     """
     if source is None:
         return {}, ""
-    data = read_input(source)
-    lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
-    is_jsonl = _looks_like_json(lines) if source == "-" else source.lower().endswith(JSON_SUFFIXES)
+    if source.lower().endswith(OTHER_SUFFIXES):
+        known = ", ".join(JSON_SUFFIXES)
+        raise ValueError(f"{source!r} must hold a prompt a line, as text or JSON ({known})")
+    data = read_input(source).removeprefix(b"\xef\xbb\xbf")
+    has_suffix = source.lower().endswith(JSON_SUFFIXES)
+    lines = (_array(data) if has_suffix or source == "-" else None) or data.splitlines()
+    is_jsonl = _looks_like_json(lines) if source == "-" else has_suffix
     prompts, blank = {}, []
     for number, line in enumerate(lines, start=1):
         try:
@@ -89,6 +96,15 @@ def _blank_note(blank: list[int], others: int) -> str:
         f"note: {len(blank)} of {len(blank) + others} prompts are blank and were left out: "
         f"line{'s' * (len(blank) > 1)} {places}"
     )
+
+
+def _array(data: bytes) -> list[bytes] | None:
+    """Return the items of a JSON array, a line each; None for anything else."""
+    try:
+        value = json.loads(data) if data.lstrip().startswith(b"[") else None
+        return [json.dumps(item).encode() for item in value] if isinstance(value, list) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _looks_like_json(lines: list[bytes]) -> bool:

@@ -221,8 +221,8 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
 
 def _looks_like_a_flag(cls: type, word: str) -> bool:
     """Return True for --name, and for a one-letter flag of other programs that has a hint."""
-    hints = getattr(cls, "HINTS", {})
-    return word.startswith("--") or (word[:1] == "-" and len(word) == 2 and word[1:] in hints)
+    one_letter = len(word) == 2 and word[0] == "-" and word[1] in getattr(cls, "HINTS", {})
+    return word.startswith("--") or one_letter
 
 
 def _is_unicode(text: str) -> bool:

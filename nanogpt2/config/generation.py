@@ -182,20 +182,23 @@ class GenerationConfig:
         """
         options: dict[str, Any] = {}
         names = {f.name for f in fields(cls)}
-        for source in sources[:-1]:
+        for number, source in enumerate(sources, 1):
             if isinstance(source, Mapping):
                 given = dict(source)
             else:
                 given = {name: getattr(source, name, None) for name in (*names, *FOREIGN)}
+                if not (source is None or any(hasattr(source, name) for name in names)):
+                    raise TypeError(f"generation_config must have options, not {show(source)}")
             for name, value in given.items():
                 # 0, 1 and False are neutral values
                 if name in FOREIGN and value is not None and value not in (0, 1):
                     raise ValueError(f"{name} must be left out: nanogpt2 does not have it")
-                if name in names and (value is not None or isinstance(source, cls)):
+                is_set = value is not None or isinstance(source, cls) or number == len(sources)
+                if name in names and is_set:
                     options[name] = value
                 elif value is not None and name not in (*names, *FOREIGN, *WITHOUT_EFFECT):
                     raise TypeError(f"{name!r} is not an option of generate()")
-        return cls(**options | sources[-1])
+        return cls(**options)
 
     def _check_diverse(self) -> None:
         if self.num_beams % self.num_beam_groups:

@@ -138,7 +138,7 @@ class SampleConfig:
     literal_prompt: bool = flag(False, "read <|endoftext|> in a prompt as characters, not a token")
     # many prompts
     prompts: str | None = flag(
-        None, "prompts: a line each, or JSONL (.jsonl, .json); - is standard input"
+        None, "prompts: a line each, or JSON (.jsonl, .ndjson, .json); - is standard input"
     )
     batch_size: int = flag(8, "with --prompts: prompts side by side", low=1)
     unique: bool = flag(False, "with --prompts: no repeated text for a prompt")

@@ -45,11 +45,15 @@ def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
     values = record.values
     for name in LISTS:
         if name in values:
-            return _dialogue(record, name, values[name], skip)
+            return _dialogue(record, name, record.value(name), skip)
     if "instruction" in values:
         answer = "output" if "output" in values or "response" not in values else "response"
         # an instruction needs no input
-        more = [name for name in ("input", "context") if str(values.get(name) or "").strip()]
+        more = [
+            name
+            for name in ("input", "context")
+            if name in values and str(record.value(name) or "").strip()
+        ]
         question = "\n".join(record.text(name).strip() for name in ("instruction", *more))
         turn = [("user", question), ("assistant", record.text(answer))]
         messages = [{"role": role, "content": content} for role, content in turn]
@@ -59,7 +63,7 @@ def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
         found = ", ".join(map(repr, values)) or "none"
         reason = f" has no column 'prompt' (nor {names}); columns found: {found}"
         raise RecordError(record.where, reason)
-    prompt, completion = values["prompt"], record.value("completion")
+    prompt, completion = record.value("prompt"), record.value("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _dialogue(record, "prompt", prompt + completion, skip)
     asked = "" if prompt == "" else record.text("prompt")
@@ -109,8 +113,10 @@ def _message(where: str, message: Any) -> Record:
         if ours not in values and theirs in values:
             values[ours] = values.pop(theirs)
     parts = values.get("content")
-    if isinstance(parts, list) and all(isinstance(p, dict) and "text" in p for p in parts):
-        values["content"] = "".join(str(part["text"]) for part in parts)
+    if isinstance(parts, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
+    ):
+        values["content"] = "".join(part["text"] for part in parts)
     return Record(where, values)
 
 

@@ -127,8 +127,10 @@ class Content:
         if file.format == ".json" and count == len(bad) == 1 and Path(self.source).is_dir():
             # settings or a description beside the texts
             self.reading.skip("one JSON object that is no record", repr(file.name))
-        else:
-            self.bad += bad
+            return
+        self.bad += bad
+        if not count:
+            self.reading.skip("empty", repr(file.name))
 
     def _records(self, file: DataFile) -> Iterator[Record]:
         if file.format == ".txt" and self.task == "chat":

@@ -30,10 +30,13 @@ def encode_text(parts: Iterable[str], tokenizer: Tokenizer) -> list[NDArray[np.i
 
 
 def encode_chat(segments: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> NDArray[np.int32]:
-    """Return the entries of a conversation; <|endoftext|> ends its last completion."""
+    """Return the entries of a conversation; <|endoftext|> ends its last completion.
+
+    A written <|endoftext|> is the token, as in a prompt of sample.py.
+    """
     entries = []
     for text, trained in segments:
-        ids = np.array(tokenizer.encode(text), np.int32)
+        ids = np.array(tokenizer.encode(text, allow_special=True), np.int32)
         entries.append(~ids if trained else ids)
     return np.concatenate([*entries, np.array([~tokenizer.end_of_text, END], np.int32)])
 

@@ -142,15 +142,14 @@ def find_files(
 ) -> list[DataFile]:
     """Return the files of a source, sorted by name.
 
-    stdin_format: the format of standard input, unless that begins with a JSON object.
+    stdin_format: the format of standard input, unless that holds JSON objects.
     encoding: of the files without a byte-order mark. out: the folder that a run writes, which is no
     data. skip: told of each file that is not read. Raises ValueError or OSError for a source
     without a file to read.
     """
     if source == "-":
-        data = read_input(source)
-        kind = ".jsonl" if _is_object(data.lstrip().partition(b"\n")[0]) else stdin_format
-        return [DataFile("standard input", kind, data, encoding)]
+        file = DataFile("standard input", stdin_format, read_input(source), encoding)
+        return [replace(file, format=".jsonl") if _holds_objects(file) else file]
     if source == "pydocs":
         from pydoc_data.topics import topics
 
@@ -178,12 +177,16 @@ def encoding_of(files: Sequence[DataFile]) -> str | None:
     return None
 
 
-def _is_object(line: bytes) -> bool:
-    """Tell whether a line is a JSON object: standard input has no suffix."""
+def _holds_objects(file: DataFile) -> bool:
+    """Tell whether a text is JSON Lines or an array of objects: standard input has no suffix."""
     try:
-        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+        text = "".join(file.text()).lstrip()
+        value = json.loads(text if text.startswith("[") else text.partition("\n")[0])
     except (ValueError, RecursionError):
         return False
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    )
 
 
 def _format(path: Path) -> str:

@@ -71,7 +71,7 @@ def read_labelled(
                 except RecordError as error:
                     skip_or_raise(str(error), skip_bad)
         except EncodingError as error:
-            raise ValueError(with_advice(error)) from None
+            skip_text_or_raise(error, skip_bad)
 
 
 def skip_or_raise(message: str, skip_bad: bool) -> None:
@@ -79,6 +79,13 @@ def skip_or_raise(message: str, skip_bad: bool) -> None:
     if not skip_bad:
         raise ValueError(f"{message} (--skip_bad skips it)") from None
     terminal.note(f"skipped {message}")
+
+
+def skip_text_or_raise(error: EncodingError, skip_bad: bool) -> None:
+    """Say that a text in another encoding is skipped, or raise ValueError."""
+    if not (skip_bad and error.file.format == ".txt"):
+        raise ValueError(with_advice(error)) from None
+    terminal.note(f"skipped {error}")
 
 
 def with_advice(error: EncodingError) -> str:

@@ -2,7 +2,8 @@
 
     .jsonl .json  one JSON object a line, objects one after another, or an array of objects
     .csv          a line of names, then one record a line; a quoted field may contain line breaks;
-                  the delimiter is the one in the line of names: , or ; or a tab or |
+                  the delimiter is the one in the line of names: , or ; or a tab or |. Excel's
+                  line sep=; before it is read
     .tsv          the same with tabs; a quote that does not enclose a field is text
     .parquet      one record a row; needs pyarrow; only the columns that are used are read
 
@@ -30,6 +31,9 @@ from nanogpt2.data.files import DataFile
 RECORD_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 MAX_FIELD_SIZE = 2**31 - 1  # characters in a CSV field
 DELIMITERS = ",;\t|"
+HALF = re.compile("[\ud800-\udfff]")
+# Excel's first line
+STATED = re.compile(f'"?sep=([{DELIMITERS}])"?', re.IGNORECASE)
 # a field between tabs: in quotes that enclose it, or as it stands
 TAB_FIELD = re.compile(r'"([^"]*(?:""[^"]*)*)"(?=\t|\Z)|([^\t]*)')
 
@@ -67,6 +71,9 @@ class Record:
             raise RecordError(self.where, f": {column!r} must be text, not {excerpt(value)}")
         if not value.strip():
             raise RecordError(self.where, f": {column!r} is empty")
+        if half := HALF.search(value):
+            reason = f": {column!r} has {ascii(half[0])[1:-1]}, half a surrogate pair"
+            raise RecordError(self.where, reason)
         return value
 
     def label(self, column: str) -> str:
@@ -198,14 +205,16 @@ def _objects(file: DataFile, is_needed: bool) -> list[Any] | None:
 def _table(file: DataFile, usual: str) -> Iterator[Record]:
     csv.field_size_limit(MAX_FIELD_SIZE)
     lines = _lines(file.text())
-    blank, head = 0, ""
+    blank, head, stated = 0, "", None
     for head in lines:
-        if head.strip():
+        if not stated and (stated := STATED.fullmatch(head.rstrip("\n"))):
+            usual = stated[1]
+        elif head.strip():
             break
         blank += 1
     # outside quotes
     bare = re.sub('"[^"]*"', "", head)
-    delimiter = usual if usual in bare else max(usual + DELIMITERS, key=bare.count)
+    delimiter = usual if stated or usual in bare else max(usual + DELIMITERS, key=bare.count)
     lines = itertools.chain([head], lines)
     rows = _tab_rows(lines) if delimiter == "\t" else _quoted_rows(lines, delimiter, file.name)
     names: list[str] = []
@@ -327,7 +336,10 @@ def _parquet(file: DataFile) -> Iterator[Record]:
     number = 0
     try:
         # Parquet's index is at the end of the file, so read all of it
-        content = parquet.ParquetFile(io.BytesIO(b"".join(file.pieces())))
+        data = b"".join(file.pieces())
+        if not data:
+            return
+        content = parquet.ParquetFile(io.BytesIO(data))
         names = content.schema_arrow.names
         for group in range(content.num_row_groups):
 

@@ -32,7 +32,7 @@ from nanogpt2.hub import expanded
 from nanogpt2.tokenizer import Tokenizer
 
 # increase it whenever the same files give other tokens
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # a temporary file of whole_file in the cache, and when no live run still writes it
 LEFTOVER = re.compile(r"\.[0-9a-f]{64}-.+\.(tokens|json)\.[0-9a-f]+\.tmp")
 LEFT_AFTER = 3 * 24 * 3600  # seconds since the last write

@@ -9,7 +9,13 @@ from typing import TypeVar
 
 from nanogpt2.data.content import split_texts
 from nanogpt2.data.files import EncodingError, find_files
-from nanogpt2.data.labelled import LabelledText, Names, read_labelled, with_advice
+from nanogpt2.data.labelled import (
+    LabelledText,
+    Names,
+    read_labelled,
+    skip_text_or_raise,
+    with_advice,
+)
 from nanogpt2.data.records import RECORD_FORMATS, Record, read_records
 
 T = TypeVar("T")
@@ -58,4 +64,4 @@ def read_texts(
             for text in [("".join(file.text()))] if file.format == ".txt" else texts:
                 yield from ("".join(parts) for parts in split_texts([text]))
         except EncodingError as error:
-            raise ValueError(with_advice(error)) from None
+            skip_text_or_raise(error, skip_bad)

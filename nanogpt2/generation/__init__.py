@@ -22,8 +22,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from nanogpt2.config import GenerationConfig
+from nanogpt2.devices import as_usual
 from nanogpt2.generation.beam import Beams, beam_search, best
-from nanogpt2.generation.engine import as_usual, check_memory
+from nanogpt2.generation.engine import check_memory
 from nanogpt2.generation.request import (
     PrefixAllowedTokens,
     Processor,
@@ -87,9 +88,9 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    logits_processor: Sequence[Processor] = (),
+    logits_processor: Sequence[Processor] | None = None,
     prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
-    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = (),
+    stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] | None = None,
     streamer: Streamer | None = None,
     generation_config: Any = None,
     **options: Any,
@@ -114,12 +115,12 @@ def generate(
     FloatingPointError for a model whose scores are not finite.
     """
     device = model.wte.weight.device
-    if isinstance(input_ids, Tensor):
-        ids, mask = input_ids, attention_mask
-    else:
-        ids, mask = encode_prompts(input_ids, attention_mask, tokenizer)
-    criteria = (stopping_criteria,) if callable(stopping_criteria) else tuple(stopping_criteria)
+    criteria = (stopping_criteria,) if callable(stopping_criteria) else stopping_criteria
     with as_usual(device):
+        if isinstance(input_ids, Tensor):
+            ids, mask = input_ids, attention_mask
+        else:
+            ids, mask = encode_prompts(input_ids, attention_mask, tokenizer)
         request = prepare(
             model.config,
             device,
@@ -127,9 +128,9 @@ def generate(
             ids,
             mask,
             tokenizer,
-            tuple(logits_processor),
+            tuple(logits_processor or ()),
             prefix_allowed_tokens_fn,
-            criteria,
+            tuple(criteria or ()),
         )
         check_memory(model, request)
         if request.config.num_beams == 1:

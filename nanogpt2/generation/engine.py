@@ -4,7 +4,7 @@ This file does not know how a token is chosen.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -158,19 +158,3 @@ def evaluating(model: GPT) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def as_usual(device: torch.device) -> Iterator[None]:
-    """Keep out the caller's autocast, default dtype and default device; restore them afterwards.
-
-    device: the model's.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        if (dtype := torch.get_default_dtype()) != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        yield

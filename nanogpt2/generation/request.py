@@ -148,13 +148,12 @@ def _prompt_mask(
     ids: Tensor, attention_mask: Tensor | None, eos: tuple[int, ...], pad: int | None
 ) -> Tensor:
     """Bool (B, T), False at padding: without a mask, the pad tokens, unless a pad ends texts."""
-    if attention_mask is not None and attention_mask.numel():
-        if attention_mask.shape != ids.shape:
+    if attention_mask is not None and (given := torch.as_tensor(attention_mask)).numel():
+        if given.shape != ids.shape:
             raise ValueError(
-                f"attention_mask must be {tuple(ids.shape)} as input_ids, "
-                f"not {tuple(attention_mask.shape)}"
+                f"attention_mask must be {tuple(ids.shape)} as input_ids, not {tuple(given.shape)}"
             )
-        return attention_mask.to(ids.device).bool()
+        return given.to(ids.device).bool()
     if pad is not None and pad not in eos:
         return ids != pad
     return torch.ones_like(ids, dtype=torch.bool)

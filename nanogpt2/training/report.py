@@ -160,7 +160,8 @@ def finish(folder: Path, before: Snapshot, after: Snapshot, best: float, task: s
     metrics = folder / "metrics.jsonl"
     plot_losses(metrics, folder / "loss.png", before.val_loss)
     val_losses = [row["val_loss"] for row in read_metrics(metrics) if "val_loss" in row]
-    terminal.write(final_report(before, after, best, val_losses, folder, task))
+    report = final_report(before, after, best, val_losses, folder, task)
+    terminal.write(terminal.visible(report))
 
 
 def _comparison(
