@@ -16,7 +16,7 @@ from nanogpt2 import terminal
 from nanogpt2.cli.decode import Text, decode_texts, request_for
 from nanogpt2.cli.output import Output, Prompt
 from nanogpt2.cli.text import as_json, as_line
-from nanogpt2.config import GenerationConfig, SampleConfig
+from nanogpt2.config import GenerationConfig, SampleConfig, refuse_document
 from nanogpt2.filesystem import read_input
 from nanogpt2.generation.noise import seed_of
 from nanogpt2.model import GPT
@@ -42,6 +42,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
             raise ValueError(f"must be UTF-8 text, without {half}") from None
         return prompt
     data = read_input("-" if file is None else file)
+    refuse_document(data, file)
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -65,6 +66,7 @@ def read_prompts(
     if source is None:
         return {}, ""
     data = read_input(source)
+    refuse_document(data, None if source == "-" else source)
     lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
     is_jsonl = _looks_like_json(lines) if source == "-" else source.lower().endswith(JSON_SUFFIXES)
     prompts, blank = {}, []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanogpt2 import hub
-from nanogpt2.config import Skip, data_files, data_kind, no_report
+from nanogpt2.config import Skip, data_files, data_kind, no_report, refuse_document
 from nanogpt2.filesystem import open_regular, read_input
 
 PIECE_SIZE = 1 << 20  # bytes
@@ -149,6 +149,7 @@ def find_files(
     """
     if source == "-":
         data = read_input(source)
+        refuse_document(data)
         kind = ".jsonl" if _is_object(data.lstrip().partition(b"\n")[0]) else stdin_format
         return [DataFile("standard input", kind, data, encoding)]
     if source == "pydocs":
