@@ -312,8 +312,8 @@ lock: two trainers share it
 
 test_kills.py::test_what_the_last_commit_left_undone_is_done_on_resuming
 resume: a run without its report counts as finished
-- and "after" in folder.record()
-+
+- elif "after" in record:
++ else:
 
 test_trainer.py::test_the_best_is_remembered_over_a_stop
 resume: the best loss so far is forgotten

@@ -42,6 +42,7 @@ MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
+LONGEST_SHORT = 4  # characters of a flag with one hyphen, such as llama.cpp's -ngl
 
 T = TypeVar("T", bound=FromFlags)
 
@@ -220,8 +221,9 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _looks_like_a_flag(cls: type, word: str) -> bool:
-    """Return True for --name, and for a one-letter flag of other programs that has a hint."""
-    return word.startswith("--") or (len(word) == 2 and word[1:] in getattr(cls, "HINTS", {}))
+    """Return True for --name, and for a short flag of other programs that has a hint."""
+    is_short = word.startswith("-") and len(word) <= LONGEST_SHORT
+    return word.startswith("--") or (is_short and word[1:] in getattr(cls, "HINTS", {}))
 
 
 def _is_unicode(text: str) -> bool:
