@@ -84,6 +84,7 @@ def main(config: SampleConfig) -> None:
         fail(f"{error}" if f"{error}".startswith("PROMPT") else f"--{error}")
     except (MemoryError, FloatingPointError) as error:
         fail(str(error), code=1)
+    terminal.note(output.about_seed())
 
 
 def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:

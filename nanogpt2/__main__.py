@@ -15,6 +15,13 @@ COMMANDS = {
     "evaluate": "measure a model: nanogpt2 evaluate book.txt --model out",
     "quantize": "narrow the weights: nanogpt2 quantize out --out out-int8",
 }
+# what other programs call them
+OTHER_NAMES = {
+    **dict.fromkeys(("run", "generate", "chat", "complete", "completion", "infer"), "sample"),
+    **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "tune", "sft", "create"), "train"),
+    **dict.fromkeys(("eval", "test", "perplexity", "benchmark", "lm_eval"), "evaluate"),
+    **dict.fromkeys(("convert", "compress", "int8"), "quantize"),
+}
 
 
 def main() -> None:
@@ -32,7 +39,9 @@ def main() -> None:
     if words[0] not in COMMANDS:
         from nanogpt2.config.flags import fail, show
 
-        fail(f"{show(words[0])} is not a command; the commands are {', '.join(COMMANDS)}")
+        wanted = OTHER_NAMES.get(words[0])
+        more = f"; {COMMANDS[wanted]}" if wanted else f"; the commands are {', '.join(COMMANDS)}"
+        fail(f"{show(words[0])} is not a command{more}")
     # the module reads the words after its name
     sys.argv = words
     runpy.run_module(f"nanogpt2.{words[0]}", run_name="__main__", alter_sys=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nanogpt2 import terminal
 from nanogpt2.config import (
@@ -64,6 +64,75 @@ class EvaluateConfig:
     packaged FILE.
     """
 
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "python -m nanogpt2.evaluate book.txt --model out",
+        "python -m nanogpt2.evaluate lambada_test.jsonl --task lambada",
+        "python -m nanogpt2.evaluate mails.csv --task classify --model out",
+    )
+    GROUPS: ClassVar[dict[str, str]] = {
+        "task": "the task and the model",
+        "batch_size": "how it is measured",
+        "text_column": "reading FILE",
+        "json": "output",
+    }
+    ALIASES: ClassVar[dict[str, str]] = {
+        # transformers, lm-evaluation-harness
+        "model_name_or_path": "model",
+        "model_name": "model",
+        "tasks": "task",
+        "per_device_eval_batch_size": "batch_size",
+        "eval_batch_size": "batch_size",
+        "max_eval_samples": "limit",
+        "max_samples": "limit",
+        "max_length": "block_size",
+        "max_seq_length": "block_size",
+        "doc_stride": "stride",
+        "text_column_name": "text_column",
+        "label_column_name": "label_column",
+        "torch_dtype": "dtype",
+        # llama.cpp
+        "ctx_size": "block_size",
+        "n_ctx": "block_size",
+    }
+    HINTS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            (
+                "data",
+                "dataset",
+                "dataset_name",
+                "validation_file",
+                "test_file",
+                "eval_data_file",
+                "f",
+            ),
+            "FILE stands by itself: evaluate book.txt --model out",
+        ),
+        **dict.fromkeys(
+            ("model_args", "pretrained", "init", "init_from", "out_dir", "checkpoint", "m"),
+            "the model is --model NAME or FOLDER",
+        ),
+        "do_eval": "evaluate always measures",
+        "eval_only": "evaluate always measures",
+        "ppl": "use --task perplexity, the default",
+        "perplexity": "use --task perplexity, the default",
+        "metric": "each --task has its figures: --json prints them all",
+        "num_fewshot": "every task is measured without examples in the prompt",
+        "fp16": "use --dtype float16",
+        "fp16_full_eval": "use --dtype float16",
+        "bf16": "use --dtype bfloat16",
+        "bf16_full_eval": "use --dtype bfloat16",
+        "load_in_8bit": "use --quantize int8",
+        "int8": "use --quantize int8",
+        "gpu": "use --device cuda",
+        "n_gpu_layers": "use --device cuda",
+        "no_cuda": "use --device cpu",
+        "cpu": "use --device cpu",
+        "threads": "set them before the command: OMP_NUM_THREADS=4",
+        "out": "the figures go to standard output: --json > figures.json",
+        "output_path": "the figures go to standard output: --json > figures.json",
+        "output_dir": "the figures go to standard output: --json > figures.json",
+    }
+    SECOND: ClassVar[str] = "several files: a folder, or a glob in quotes: 'texts/*.txt'"
     file: str = flag("", "the text or the examples", positional=True)
     task: str = flag("perplexity", "what to measure", choices=TASKS)
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")

@@ -8,7 +8,7 @@ likeliest token stays the same. The formats of the weights are at the top of pre
 import sys
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nanogpt2 import terminal
 from nanogpt2.config import SCHEMES, check_data, check_model, fail, parse, usage_error
@@ -22,6 +22,43 @@ class QuantizeConfig:
     MODEL is gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path.
     """
 
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "python -m nanogpt2.quantize gpt2 --out gpt2-int8",
+        "python -m nanogpt2.quantize out --quantize fp16 --out out-fp16",
+        "python -m nanogpt2.quantize out --text book.txt",
+    )
+    GROUPS: ClassVar[dict[str, str]] = {"quantize": "what is written", "text": "what it costs"}
+    ALIASES: ClassVar[dict[str, str]] = {
+        "output": "out",
+        "output_dir": "out",
+        "out_dir": "out",
+        "outfile": "out",
+        "save_dir": "out",
+        "outtype": "quantize",
+        "ftype": "quantize",
+        "scheme": "quantize",
+        "dataset": "text",
+        "calibration_data": "text",
+        "max_samples": "limit",
+    }
+    HINTS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("model_name", "model_name_or_path", "model_path", "m"),
+            "MODEL stands by itself: quantize gpt2 --out gpt2-int8",
+        ),
+        "o": "the folder to write is --out",
+        "bits": "use --quantize int8 or fp16",
+        "w_bit": "use --quantize int8 or fp16",
+        "dtype": "use --quantize int8 or fp16",
+        "type": "use --quantize int8 or fp16",
+        "load_in_8bit": "use --quantize int8",
+        "load_in_4bit": "use --quantize int8, the narrowest",
+        "int8": "use --quantize int8",
+        "fp16": "use --quantize fp16",
+        "device": "narrow weights run on a CPU",
+        "threads": "set them before the command: OMP_NUM_THREADS=4",
+    }
+    SECOND: ClassVar[str] = "the folder to write is --out"
     model: str = flag(MISSING, "the model", positional=True)
     quantize: str = flag("int8", "how", choices=SCHEMES)
     out: str | None = flag(None, "a new folder for the narrow model")

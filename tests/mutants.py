@@ -383,11 +383,9 @@ def line_of(found: re.Match[str]) -> int:
 
 
 def shipped_files() -> list[Path]:
-    # nanogpt2/ has links to kernels/ and to the two scripts: read each file once
+    # nanogpt2/ has links to kernels/ and the two scripts: read each file once
     found = [path for name in SHIPPED for path in [ROOT / name, *(ROOT / name).rglob("*.py")]]
-    links = ROOT / "nanogpt2/kernels"
-    plain = (path for path in found if path.is_file() and not path.is_symlink())
-    return sorted(path for path in plain if links not in path.parents)
+    return sorted({path.resolve() for path in found if path.is_file()})
 
 
 def copy_repository(folder: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_dialogue_preset_meets_the_tokens_that_were_trained_on(turns):
         ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
-            "line 3: the last message must be the assistant's, not tool's",
+            "line 3 has no answer but calls of tools, which are not learnt",
         ),
         ({"prompt": "a", "completion": 5}, "line 3: 'completion' must be text, not '5'"),
         ({"messages": []}, "'messages' must be a list of messages"),

@@ -1,5 +1,6 @@
 """The command line: every wrong use is one line, found before torch is imported."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -20,6 +21,8 @@ from nanogpt2.config import (
     TrainConfig,
     parse,
 )
+from nanogpt2.evaluate import EvaluateConfig
+from nanogpt2.quantize import QuantizeConfig
 
 
 def sample(*argv):
@@ -155,11 +158,20 @@ def test_a_word_of_two_letters_is_a_prompt():
         assert sample(word).prompt == word
 
 
-@pytest.mark.parametrize("cls", [SampleConfig, TrainConfig], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [SampleConfig, TrainConfig, EvaluateConfig, QuantizeConfig], ids=lambda c: c.__name__
+)
 def test_every_alias_is_a_flag_and_every_hint_is_none(cls):
-    flags = {f.name for c in (cls, GenerationConfig) for f in fields(c) if f.metadata}
+    more = (GenerationConfig,) if cls is SampleConfig else ()
+    flags = {f.name for c in (cls, *more) for f in fields(c) if f.metadata}
     assert set(cls.ALIASES.values()) <= flags
     assert not flags & (cls.ALIASES.keys() | (cls.HINTS.keys() - {"data"}))
+    # what a hint names is there
+    every = {f.name for c in (SampleConfig, TrainConfig, GenerationConfig) for f in fields(c)}
+    for name, hint in cls.HINTS.items():
+        named = set(re.findall(r"--(\w+)", hint)) - {"nproc_per_node"}
+        assert named <= every, name
+        assert len(f"error: --{name} is not a flag; {hint}") <= 200
     assert not cls.ALIASES.keys() & cls.HINTS.keys()
 
 
@@ -398,7 +410,7 @@ def test_the_text_must_exist(capsys, argv):
     assert "DATA" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cls", [SampleConfig, TrainConfig])
+@pytest.mark.parametrize("cls", [SampleConfig, TrainConfig, EvaluateConfig, QuantizeConfig])
 def test_help_names_every_flag(capsys, cls):
     with pytest.raises(SystemExit) as stopped:
         parse(cls, ["--help"])
@@ -408,6 +420,10 @@ def test_help_names_every_flag(capsys, cls):
     assert len(names) >= 5
     for name in names:
         assert f"  --{name}" in out
+    assert max(map(len, out.splitlines())) <= 80
+    # three examples, then the flags in groups
+    assert all(f"  {example}\n" in out for example in cls.EXAMPLES) and len(cls.EXAMPLES) == 3
+    assert all(f"\n\n{title}:\n  --{name}" in out for name, title in cls.GROUPS.items())
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train.py"])

@@ -510,3 +510,48 @@ def test_a_text_needs_no_compiler(folder, options):
     argv = ["Hello", "--model", folder, "--max_new_tokens", "3", *options]
     command = [sys.executable, "-W", "error", "-c", code, str(ROOT / "sample.py"), *argv]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+
+
+# ways to run without a seed -> True if the texts depend on one that is stated nowhere else
+SEEDS = [
+    ([], True),
+    (["--explain"], True),
+    (["--color", "prob"], True),
+    (["--compare"], True),
+    (["--num_beams", "3", "--do_sample", "--tree"], True),
+    (["--num_beams", "3", "--stochastic_beams"], True),
+    (["--num_return_sequences", "2"], True),
+    (["--interactive"], True),
+    (["--interactive", "--do_sample", "false"], True),
+    (["--do_sample", "false"], False),
+    (["--num_beams", "3", "--tree"], False),
+    (["--temperature", "0"], False),
+    (["--json"], False),
+    (["--explain", "--json"], False),
+    (["--compare", "--json"], False),
+    (["--prompts"], False),
+]
+
+
+@pytest.mark.parametrize(("argv", "is_said"), SEEDS, ids=lambda value: str(value))
+def test_a_seed_that_was_drawn_is_said(capsys, monkeypatch, tmp_path, folder, argv, is_said):
+    def run_once(*more):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("and\n:retry\n"))
+        words = [*argv, *more, "--max_new_tokens", "9"]
+        if "--compare" in argv:
+            words.insert(words.index("--compare") + 1, folder)
+        if "--prompts" in argv:
+            (tmp_path / "p.txt").write_text("Hello\n")
+            words.insert(words.index("--prompts") + 1, str(tmp_path / "p.txt"))
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            run(folder, *([] if "--prompts" in argv else ["Hello"]), *words)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return capsys.readouterr()
+
+    out, err = run_once()
+    said = re.findall(r"note: --seed (\d+) writes this again\n", err)
+    assert len(said) == is_said
+    if is_said:
+        assert run_once("--seed", said[0]) == (out, re.sub("note: --seed .*\n", "", err))

@@ -154,7 +154,7 @@ CLASHES = [
     (["--patience", "2", "--eval_every", "50", "--steps", "20"], "--patience"),
     (["--patience", "3", "--eval_every", "10", "--steps", "20"], "--patience"),
     (["--stesp", "5"], "--steps"),
-    (["--learning_rates", "5"], "--learning_rates"),
+    (["--learning_rate", "-5"], "--lr"),
     (["--data", "book.txt"], "DATA"),
     (["-x"], "second DATA"),
     (["--no_lr"], "--no_lr"),

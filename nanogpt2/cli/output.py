@@ -55,6 +55,18 @@ class Output:
         if self.seed is None:
             self.seed = int.from_bytes(os.urandom(7))
 
+    def about_seed(self) -> str:
+        """Say the seed that was drawn, where nothing else states it and the texts depend on it."""
+        config = self._config
+        is_drawn = config.generation.seed is None and self.seed is not None
+        stated = config.json or config.prompts is not None
+        draws = (
+            config.generation.samples or config.generation.stochastic_beams or config.interactive
+        )
+        if not is_drawn or stated or not draws:
+            return ""
+        return f"note: --seed {self.seed} writes this again"
+
     def _open(self, path: Path, prompts: Mapping[int, Prompt]) -> None:
         name = self._config.output or ""
         if not path.name or "\0" in name:

@@ -16,7 +16,7 @@ from nanogpt2 import terminal
 from nanogpt2.cli.decode import Text, decode_texts, request_for
 from nanogpt2.cli.output import Output, Prompt
 from nanogpt2.cli.text import as_json, as_line
-from nanogpt2.config import GenerationConfig, SampleConfig
+from nanogpt2.config import GenerationConfig, SampleConfig, refuse_document
 from nanogpt2.filesystem import read_input
 from nanogpt2.generation.noise import seed_of
 from nanogpt2.model import GPT
@@ -39,6 +39,7 @@ def read_prompt(prompt: str, file: str | None) -> str:
     if file is None and prompt != "-":
         return prompt
     data = read_input("-" if file is None else file)
+    refuse_document(data, file)
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -66,6 +67,7 @@ def read_prompts(
         known = ", ".join(JSON_SUFFIXES)
         raise ValueError(f"{source!r} must hold a prompt a line, as text or JSON ({known})")
     data = read_input(source).removeprefix(b"\xef\xbb\xbf")
+    refuse_document(data, None if source == "-" else source)
     has_suffix = source.lower().endswith(JSON_SUFFIXES)
     lines = (_array(data) if has_suffix or source == "-" else None) or data.splitlines()
     is_jsonl = _looks_like_json(lines) if source == "-" else has_suffix

@@ -6,10 +6,11 @@ value out of range. Nothing here knows tensors.
 
 model.py: the shape of a GPT-2, and the names and files of models. generation.py: the options of
 generate(). sample.py and train.py: the scripts' command lines. sources.py: the files that a source
-names. flags.py, one floor below, declares, checks and reads the fields. Import every name from this
-package.
+names; documents.py: those that are no text. flags.py, one floor below, declares, checks and reads
+the fields. Import every name from this package.
 """
 
+from nanogpt2.config.documents import refuse_document
 from nanogpt2.config.flags import MAX_SEED, fail, parse, usage_error, value_of
 from nanogpt2.config.generation import FROM_CHECKPOINT, SENSIBLE_SAMPLING, GenerationConfig
 from nanogpt2.config.model import (
@@ -64,6 +65,7 @@ __all__ = [
     "SAMPLING_FLAGS",
     "DECODING_FLAGS",
     "SampleConfig",
+    "refuse_document",
     "refuse_ignored",
     "DATA_NAMES",
     "DATA_KINDS",

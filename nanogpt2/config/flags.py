@@ -42,6 +42,7 @@ MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
+LONGEST_SHORT = 4  # characters of a flag with one hyphen, such as llama.cpp's -ngl
 
 T = TypeVar("T", bound=FromFlags)
 
@@ -211,7 +212,8 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
             name, value = _read_flag(cls, known, word, words)
             given[name] = value
         elif positional.name in given:
-            fail(f"{show(word)} is a second {place}; one is allowed (is it in quotes?)")
+            hint = getattr(cls, "SECOND", "is it in quotes?")
+            fail(f"{show(word)} is a second {place}; one is allowed ({hint})")
         else:
             given[positional.name] = word
     if positional.default is MISSING and positional.name not in given:
@@ -220,9 +222,9 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _looks_like_a_flag(cls: type, word: str) -> bool:
-    """Return True for --name, and for a one-letter flag of other programs that has a hint."""
-    one_letter = len(word) == 2 and word[0] == "-" and word[1] in getattr(cls, "HINTS", {})
-    return word.startswith("--") or one_letter
+    """Return True for --name, and for a short flag of other programs that has a hint."""
+    is_short = word.startswith("-") and len(word) <= LONGEST_SHORT
+    return word.startswith("--") or (is_short and word[1:] in getattr(cls, "HINTS", {}))
 
 
 def _is_unicode(text: str) -> bool:
@@ -246,7 +248,7 @@ def _read_flag(
     # the word after a bool flag is its value only if that word is true or false
     takes_value = bool(equals) or (bool(words) and words[0].lower() in ("true", "false"))
     if name not in known or known[name].metadata["positional"]:
-        return _negated(known, name, takes_value), False
+        return _negated(cls, known, name, takes_value), False
     f = known[name]
     if f.type is bool and not takes_value:
         return name, True
@@ -260,7 +262,7 @@ def _read_flag(
         fail(f"--{error}")
 
 
-def _negated(known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
+def _negated(cls: type, known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
     """Return the flag that `no_flag` turns off; for any other name, report an error and exit."""
     turned_off = name.removeprefix("no_")
     if turned_off != name and turned_off in known and known[turned_off].type is bool:
@@ -268,7 +270,8 @@ def _negated(known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
             fail(f"--{name} takes no value; --{turned_off} does: true or false")
         return turned_off
     if name in known:
-        fail(f"--{name} is not a flag: {name.upper()} stands by itself")
+        example = getattr(cls, "EXAMPLES", ("",))[0]
+        fail(f"--{name} is not a flag: {name.upper()} stands by itself: {example}")
     flags = [flag for flag, f in known.items() if not f.metadata["positional"]]
     near = difflib.get_close_matches(name, flags, n=1)
     hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"

@@ -91,6 +91,12 @@ class SampleConfig:
         "num_samples": "num_return_sequences",  # nanoGPT
         "stop": "stop_strings",
         "temp": "temperature",
+        "max_completion_tokens": "max_new_tokens",  # OpenAI
+        "stop_token": "stop_strings",  # transformers' script
+        "k": "top_k",
+        "file": "prompt_file",  # llama.cpp
+        "destination_path": "output",  # gpt-2-simple
+        "torch_dtype": "dtype",
         "model_name": "model",
         "model_name_or_path": "model",
     }
@@ -98,15 +104,45 @@ class SampleConfig:
         "n": "a number of texts is --num_return_sequences, of tokens --max_new_tokens",
         "m": "the model is --model",
         "p": "the prompt stands by itself: sample.py 'Once upon a time'",
+        "f": "use --prompt_file FILE",
         "start": "the prompt stands by itself: sample.py 'Once upon a time'",
         "text": "the prompt stands by itself: sample.py 'Once upon a time'",
         "prefix": "the prompt stands by itself: sample.py 'Once upon a time'",
         "out_dir": "the model is --model FOLDER",
+        "init_from": "the model is --model gpt2-xl, or --model FOLDER",
+        "model_type": "the model is --model gpt2, gpt2-medium, gpt2-large or gpt2-xl",
+        "model_dir": "the model is --model FOLDER",
+        "model_path": "the model is --model FOLDER",
+        "checkpoint_dir": "the model is --model FOLDER",
         "checkpoint": "the model is --model FOLDER",
         "run_name": "the model is --model FOLDER",
         "repeat_penalty": "use --repetition_penalty, which counts the whole text",
         "frequency_penalty": "use --repetition_penalty, which divides a repeated token's score",
         "presence_penalty": "use --repetition_penalty, which divides a repeated token's score",
+        "repeat_last_n": "use --no_repeat_ngram_size 3, or --repetition_penalty 1.2",
+        "logit_bias": "use --sequence_bias '[[[TOKEN], 1.5]]'",
+        "ignore_eos": "use --eos_token_id none",
+        "truncate": "use --stop_strings TEXT",
+        "include_prefix": "the text includes the prompt; --json has the completion alone",
+        "format": "use --json",
+        "verbose": "use --explain",
+        "ctx_size": "the context is the model's; the oldest tokens are dropped",
+        "n_ctx": "the context is the model's; the oldest tokens are dropped",
+        "num_ctx": "the context is the model's; the oldest tokens are dropped",
+        "c": "the context is the model's; the oldest tokens are dropped",
+        "n_gpu_layers": "use --device cuda: all layers go there",
+        "gpu_layers": "use --device cuda: all layers go there",
+        "ngl": "use --device cuda: all layers go there",
+        "threads": "set them before the command: OMP_NUM_THREADS=4",
+        "num_thread": "set them before the command: OMP_NUM_THREADS=4",
+        "no_cuda": "use --device cpu",
+        "use_cpu": "use --device cpu",
+        "conversation": "use --interactive --preset dialogue",
+        "cnv": "use --interactive --preset dialogue",
+        "instruct": "use --interactive --preset dialogue",
+        "system": "GPT-2 has no system prompt: write it into PROMPT",
+        "compile": "text is faster on a CPU with --quantize int8",
+        "load_in_4bit": "use --quantize int8",
         "best_of": "use --num_return_sequences, or --num_beams for the likeliest text",
         "greedy": "use --do_sample false",
         "stream": "text is streamed already, without --json",
@@ -122,6 +158,7 @@ class SampleConfig:
         "i": "use --interactive",
         "chat": "use --interactive",
     }
+    SECOND: ClassVar[str] = "is it in quotes? The model is --model NAME"
     prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
     prompt_file: str | None = flag(None, "a file that holds the prompt")
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")

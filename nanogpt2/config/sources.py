@@ -1,8 +1,8 @@
-"""A source -> its files: of a path, a folder or a glob. No file is opened.
+"""A source -> its files: of a path, a folder or a glob.
 
-Every real file is listed once, under one name, however many links lead to it. Hidden entries and
-the files of a model or a run are skipped; `Skip` is told of each. This file does not know the
-content of a file.
+Every real file is listed once, under one name, however many links lead to it. Hidden entries, the
+files of a model or a run, and documents (Word, PDF, HTML) are skipped; `Skip` is told of each. Of a
+file only the first bytes are read, to know a document.
 """
 
 import glob
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from nanogpt2.config import documents
 from nanogpt2.config.flags import show
 
 DATA_NAMES = ("pydocs", "shakespeare")
@@ -31,7 +32,7 @@ def no_report(reason: str, name: str) -> None:
 
 
 def check_data(source: str, out: str | None = None) -> None:
-    """Raise ValueError if `source` cannot be training data. Reads no text."""
+    """Raise ValueError if `source` cannot be training data. Reads first bytes only."""
     if source not in (*DATA_NAMES, "-"):
         data_files(source, out)
 
@@ -39,24 +40,37 @@ def check_data(source: str, out: str | None = None) -> None:
 def data_files(source: str, out: str | None = None, skip: Skip = no_report) -> list[Path]:
     """List the files of a path or a glob, sorted by name; of a folder, the files of known kinds.
 
-    out: the folder that the run writes, which is no data. Raises ValueError if no file is left.
+    out: the folder that the run writes, which is no data. Raises ValueError if no file is left, and
+    for one document.
     """
-    path = Path(source)
+    path, seen = Path(source), list[str]()
+
+    def is_text(file: Path) -> bool:
+        """Tell whether a file is no document; say so otherwise."""
+        if (kind := documents.document_in(file)) is None:
+            return True
+        seen.append(f"{show(str(file))} is {documents.advice(kind, str(file))}")
+        skip(documents.advice(kind), str(file))
+        return False
+
     if not source or "\0" in source:
         found = []
     elif path.is_dir():
         walk = _walk(path, out, skip)
         paths = (folder / name for folder, names in walk for name in names)
-        found = _once((p for p in paths if _is_text(p, skip)), skip)
-        if not found:
+        found = _once((p for p in paths if _is_read(p, is_text, skip)), skip)
+        if not found and not seen:
             raise ValueError(
                 f"{show(source)} has no file to read ({', '.join(DATA_KINDS)}; also .gz, .zst)"
             )
     elif path.is_file():
-        found = [path]
+        found = [path] if is_text(path) else []
     else:
         matches = (Path(match) for match in _matches(source, out, skip))
-        found = _once((p for p in matches if p.is_file() and not _is_own(p, skip)), skip)
+        matches = (p for p in matches if p.is_file() and not _is_own(p, skip) and is_text(p))
+        found = _once(matches, skip)
+    if seen and not found:
+        raise ValueError(seen[0])
     if not found:
         known = ", ".join(DATA_NAMES)
         raise ValueError(f"{show(source)} is not a file, a folder or a known text ({known})")
@@ -69,16 +83,19 @@ def data_kind(path: str | Path) -> str | None:
     return next((kind for kind in DATA_KINDS if name.endswith(kind)), None)
 
 
-def _is_text(path: Path, skip: Skip) -> bool:
+def _is_read(path: Path, is_text: Callable[[Path], bool], skip: Skip) -> bool:
     """Tell whether a file found in a folder is read."""
+    is_document = path.suffix.lower() in documents.SUFFIXES and path.is_file()
     if path.name.startswith("."):
         skip("hidden", str(path))
     elif not data_kind(path):
-        skip("of another kind", str(path))
+        # is_text says what to do with a document
+        if not is_document or is_text(path):
+            skip("of another kind", str(path))
     elif not path.is_file():
         skip("not a file", str(path))
     else:
-        return not _is_own(path, skip)
+        return not _is_own(path, skip) and is_text(path)
     return False
 
 

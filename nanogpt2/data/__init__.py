@@ -3,6 +3,7 @@
 files.py     a source -> files -> their bytes, unpacked -> their text, decoded
 records.py   .jsonl, .csv, .tsv and .parquet -> records
 chat.py      a conversation's record -> segments of text, each trained on or only read
+tasks.py     a record's columns -> the task that would read them
 encode.py    texts and records -> token ids, in pieces
 shards.py    token ids <-> a memory-mapped file with a checksum
 streams.py   a source and a task -> a stream of ids, kept in a cache

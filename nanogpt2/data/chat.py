@@ -5,8 +5,8 @@ A record has one of these forms:
     messages       a list of {"role": "system" | "user" | "assistant", "content": text}
     conversations  the same as {"from": "system" | "human" | "gpt", "value": text}
     instruction    a question, with `input` (or `context`), and its answer, `output` (or `response`)
-    prompt         and `completion`, taken as they stand, or both as lists of messages; `prompt` may
-                   be empty
+    prompt         and `completion`, taken as they stand, or as lists of messages; `prompt` may be
+                   empty
 
 The first three end with an assistant's message. They are written in the format of sample.py's
 preset `dialogue`, so that the preset works with the trained model:
@@ -64,8 +64,11 @@ def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
         reason = f" has no column 'prompt' (nor {names}); columns found: {found}"
         raise RecordError(record.where, reason)
     prompt, completion = record.value("prompt"), record.value("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _dialogue(record, "prompt", prompt + completion, skip)
+    if isinstance(prompt, list):
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        if isinstance(completion, list):
+            return _dialogue(record, "prompt", prompt + completion, skip)
     asked = "" if prompt == "" else record.text("prompt")
     return [(asked, False), (_without_end(record, "completion"), True)]
 
@@ -82,11 +85,11 @@ def _dialogue(record: Record, name: str, messages: Any, skip: Skip) -> list[tupl
         raise RecordError(record.where, reason)
     parts: list[tuple[str, bool]] = []
     asked = ""  # the text since the last completion
-    role = None
+    role, tools = None, list[str]()
     for i, message in enumerate(messages):
         part = _message(f"{record.where}, message {i + 1}", message)
         if _is_tools(part, skip):
-            role = "tool"
+            role, tools = "tool", [*tools, *_tool_names(part)]
             continue
         role = _role(part)
         if role == "system" and part.values["content"] == "":
@@ -98,6 +101,10 @@ def _dialogue(record: Record, name: str, messages: Any, skip: Skip) -> list[tupl
             asked = ""
         else:
             asked += f"You: {content}\n" if role == "user" else f"{content}\n"
+    if role == "tool":
+        named = f" ({', '.join(dict.fromkeys(tools))})" if tools else ""
+        only = "has no answer but calls of tools" if not parts else "ends with a call of a tool"
+        raise RecordError(record.where, f" {only}{named}, which are not learnt")
     if role != "assistant":
         reason = f": the last message must be the assistant's, not {role}'s"
         raise RecordError(record.where, reason)
@@ -128,6 +135,14 @@ def _is_tools(message: Record, skip: Skip) -> bool:
         return False
     skip("calls of tools and their results", message.where)
     return True
+
+
+def _tool_names(message: Record) -> list[str]:
+    """Return the names of the tools that a message calls, as far as it has them."""
+    calls = message.values.get("tool_calls")
+    found = [*(calls if isinstance(calls, list) else []), message.values.get("function_call")]
+    named = [call.get("function", call) for call in found if isinstance(call, dict)]
+    return [repr(one["name"]) for one in named if isinstance(one, dict) and "name" in one]
 
 
 def _role(message: Record) -> str:

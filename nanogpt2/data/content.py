@@ -6,6 +6,7 @@ encoding. This file does not know the cache.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nanogpt2.data.encode import encode_chat, encode_labelled, encode_text
 from nanogpt2.data.files import DataFile, EncodingError, encoding_of
 from nanogpt2.data.reading import SHOWN, Reading
 from nanogpt2.data.records import RECORD_FORMATS, Record, RecordError, read_records
+from nanogpt2.data.tasks import further_task, right_task
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 # fixed, so that runs with different seeds share one split and can be compared
@@ -78,6 +80,7 @@ class Content:
     reading: Reading = field(default_factory=Reading)
     found: list[Pieces] = field(default_factory=list)  # of each text or record
     bad: list[RecordError] = field(default_factory=list)
+    advice: str = ""  # the task that reads the first bad record
 
     def encode(self) -> tuple[Pieces, Reading]:
         """Return the pieces of the stream, and what was read. Raises ValueError for bad records.
@@ -123,6 +126,7 @@ class Content:
             try:
                 self.found += self._encode(record)
             except RecordError as error:
+                self._advise(record)
                 bad.append(error)
         if file.format == ".json" and count == len(bad) == 1 and Path(self.source).is_dir():
             # settings or a description beside the texts
@@ -134,7 +138,8 @@ class Content:
 
     def _records(self, file: DataFile) -> Iterator[Record]:
         if file.format == ".txt" and self.task == "chat":
-            raise ValueError(f"{file.name!r} is text; chat needs {', '.join(RECORD_FORMATS)}")
+            needed = ", ".join(RECORD_FORMATS)
+            raise ValueError(f"{file.name!r} is text; chat needs {needed}; --task lm learns texts")
         return records_of(file, self.columns)
 
     def _encode(self, record: Record) -> list[Pieces]:
@@ -146,9 +151,18 @@ class Content:
             return [[entries if has_prompt else np.insert(entries, 0, self.tokenizer.end_of_text)]]
         text = record.text(self.columns.text)
         if self.task == "lm":
+            if not self.found:
+                self.reading.advice = further_task(record.values, self.columns.label)
             return self._texts([text])
         label = record.label(self.columns.label)
         return [[encode_labelled(text, label, self.tokenizer)]]
+
+    def _advise(self, record: Record) -> None:
+        """Keep what task would read a record that cannot be used, if it is the first one."""
+        if not (self.bad or self.found or self.advice):
+            with suppress(RecordError):
+                said = right_task(record.values, self.task, self.columns.text, self.columns.label)
+                self.advice = said and f"{record.where} {said}"
 
     def _texts(self, parts: Iterable[str]) -> list[Pieces]:
         found = [encode_text(text, self.tokenizer) for text in split_texts(parts)]
@@ -160,7 +174,9 @@ class Content:
         if count == 1 and self.found:
             return f"{first} (--skip_bad skips it)"
         if not self.found:
-            return f"{first}" + (f" (so are all {count} records)" if count > 1 else "")
+            return (self.advice or f"{first}") + (
+                f" (so are all {count} records)" if count > 1 else ""
+            )
         return (
             f"{count} of {count + len(self.found)} records are bad (--skip_bad skips them): "
             f"{', '.join(_places(self.bad[:SHOWN]))}; the first{first.reason}"

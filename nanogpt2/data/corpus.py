@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt2.config import IGNORE_INDEX
+from nanogpt2.config import IGNORE_INDEX, data_kind
 from nanogpt2.data.content import SPLIT_SEED, Columns
 from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
 from nanogpt2.data.reading import Reading
@@ -170,7 +170,10 @@ def _examples(
     except ValueError as error:
         raise ValueError(f"{source!r} {error}") from None
     if len(examples.labels) < 2:
-        raise ValueError(f"{source!r} has one label alone, {examples.labels[0]!r}; two are needed")
+        (label,) = examples.labels
+        is_text = Path(source).is_file() and data_kind(source) in (".txt", None)
+        more = " (a text's label is its folder's name; --task lm learns texts)" if is_text else ""
+        raise ValueError(f"{source!r} has one label alone, {label!r}; two are needed{more}")
     return examples
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanogpt2 import hub
-from nanogpt2.config import Skip, data_files, data_kind, no_report
+from nanogpt2.config import Skip, data_files, data_kind, no_report, refuse_document
 from nanogpt2.filesystem import open_regular, read_input
 
 PIECE_SIZE = 1 << 20  # bytes
@@ -148,7 +148,9 @@ def find_files(
     without a file to read.
     """
     if source == "-":
-        file = DataFile("standard input", stdin_format, read_input(source), encoding)
+        data = read_input(source)
+        refuse_document(data)
+        file = DataFile("standard input", stdin_format, data, encoding)
         return [replace(file, format=".jsonl") if _holds_objects(file) else file]
     if source == "pydocs":
         from pydoc_data.topics import topics

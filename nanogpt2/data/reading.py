@@ -28,6 +28,7 @@ class Reading:
     tokens: int = 0
     cut: int = 0  # records longer than a sequence
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    advice: str = ""  # on another task that the records allow
 
     def skip(self, reason: str, what: str) -> None:
         """Count one thing that is not read."""
@@ -51,7 +52,7 @@ class Reading:
         for reason, skipped in self.skipped.items():
             more = ", ..." if skipped.count > len(skipped.first) else ""
             lines.append(f"skipped {skipped.count:,} ({reason}): {', '.join(skipped.first)}{more}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([self.advice] if self.advice else [])])
 
 
 def reading_from(values: dict) -> Reading:

@@ -1,6 +1,7 @@
 """Files of records -> one mapping for each record, with its file and line.
 
-    .jsonl .json  one JSON object a line, objects one after another, or an array of objects
+    .jsonl .json  one JSON object a line, objects one after another, or an array of objects; an
+                  array of messages in an object's place is a record with the column `messages`
     .csv          a line of names, then one record a line; a quoted field may contain line breaks;
                   the delimiter is the one in the line of names: , or ; or a tab or |. Excel's
                   line sep=; before it is read
@@ -162,7 +163,18 @@ def _json(file: DataFile) -> Iterator[Record]:
         yield _json_record(f"{file.name!r} line {number}", values, text)
 
 
+def _is_conversation(value: Any) -> bool:
+    """Tell whether a value is an array of messages."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value)
+    )
+
+
 def _json_record(where: str, values: Any, text: str) -> Record:
+    if _is_conversation(values):
+        values = {"messages": values}
     if isinstance(values, dict):
         return Record(where, values)
     return _malformed(where, f" is not a JSON object: {excerpt(text)}")
@@ -193,10 +205,11 @@ def _objects(file: DataFile, is_needed: bool) -> list[Any] | None:
         if is_needed:
             raise ValueError(f"{file.name!r} is not JSON Lines or an array: {error}") from None
         return None
-    if len(found) == 1 and isinstance(found[0], list):
+    if len(found) == 1 and isinstance(found[0], list) and not _is_conversation(found[0]):
         found = found[0]
-        return found if not found or any(isinstance(value, dict) for value in found) else None
-    return found if all(isinstance(value, dict) for value in found) else None
+        kinds = [isinstance(value, dict) or _is_conversation(value) for value in found]
+        return found if not found or any(kinds) else None
+    return found if all(isinstance(v, dict) or _is_conversation(v) for v in found) else None
 
 
 # ---- tables

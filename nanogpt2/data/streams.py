@@ -28,6 +28,7 @@ from nanogpt2.data.files import DataFile, find_files
 from nanogpt2.data.reading import Reading, reading_from
 from nanogpt2.data.records import RECORD_FORMATS
 from nanogpt2.data.shards import Ids, open_shard, write_shard
+from nanogpt2.data.tasks import labels_in_folders
 from nanogpt2.hub import expanded
 from nanogpt2.tokenizer import Tokenizer
 
@@ -96,6 +97,9 @@ class Streams:
             cached = _keep(self._path(files), pieces, read)
         ids, read = cached
         reading.records, reading.skipped = read.records, reading.skipped | read.skipped
+        # where the folders lie is no part of the cache's name
+        is_lm = self.task == "lm"
+        reading.advice = read.advice or (labels_in_folders(source, files) if is_lm else "")
         return ids, self._digest(files), reading
 
     def _digest(self, files: Sequence[_Digested]) -> bytes:
