@@ -143,8 +143,19 @@ def measure_bias(
                 "difference": first - second,
             }
         seen.append((pair.group, changes[pair.name], differences))
+    tables = {
+        "groups": _means(seen),
+        "pairs": changes,
+        "shifts": shifts,
+        "continuations": likelihoods,
+    }
+    return {"examples": len(pairs)} | tables
+
+
+def _means(seen: Sequence[tuple[str, dict[str, float], list[float]]]) -> dict[str, Any]:
+    """Return the means of each group, in the order of the file."""
     groups = {}
-    for group in dict.fromkeys(pair.group for pair in pairs):
+    for group in dict.fromkeys(name for name, _, _ in seen):
         moved = [found for name, found, _ in seen if name == group]
         nats = [x for name, _, differences in seen if name == group for x in differences]
         groups[group] = {
@@ -154,8 +165,7 @@ def measure_bias(
             "continuations": len(nats),
             "mean_difference": mean(nats or [0.0]),
         }
-    tables = {"groups": groups, "pairs": changes, "shifts": shifts, "continuations": likelihoods}
-    return {"examples": len(pairs)} | tables
+    return groups
 
 
 @torch.no_grad()
