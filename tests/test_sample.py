@@ -427,9 +427,9 @@ def test_a_full_device_is_one_line(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
-        ("Hello --max_new_tokens 2 <&-", 0, ""),
-        ("- --max_new_tokens 2 <&-", 0, ""),
-        ("--interactive <&-", 0, ":help lists the commands\n"),
+        ("Hello --max_new_tokens 2 --seed 1 <&-", 0, ""),
+        ("- --max_new_tokens 2 --seed 1 <&-", 0, ""),
+        ("--interactive --seed 1 <&-", 0, ":help lists the commands\n"),
         ("Hello --max_new_tokens 2 2>&-", 0, ""),
         ("Hello >&-", 1, "error: standard output is closed\n"),
         ("Hello >&- 2>&- <&-", 1, ""),
