@@ -19,8 +19,9 @@ import pytest
 import torch
 from reference import ROOT
 
-PAGES = ["docs/gpt2.md", "docs/decoding.md", "docs/training.md", "docs/relatives.md"]
-PAGES += ["docs/model_card.md", "docs/exercises.md", "docs/kernels.md"]
+TRAINS = "docs/training.md"
+PAGES = ["docs/gpt2.md", "docs/decoding.md", "docs/relatives.md", "docs/model_card.md"]
+PAGES += ["docs/exercises.md", "docs/kernels.md", TRAINS]
 PICTURES = ROOT / "docs/pictures"
 LARGEST = 100_000  # bytes of a picture
 AGAIN = "python tests/test_lessons.py writes them anew"
@@ -90,7 +91,7 @@ def drawn():
     return {k: v for path in scripts for k, v in runpy.run_path(str(path))["pictures"]().items()}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES[:-1], pytest.param(TRAINS, marks=pytest.mark.slow)])
 def test_every_output_of_a_page_comes_from_its_code(page):
     blocks = list(BLOCK.finditer(page_text(page)))
     assert len(blocks) == page_text(page).count("```python\n")
@@ -99,6 +100,7 @@ def test_every_output_of_a_page_comes_from_its_code(page):
         assert wrong is None, f"{page}, block {number}: {wrong}; {AGAIN}"
 
 
+@pytest.mark.slow
 def test_every_picture_is_the_one_its_script_draws():
     committed = {path.name: path.read_text() for path in PICTURES.glob("*.svg")}
     new = drawn()
@@ -112,6 +114,11 @@ def test_every_picture_is_the_one_its_script_draws():
 def test_every_picture_is_shown_on_a_page():
     shown = {name for page in PAGES for name in re.findall(r"\(pictures/(.*?)\)", page_text(page))}
     assert shown == {path.name for path in PICTURES.glob("*.svg")}
+
+
+def test_the_readings_take_the_three_hours_that_the_readme_promises():
+    text = page_text("README.md").split("Three hours lead")[1].split("\n## ")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", text, flags=re.M))) == 180
 
 
 ROOMS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))

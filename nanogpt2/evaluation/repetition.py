@@ -37,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "repetition_penalty 1.2": {"repetition_penalty": 1.2},
     "no_repeat_ngram_size 3": {"no_repeat_ngram_size": 3},
     "num_beams 5": {"num_beams": 5},
-    "both of the last": {"num_beams": 5, "no_repeat_ngram_size": 3},
+    "5 beams + 3-gram ban": {"num_beams": 5, "no_repeat_ngram_size": 3},
 }
 
 

@@ -11,7 +11,7 @@ of low rank r, which is added to W:
   so B has a gradient (dB = s dy^T (x A^T)) from the first step. If both were zero, both gradients
   would stay zero. A is drawn like torch's Linear: uniform within 1 / sqrt(in).
 - Scale: with s = alpha / r another rank hardly needs another learning rate.
-- Memory: AdamW keeps a gradient and two moments, 12 bytes in fp32 for each trained parameter:
+- Memory: a trained parameter has a gradient and AdamW's two moments, 12 bytes in fp32:
   1.5 GB for the 124M model. At r = 8 the A and B of its 48 layers are 1.2 million numbers: 14 MB.
   W's gradient is never computed. Weights and activations take as much memory as before.
 - After training, W + s B A is a matrix like W (`merged`), so the tuned model is as fast as before.
