@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import shutil
 import sys
 from contextlib import suppress
@@ -412,6 +413,10 @@ def terminal_of(folder):
         # reading fails once the script has ended
         with suppress(OSError):
             while awaited is None or awaited not in seen:
+                if not select.select([number], [], [], 10)[0]:
+                    # Python's readline misses a Ctrl-C that comes just before it waits for a key
+                    assert keys == b"\x03", (keys, awaited, seen)
+                    os.write(number, keys)
                 seen += os.read(number, 9999)
         return seen
 
