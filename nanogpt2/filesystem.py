@@ -9,6 +9,7 @@ content of the files.
 import errno
 import os
 import re
+import stat
 import sys
 from io import BufferedReader
 from pathlib import Path
@@ -46,8 +47,8 @@ def open_regular(path: Path, largest: int | None = None) -> BufferedReader:
     """
     if "\0" in str(path):
         raise ValueError(f"{str(path)!r} is no path: it contains NUL")
-    # reading a pipe could wait forever
-    if path.exists() and not path.is_file():
+    # reading a pipe could wait forever; one stat, since the file may be deleted meanwhile
+    if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{str(path)!r} is no regular file")
     file = path.open("rb")
     size = os.fstat(file.fileno()).st_size

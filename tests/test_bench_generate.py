@@ -137,6 +137,7 @@ def test_an_arm_of_other_weights_is_not_timed(bench, tmp_path, monkeypatch):
         bench_generate.measure_tokens(bench, "greedy")
 
 
+@pytest.mark.slow
 def test_an_arm_in_a_process_of_its_own(bench):
     apart, here = Apart(Ours, bench.folder), Ours(bench.folder)
     options = {"do_sample": True, "top_k": 9}

@@ -425,6 +425,7 @@ def terminal_of(folder):
     os.waitpid(pid, 0)
 
 
+@pytest.mark.slow
 def test_pasted_lines_are_one_turn_and_ctrl_c_keeps_the_text(terminal_of):
     # with bracketed paste on, the terminal marks what is pasted
     terminal_of(b"", b"\x1b[?2004h> ")

@@ -362,7 +362,7 @@ STOP = ["book.txt", *BASE, "--steps", "100000", "--eval_every", "50000", "--time
 
 @pytest.mark.parametrize(
     ("what", "flags"),
-    [("hangs", []), *only_by(pytest.mark.slow, ("dies", []), ("hangs", ["--fsdp"]))],
+    only_by(pytest.mark.slow, ("hangs", []), ("dies", []), ("hangs", ["--fsdp"])),
 )
 def test_a_process_that_stops_ends_the_run_with_its_last_step_saved(book, capsys, what, flags):
     code, out, err = finished(started(what, *STOP, *flags))
@@ -378,6 +378,7 @@ def test_a_process_that_stops_ends_the_run_with_its_last_step_saved(book, capsys
         assert state["step"] == 4 and load_model("out")
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_torchrun_that_was_killed(book):
     """It can tell them nothing. They save as after SIGTERM; their end closes the pipes."""
     code, _, err = finished(started("torchrun", *STOP))

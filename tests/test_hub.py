@@ -147,6 +147,7 @@ def test_a_download_that_breaks_off(tmp_path, server, monkeypatch):
     assert out.startswith("OSError 'gpt2'") and out.count("\n") == 1, out
 
 
+@pytest.mark.slow
 def test_the_script_says_it_too(tmp_path):
     from reference import run_script
 

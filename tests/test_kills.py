@@ -90,11 +90,13 @@ def test_what_the_last_commit_left_undone_is_done_on_resuming(tmp_path, monkeypa
 # ---- what else may end a save
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once_without_harm(tmp_path):
     hit = killed("signals", 60, tmp_path)
     assert hit["status 143"] == 60 and hit["unfinished folder seen"] > 10
 
 
+@pytest.mark.slow
 def test_an_error_at_any_call_leaves_the_last_checkpoint(tmp_path):
     hit = killed("errors", 60, tmp_path)
     assert hit["status 1"] > 50 and hit["unfinished folder seen"] > 10

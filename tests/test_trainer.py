@@ -143,6 +143,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", MORE, ids=" ".join)
 def test_stops_change_no_bit_of_what_else_there_is(inputs, tmp_path, monkeypatch, more):
     setting = ("float32", "0.1", "1", "full", "adamw")
