@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -97,7 +97,10 @@ class World:
         """
         if self.size > 1:
             dist.barrier()
-            _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            # torch before 2.14 has it under a private name
+            old_name = "_set_pg_timeout"
+            limit = getattr(dist, "set_timeout", None) or getattr(distributed_c10d, old_name)
+            limit(timedelta(seconds=seconds), dist.group.WORLD)
 
     def is_loss(self, error: BaseException) -> bool:
         """Return True for an error that says that another process died or did not answer."""
