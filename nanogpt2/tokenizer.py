@@ -119,6 +119,8 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Ids -> bytes. Raises ValueError for an id outside the vocabulary."""
+        # a row of generate()'s tensor
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")

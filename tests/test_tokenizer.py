@@ -6,6 +6,7 @@ import random
 import pytest
 import tiktoken
 import tiktoken.load
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer
@@ -235,3 +236,8 @@ def test_the_engine_sees_short_texts_whatever_the_text(monkeypatch, part):
 def test_a_million_blanks():
     blanks = " " * 1_100_000
     assert gpt2_tokenizer().encode(blanks + "x") == [220] * 1_099_999 + [2124]
+
+
+def test_a_row_of_a_tensor_is_decoded():
+    ids = gpt2_tokenizer().encode("a sheep jumped")
+    assert gpt2_tokenizer().decode(torch.tensor(ids)) == "a sheep jumped"
