@@ -70,7 +70,7 @@ def test_the_scripts_in_the_package_are_those_at_the_top():
 def test_every_command_after_an_install(tmp_path):
     # pip builds in the source's folder
     source, site = tmp_path / "source", tmp_path / "site"
-    left_out = shutil.ignore_patterns(".*", "build", "out*", "*venv*", "*.egg-info", "__pycache__")
+    left_out = shutil.ignore_patterns(".*", "build", "out", "*venv*", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
     pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
     done = run(cwd=tmp_path, program=pip)
