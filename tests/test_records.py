@@ -7,11 +7,9 @@ import math
 import sys
 from decimal import Decimal
 
-import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from nanogpt2.data import files
 from nanogpt2.data.files import DataFile
@@ -243,6 +241,9 @@ def test_any_table_and_any_json_come_back(rows, size):
 
 
 def test_parquet(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
     rows = [{"text": f"text {i}", "label": i} for i in range(5)] + [{"text": None, "label": 7}]
     path = tmp_path / "data.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
@@ -257,6 +258,9 @@ def test_parquet(tmp_path):
 
 def test_parquet_reads_only_the_columns_that_are_used(monkeypatch):
     """A date, a duration or nanoseconds that Python cannot express never matter."""
+    import pyarrow
+    from pyarrow import parquet
+
     table = pyarrow.table(
         {
             "text": ["a", "b"],
