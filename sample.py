@@ -47,7 +47,7 @@ def main(config: SampleConfig) -> None:
     with usage_error("PROMPT" if config.prompt_file is None else "--prompt_file"):
         prompt = read_prompt(config.prompt, config.prompt_file)
     with usage_error("--device"):
-        device = choose_device(config.device)
+        device = choose_device(config.device, config.threads)
     with usage_error():
         ops.choose_kernels(config.kernels, device)
     if config.classify:
@@ -85,6 +85,7 @@ def main(config: SampleConfig) -> None:
     except (MemoryError, FloatingPointError) as error:
         fail(str(error), code=1)
     terminal.note(output.about_seed())
+    terminal.note(text.about_speed(model) if config.verbose else "")
 
 
 def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:

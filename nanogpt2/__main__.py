@@ -14,11 +14,12 @@ COMMANDS = {
     "train": "train or fine-tune: nanogpt2 train book.txt --init demo --out out",
     "evaluate": "measure a model: nanogpt2 evaluate book.txt --model out",
     "quantize": "narrow the weights: nanogpt2 quantize out --out out-int8",
+    "tune": "time a model's products on this machine: nanogpt2 tune gpt2",
 }
 # what other programs call them
 OTHER_NAMES = {
     **dict.fromkeys(("run", "generate", "chat", "complete", "completion", "infer"), "sample"),
-    **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "tune", "sft", "create"), "train"),
+    **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "sft", "create"), "train"),
     **dict.fromkeys(("eval", "test", "perplexity", "benchmark", "lm_eval"), "evaluate"),
     **dict.fromkeys(("convert", "compress", "int8"), "quantize"),
 }

@@ -5,14 +5,17 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from nanogpt2 import threads as processors
 from nanogpt2.memory import total_memory
 
 
-def choose_device(name: str) -> str:
-    """Return the device to run on. `auto` is cuda where present, else cpu.
+def choose_device(name: str, threads: int | None = None) -> str:
+    """Return the device to run on, and set this program's threads. `auto` is cuda, else cpu.
 
+    threads: by default torch's own number, within the processors that this process may use.
     Raises ValueError for a device that this machine lacks.
     """
+    torch.set_num_threads(processors.settle(threads, torch.get_num_threads()))
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return "cuda" if present["cuda"] else "cpu"

@@ -127,7 +127,6 @@ class EvaluateConfig:
         "n_gpu_layers": "use --device cuda",
         "no_cuda": "use --device cpu",
         "cpu": "use --device cpu",
-        "threads": "set them before the command: OMP_NUM_THREADS=4",
         "out": "the figures go to standard output: --json > figures.json",
         "output_path": "the figures go to standard output: --json > figures.json",
         "output_dir": "the figures go to standard output: --json > figures.json",
@@ -137,6 +136,7 @@ class EvaluateConfig:
     task: str = flag("perplexity", "what to measure", choices=TASKS)
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
+    threads: int | None = flag(None, "threads on a CPU (default: all it may use)", low=1)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
     kernels: str = flag(
@@ -220,7 +220,7 @@ def main(config: EvaluateConfig) -> None:
     """Read the file, load the model, print the figures."""
     model: Any
     with usage_error("--device"):
-        device = choose_device(config.device)
+        device = choose_device(config.device, config.threads)
     with usage_error():
         ops.choose_kernels(config.kernels, device)
     with usage_error("--model"):

@@ -19,6 +19,7 @@ from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
 
+from nanogpt2 import threads
 from nanogpt2.memory import is_out_of_memory, out_of_memory_line
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows lacks it
@@ -31,6 +32,7 @@ def prepare() -> None:
     the process silently. Out of memory anywhere is one line on stderr and exit code 1.
     """
     global _colours
+    threads.wait_briefly()
     _open_streams()
     _colours = styled(sys.stdout)
     sys.excepthook = _show_uncaught

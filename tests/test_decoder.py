@@ -231,5 +231,5 @@ def test_generation_goes_through_it(model, monkeypatch):
         FloatLinear, "forward", lambda self, x: (rows.append(x.size(0)), product(self, x))[1]
     )
     generate(model, prompts(1, 4), max_new_tokens=3, num_beams=5, eos_token_id=None)
-    # the prompt is read once, not once a beam
-    assert rows == [1] * TINY.n_layer + [5] * 2 * TINY.n_layer
+    # the prompt is read once, not once a beam; the head is a product too
+    assert rows == [1] * (TINY.n_layer + 1) + [5] * 2 * (TINY.n_layer + 1)

@@ -8,7 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from nanogpt2 import terminal
+from nanogpt2.cpu.decoder import can_run
+from nanogpt2.cpu.prepared import prepared_for
 from nanogpt2.generation.stopping import stop_bytes, stop_start
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -163,3 +167,12 @@ def as_json(
         "finish_reason": completion.finish_reason,
         "seed": seed,
     }
+
+
+def about_speed(model: GPT) -> str:
+    """Say how a model's last text was computed: its kernels, or its layouts and threads."""
+    if not can_run(model):
+        return f"kernels {model.kernels}"
+    prepared = prepared_for(model)
+    layouts = ", ".join(f"{name} {layout}" for name, layout in prepared.layouts().items())
+    return f"layouts: {layouts}; threads: {prepared.pace.threads} of {torch.get_num_threads()}"

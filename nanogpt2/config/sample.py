@@ -56,6 +56,7 @@ CLASSIFY_FLAGS = (
     *READING_FLAGS,
     "model",
     "device",
+    "threads",
     "dtype",
     "kernels",
     "json",
@@ -125,7 +126,6 @@ class SampleConfig:
         "truncate": "use --stop_strings TEXT",
         "include_prefix": "the text includes the prompt; --json has the completion alone",
         "format": "use --json",
-        "verbose": "use --explain",
         "ctx_size": "the context is the model's; the oldest tokens are dropped",
         "n_ctx": "the context is the model's; the oldest tokens are dropped",
         "num_ctx": "the context is the model's; the oldest tokens are dropped",
@@ -133,7 +133,6 @@ class SampleConfig:
         "n_gpu_layers": "use --device cuda: all layers go there",
         "gpu_layers": "use --device cuda: all layers go there",
         "ngl": "use --device cuda: all layers go there",
-        "threads": "set them before the command: OMP_NUM_THREADS=4",
         "num_thread": "set them before the command: OMP_NUM_THREADS=4",
         "no_cuda": "use --device cpu",
         "use_cpu": "use --device cpu",
@@ -163,6 +162,7 @@ class SampleConfig:
     prompt_file: str | None = flag(None, "a file that holds the prompt")
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
+    threads: int | None = flag(None, "threads on a CPU (default: all, or one, by time)", low=1)
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
     kernels: str = flag(
@@ -200,6 +200,7 @@ class SampleConfig:
     color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
     tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
     json: bool = flag(False, "print JSON: one object for each text")
+    verbose: bool = flag(False, "say at the end which products and how many threads ran")
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:

@@ -142,7 +142,6 @@ class TrainConfig:
         "lora_dropout": "use --dropout",
         "deepspeed": "use torchrun --nproc_per_node=N train.py DATA --fsdp",
         "multi_gpu": "use torchrun --nproc_per_node=N train.py DATA",
-        "threads": "set them before the command: OMP_NUM_THREADS=4",
         "no_cuda": "use --device cpu",
         "use_cpu": "use --device cpu",
         "cpu": "use --device cpu",
@@ -214,6 +213,7 @@ class TrainConfig:
     # where
     seed: int = flag(1337, "for the weights, the data's order and dropout", low=0, high=MAX_SEED)
     device: str = flag("auto", "where to run", choices=DEVICES)
+    threads: int | None = flag(None, "threads on a CPU (default: all it may use)", low=1)
     dtype: str = flag("auto", "precision of the matrix products", choices=("auto", *DTYPES))
     kernels: str = flag(
         "auto",

@@ -3,7 +3,7 @@
 A decoding step of a few rows takes as long as reading the weights, if nothing else costs time.
 So this decoder saves everything else:
 
-- It multiplies by matrices prepared for few rows (prepacked.py), which also add the residual.
+- It multiplies by matrices prepared for few rows (prepared.py), which also add the residual.
 - It stores and reads the keys and values of a prompt once for all rows of the prompt:
 
       shared  (B, H, S, D)   positions that are equal in all rows of a prompt
@@ -21,27 +21,16 @@ Axes: B prompts, N rows in all, R rows read at once (B or N), T new tokens, L la
 D = C // H. This file does not know how a token is chosen, nor what positions mean.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt2.cpu.prepacked import FloatLinear, PrepackedLinear, runs_prepacked
+from nanogpt2.cpu.pace import Pace
+from nanogpt2.cpu.prepacked import runs_prepacked
+from nanogpt2.cpu.prepared import is_product, matrices, prepared_for
 from nanogpt2.model import GPT
 
 INITIAL_CAPACITY = 8  # positions of `own` that are allocated first
-
-
-class Layer(NamedTuple):
-    """The parts of a model.py Block, its matrices prepared for few rows."""
-
-    ln_1: nn.Module
-    c_attn: PrepackedLinear
-    attn_c_proj: PrepackedLinear
-    ln_2: nn.Module
-    c_fc: PrepackedLinear
-    mlp_c_proj: PrepackedLinear
 
 
 def can_run(model: GPT) -> bool:
@@ -51,7 +40,7 @@ def can_run(model: GPT) -> bool:
         runs_prepacked(model.kernels, weight.device.type, weight.dtype)
         # not sharded
         and type(weight) in (nn.Parameter, Tensor)
-        and all(_is_product(m) for block in model.h for m in _matrices(block))
+        and all(is_product(m) for block in model.h for m in matrices(block))
     )
 
 
@@ -66,7 +55,8 @@ class CPUDecoder:
         """rows: those of each prompt."""
         c = model.config
         self._model, self._rows = model, rows
-        self._layers = [_layer(block) for block in model.h]
+        self._prepared = prepared_for(model)
+        self._layers = self._prepared.layers
         self._H, self._D = c.n_head, c.n_embd // c.n_head
         # the system provides memory only when it is written
         self._shared = torch.empty(c.n_layer, 2, prompts, self._H, max_length, self._D)
@@ -84,6 +74,11 @@ class CPUDecoder:
     def length(self) -> int:
         """Positions read, of each row."""
         return self._shared_length + self._own_length
+
+    @property
+    def pace(self) -> Pace:
+        """Wraps the reading and scoring of one token for each row."""
+        return self._prepared.pace
 
     @property
     def _writes_own(self) -> bool:
@@ -107,6 +102,7 @@ class CPUDecoder:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
         if self._writes_own:
             self._grow(T)
+        self._prepared.count(R * T)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
         for n in range(len(self._layers)):
             x = self._add_attention(n, x, mask)
@@ -151,7 +147,8 @@ class CPUDecoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """GPT.logits: (..., C) -> (..., V)."""
-        return self._model.logits(x)
+        self._prepared.count_head(x.numel() // x.size(-1))
+        return self._prepared.head(x)
 
     def fork(self) -> None:
         """Read each row by itself from now on; until now a prompt was read as one row."""
@@ -215,26 +212,3 @@ def _attention(q: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
     """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D), and the log of its normaliser, (B, H, T)."""
     k, v = kv
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-
-
-def _matrices(block: Any) -> tuple[nn.Module, ...]:
-    """Return the four matrices of a Block, in the order of their use."""
-    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-
-
-def _is_product(layer: nn.Module) -> bool:
-    """Tell whether a layer computes x W^T + b and nothing more; LoRA's layers add a product."""
-    if isinstance(layer, PrepackedLinear):
-        return True
-    parameters = {name for name, _ in layer.named_parameters()}
-    return isinstance(layer, nn.Linear) and parameters == {"weight", "bias"}
-
-
-def _layer(block: Any) -> Layer:
-    c_attn, attn_c_proj, c_fc, mlp_c_proj = map(_product, _matrices(block))
-    return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj)
-
-
-def _product(layer: Any) -> PrepackedLinear:
-    """Prepare a layer for few rows; an InferenceGPT's layers are prepared already."""
-    return layer if isinstance(layer, PrepackedLinear) else FloatLinear(layer.weight, layer.bias)

@@ -17,7 +17,6 @@ from typing_extensions import override
 from nanogpt2.config import IGNORE_INDEX, SCHEMES, GPTConfig
 from nanogpt2.cpu import malloc
 from nanogpt2.cpu.prepacked import (
-    FEW_ROWS,
     SCALE,
     PrepackedLinear,
     Release,
@@ -37,9 +36,6 @@ MATRICES = (
     "mlp.c_proj.weight",
     EMBEDDING,
 )
-# prepack the head and the first block after this many rows, which repay the cost; each next block
-# FEW_ROWS later, so that no single step takes long
-PAYS_AFTER = 128
 CHUNK = 256  # rows of logits computed at once
 
 
@@ -90,11 +86,11 @@ class InferenceGPT(GPT):
     def _make_products(self, state: dict[str, Tensor], release: Release | None) -> None:
         # the head first: it is the largest, and narrowing holds it twice for a moment
         table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)
-        # prepack the head only beside a mapped embedding: a second copy would add a third of the
+        # lay out the head only beside a mapped embedding: a second copy would add a third of the
         # model to memory
-        after = PAYS_AFTER if release is not None and table.dtype == torch.float32 else 0
+        is_mapped = release is not None and table.dtype == torch.float32
         table = widened(table, release) if self.scheme is None else table
-        self.head = prepacked_linear_for(table, scale, None, self.scheme, after, release)
+        self.head = prepacked_linear_for(table, scale, None, self.scheme, release, is_mapped)
         if self.scheme is None:
             self.wte.weight = nn.Parameter(table, requires_grad=False)
         else:
@@ -105,8 +101,7 @@ class InferenceGPT(GPT):
                 bias = getattr(module, name).bias.detach()
                 weight = f"h.{n}.{part}.{name}.weight"
                 matrix = state.pop(weight), state.pop(weight + SCALE, None)
-                after = PAYS_AFTER + FEW_ROWS * n
-                product = prepacked_linear_for(*matrix, bias, self.scheme, after, release)
+                product = prepacked_linear_for(*matrix, bias, self.scheme, release)
                 product.register_buffer("bias", bias)
                 setattr(module, name, product)
 

@@ -1,6 +1,6 @@
-"""x W^T for few rows on a CPU: the weight prepacked, or narrowed to 16 or 8 bits.
+"""x W^T for few rows on a CPU: the weight in a fast layout, or narrowed to 16 or 8 bits.
 
-    float32   the same numbers, prepacked into oneDNN's blocks after some use
+    float32   the same numbers
     fp16      2 bytes a weight
     int8      1 byte: W = s q, with one s for each output, |q| <= 127
 
@@ -11,15 +11,13 @@ middle, and
 
     x W^T = d (u - m) W^T + (low + m d) (the sum of W over its inputs)
 
-PyTorch's own operations compute it, by oneDNN and fbgemm; they are outside its stable interface.
-This file does not know what the matrices mean.
+layouts.py computes the products of float32 and int8, plan.py changes their layout. This file does
+not know what the matrices mean.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +25,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from nanogpt2.cpu import malloc
+from nanogpt2.cpu.layouts import AS_STORED, BYTES, FLOAT, ByteLayout, Layout, OneDNN, OneDNNBytes
 
 SCALE = "_scale"  # int8's scales, appended to the matrix's name: float32 (N,)
-# oneDNN prepacks for this number of rows; 1 to 16 are about as fast
-FEW_ROWS = 8
 CHUNK = 256  # rows of a matrix narrowed at once
-ZERO = torch.zeros(1, dtype=torch.int64)  # int8's zero point, for all outputs
 FULL, REST = 512, 256  # inputs of one of fbgemm's fp16 blocks, and of a half-empty one
 MOST = torch.finfo(torch.float16).max
 LEAST = 1e-30  # the smallest scale: a divisor
@@ -59,54 +55,80 @@ class PrepackedLinear(nn.Module, ABC):
         """Return the weight's tensors, by the suffixes of their names."""
 
 
-class FloatLinear(PrepackedLinear):
-    """float32 by oneDNN. After `prepacks_after` rows, prepack the weight for good."""
+class LaidOut(PrepackedLinear):
+    """A layer whose weight can change its layout.
+
+    layout: the layout's name, None before the first use. usual: the one it takes by itself.
+    layouts: all that it can take. shape: (N, K).
+    """
+
+    layout: str | None
+    usual: str
+    layouts: tuple[str, ...]
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def lay_out(self, name: str) -> None:
+        """Change the layout. The results stay the same, but for the order of float32's sums."""
+
+
+class FloatLinear(LaidOut):
+    """float32, at first as the weight is stored."""
+
+    usual = "onednn"
 
     def __init__(
         self,
         weight: Tensor,
         bias: Tensor | None,
-        prepacks_after: int = 0,
         release: Release | None = None,
+        lays_out: bool = True,
+        keeps: bool = False,
     ) -> None:
-        """weight: in either memory order. prepacks_after: 0 is never.
+        """weight: in either memory order.
 
-        release: called with the old weight after prepacking.
+        release: called with the stored weight once it is not read any more. lays_out: False where
+        a layout would be a second copy in memory. keeps: the caller owns the weight and may change
+        it; then a layout is a second copy, to be made again after a change.
         """
         super().__init__()
-        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._left, self._release = prepacks_after, release
+        weight = weight.detach()
+        self._stored = weight if keeps else None
+        self._bias, self._release = None if bias is None else bias.detach(), release
+        self._layout: Layout = OneDNN(weight)
+        self.layout = self.usual
+        self.shape = (weight.size(0), weight.size(1))
+        self.layouts = tuple(FLOAT) if lays_out else AS_STORED
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._weight_for(x)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "none", [], "")
+        return self._layout.product(x, self._bias)
 
     @override
     def gelu(self, x: Tensor) -> Tensor:
-        weight = self._weight_for(x)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "gelu", [], "tanh")
+        return self._layout.gelu(x, self._bias)
 
     @override
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        weight = self._weight_for(x)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, self._bias, "add")
+        return self._layout.plus(x, self._bias, residual)
 
     @override
     def stored(self) -> dict[str, Tensor]:
-        return {"": self._weight.to_dense() if self._weight.is_mkldnn else self._weight}
+        return {"": self._weight()}
 
-    def _weight_for(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.size(-1)
-        if self._left > 0 and rows <= FEW_ROWS:
-            self._left -= rows
-            if self._left <= 0:
-                stored = self._weight
-                self._weight = torch.ops.mkldnn._reorder_linear_weight(stored, FEW_ROWS)
-                malloc.return_free()
-                if self._release is not None:
-                    self._release(stored)
-        return self._weight
+    @override
+    def lay_out(self, name: str) -> None:
+        if name == self.layout:
+            return
+        weight, was_stored = self._weight(), self.layout in AS_STORED
+        self._layout, self.layout = FLOAT[name](weight), name
+        if name not in AS_STORED:
+            malloc.return_free()
+            if was_stored and self._release is not None:
+                self._release(weight)
+
+    def _weight(self) -> Tensor:
+        return self._layout.dense() if self._stored is None else self._stored
 
 
 class HalfLinear(PrepackedLinear):
@@ -162,29 +184,57 @@ class HalfHead(PrepackedLinear):
         return {"": torch.cat([first, last], dim=1)}
 
 
-class Int8Linear(PrepackedLinear):
-    """q of 8 bits with a scale s for each output, by oneDNN; formulas at the top of the file."""
+class Int8Linear(LaidOut):
+    """q of 8 bits with a scale s for each output; the formulas are at the top of the file."""
 
     middle = 128  # m
+    usual = "onednn_u8s8"
 
-    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """q: int8 (N, K); scale: float32 (N,)."""
+    def __init__(
+        self, q: Tensor, scale: Tensor, bias: Tensor | None, release: Release | None = None
+    ) -> None:
+        """q: int8 (N, K), laid out on first use. scale: float32 (N,). release: see FloatLinear."""
         super().__init__()
         # in chunks: sum() widens each number to 8 bytes
         sums = torch.cat([rows.sum(dim=1) for rows in q.split(CHUNK)])
         self._scale, self._sums = scale, sums * scale  # each (N,)
         self._bias = torch.zeros_like(scale) if bias is None else bias.detach()
-        self._packed = self._pack(q)
+        self._q: Tensor | None = q
+        self._layout: ByteLayout | None = None
+        self._release = release
+        self.layout = None
+        self.shape = (q.size(0), q.size(1))
+        self.layouts = tuple(n for n in BYTES if n == self.usual or n.startswith("tiles"))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        if self._layout is None:
+            self.lay_out(self.usual)
+        assert self._layout is not None
         u, d, low = self._narrowed(x)
-        y = self._times(u)
+        y = self._layout.product(u, self.middle)
         return torch.addcmul(self._bias, low.add(d, alpha=self.middle), self._sums).addcmul_(d, y)
 
     @override
     def stored(self) -> dict[str, Tensor]:
-        return {"": self._unpacked(), SCALE: self._scale}
+        return {"": self._weight(), SCALE: self._scale}
+
+    @override
+    def lay_out(self, name: str) -> None:
+        if name == self.layout:
+            return
+        q, first = self._weight(), self._layout is None
+        self._layout, self.layout, self._q = BYTES[name](q, self._scale), name, None
+        if first and self._release is not None:
+            self._release(q)
+        del q
+        malloc.return_free()
+
+    def _weight(self) -> Tensor:
+        if self._q is not None:
+            return self._q
+        assert self._layout is not None
+        return self._layout.dense()
 
     def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return u, uint8 (..., K), with d and low, each (..., 1)."""
@@ -194,54 +244,18 @@ class Int8Linear(PrepackedLinear):
         # recompute the minimum separately: the fused op drops NaN
         return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)
 
-    def _pack(self, q: Tensor) -> Any:
-        # qlinear_prepack ignores strides
-        return torch.ops.onednn.qlinear_prepack(q.contiguous(), None)
-
-    def _times(self, u: Tensor) -> Tensor:
-        """Return (u - m) W^T."""
-        return _qlinear(u, self.middle, self._packed, self._scale)
-
-    def _unpacked(self) -> Tensor:
-        return self._packed.to_dense().t()
-
 
 class Int7Linear(Int8Linear):
-    """Int8Linear with inputs of 7 bits, by fbgemm: exact, and faster where oneDNN lacks VNNI."""
+    """Int8Linear with inputs of 7 bits, for fbgemm, which is exact with them without VNNI."""
 
     middle = 64
+    usual = "fbgemm_7bit"
 
     @override
     def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, d, low = super()._narrowed(x)
         # two steps merge into one, whose middle lies half a step above the lower one
         return u >> 1, 2 * d, low + d / 2
-
-    @override
-    def _pack(self, q: Tensor) -> Any:
-        with warnings.catch_warnings():
-            # quantized tensors are deprecated, but linear_prepack requires one
-            warnings.simplefilter("ignore")
-            zero = torch.zeros(len(q), dtype=torch.int64)
-            weight = torch._make_per_channel_quantized_tensor(q, self._scale.double(), zero, 0)
-            return torch.ops.quantized.linear_prepack(weight, None)
-
-    @override
-    def _times(self, u: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            u.float().sub_(self.middle), 1.0, self.middle, self._packed
-        )
-
-    @override
-    def _unpacked(self) -> Tensor:
-        return torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
-
-
-def _qlinear(u: Tensor, middle: int, packed: Tensor, scale: Tensor) -> Tensor:
-    """Return (u - middle) (scale q)^T: uint8 (..., K), int8 (N, K) -> float32 (..., N)."""
-    # no bias, an output scale of 1, no fused operation
-    rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
-    return torch.ops.onednn.qlinear_pointwise(u, 1.0, middle, packed, scale, ZERO, *rest)
 
 
 @cache
@@ -251,8 +265,8 @@ def onednn_sums_exactly() -> bool:
     Test a product, not the processor's features: ONEDNN_MAX_CPU_ISA can switch VNNI off.
     """
     u = torch.full((1, 64), 255, dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
-    found = _qlinear(u, Int8Linear.middle, packed, torch.ones(16))
+    layout = OneDNNBytes(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16))
+    found = layout.product(u, Int8Linear.middle)
     return bool((found == (255 - Int8Linear.middle) * 127 * 64).all())
 
 
@@ -261,24 +275,25 @@ def prepacked_linear_for(
     scale: Tensor | None,
     bias: Tensor | None,
     scheme: str | None,
-    prepacks_after: int,
-    release: Release | None,
+    release: Release | None = None,
+    lays_out: bool = True,
 ) -> PrepackedLinear:
     """Make the linear layer of a scheme; None is float32.
 
-    scale: given with an int8 weight. prepacks_after, release: see FloatLinear.
+    scale: given with an int8 weight. release, lays_out: see FloatLinear.
     """
     if scheme is None:
-        return FloatLinear(widened(weight, release), bias, prepacks_after, release)
-    product: PrepackedLinear
+        return FloatLinear(widened(weight, release), bias, release, lays_out)
     K = weight.size(1)
-    if scheme == "fp16" and bias is None and K > FULL and K % FULL == REST:
-        product = HalfHead(weight)
-    elif scheme == "fp16":
-        product = HalfLinear(weight, bias)
-    else:
+    if scheme == "int8":
         kind = Int8Linear if onednn_sums_exactly() else Int7Linear
-        product = kind(*(to_int8(weight) if scale is None else (weight, scale)), bias)
+        if scale is not None:
+            return kind(weight, scale, bias, release)
+        product: PrepackedLinear = kind(*to_int8(weight), bias)
+    elif bias is None and K > FULL and K % FULL == REST:
+        product = HalfHead(weight)
+    else:
+        product = HalfLinear(weight, bias)
     if release is not None:
         release(weight)
     return product

@@ -9,7 +9,8 @@ Axes: B prompts, N rows in all, T new tokens. This file does not know how a toke
 what positions mean.
 """
 
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from torch import Tensor
 from typing_extensions import override
@@ -23,6 +24,10 @@ class Decoder(Protocol):
     """Reads tokens: first B rows, one for each prompt; once `forked`, all N rows."""
 
     forked: bool
+
+    @property
+    def pace(self) -> AbstractContextManager[Any]:
+        """Wraps the reading and scoring of one token for each row."""
 
     @property
     def length(self) -> int:
@@ -73,6 +78,11 @@ class ModelDecoder(Decoder):
         self._cache = model.new_cache(prompts, max_length, masked=not left_padded)
         self._shared_length = 0  # positions of the cache that are equal in all rows of a prompt
         self.forked = rows == 1
+
+    @property
+    @override
+    def pace(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     @property
     @override

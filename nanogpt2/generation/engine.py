@@ -4,7 +4,7 @@ This file does not know how a token is chosen.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,7 +50,9 @@ class Engine:
         """
         # until the first choice, the rows of a prompt are equal, and the model reads one of them
         one = not self.decoder.forked
-        scores = self._scores(self._read(ids)[:, -1])  # (B, V) or (N, V)
+        is_step = self.base + self.decoder.length + 1 == ids.size(1)
+        with self.decoder.pace if is_step else nullcontext():
+            scores = self._scores(self._read(ids)[:, -1])  # (B, V) or (N, V)
         if one:
             self.decoder.fork()
             scores = scores.repeat_interleave(self.rows, dim=0)

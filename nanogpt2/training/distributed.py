@@ -116,17 +116,17 @@ class World:
             dist.destroy_process_group()
 
 
-def join(device: str, fsdp: bool = False) -> World:
+def join(device: str, fsdp: bool = False, threads: int | None = None) -> World:
     """Join the processes that torchrun started, each on its own device.
 
-    Raises ValueError for a missing device.
+    threads: see choose_device. Raises ValueError for a missing device.
     """
     if not dist.is_torchelastic_launched():
-        return World(choose_device(device))
+        return World(choose_device(device, threads))
     if sys.platform == "linux":
         # a torchrun that was killed cannot end its processes: let the kernel send SIGTERM
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    kind = choose_device(device)
+    kind = choose_device(device, threads)
     if kind == "cuda":
         kind = f"cuda:{dist.get_node_local_rank()}"
         if dist.get_node_local_rank() >= torch.cuda.device_count():

@@ -62,7 +62,7 @@ def joined(config: TrainConfig) -> Iterator[tuple[RunFolder, World]]:
     """
     folder = RunFolder(Path(config.out))
     with usage_error("--device"):
-        world = distributed.join(config.device, config.fsdp)
+        world = distributed.join(config.device, config.fsdp, config.threads)
     folder.writes = world.is_first
     terminal.enable_output(world.is_first)
     try:

@@ -41,6 +41,7 @@ FREE_ON_RESUME = {
     "resume",
     "overwrite",
     "device",
+    "threads",
     "kernels",
     "fsdp",
     "eval_every",

@@ -1,0 +1,194 @@
+"""A model's matrices as prepared layers for few rows, kept from one text to the next.
+
+An InferenceGPT's layers are prepared already. Those of a GPT that may be trained are made here: as
+the weights are stored, at first, and they read them live. A layout is a second copy of a weight.
+It is dropped once a gradient is computed, and made again after the weight has changed. A change is
+noticed before each text: by the weight's place in memory, PyTorch's count of its changes and a sum
+of all its bits. This file does not know how tokens are chosen.
+"""
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt2.cpu.inference_model import InferenceGPT
+from nanogpt2.cpu.layouts import AS_STORED
+from nanogpt2.cpu.pace import Pace
+from nanogpt2.cpu.plan import Plan
+from nanogpt2.cpu.prepacked import FloatLinear, LaidOut, PrepackedLinear
+from nanogpt2.cpu.tuning import table_for
+from nanogpt2.model import GPT
+
+
+class Layer(NamedTuple):
+    """The parts of a model.py Block, its matrices prepared for few rows."""
+
+    ln_1: nn.Module
+    c_attn: PrepackedLinear
+    attn_c_proj: PrepackedLinear
+    ln_2: nn.Module
+    c_fc: PrepackedLinear
+    mlp_c_proj: PrepackedLinear
+
+
+class Prepared:
+    """The layers of a model, their plan and their pace. head: (..., C) -> (..., V)."""
+
+    layers: list[Layer]
+    head: PrepackedLinear
+    pace: Pace
+
+    def __init__(self, model: GPT, tuned: bool = True) -> None:
+        """tuned: False leaves every layout as it is."""
+        if isinstance(model, InferenceGPT):
+            self.head = model.head
+        else:
+            self.head = FloatLinear(model.wte.weight, None, keeps=True)
+        self.layers = [_layer(block) for block in model.h]
+        self._sources = [] if isinstance(model, InferenceGPT) else _sources(model)
+        self._seen = [_state(tensor) for tensor in self._sources]
+        products = self.laid_out()
+        table = table_for(products) if products and tuned else None
+        head = [p for p in products if p is self.head]
+        self._body = Plan([p for p in products if p is not self.head], table)
+        self._head = Plan(head, table)
+        self.pace = Pace()
+        self._sums: dict[int, int] = {}
+
+    def laid_out(self) -> list[LaidOut]:
+        """Return the layers whose layout can change, in the order of their use."""
+        products = [p for layer in self.layers for p in layer]
+        return [p for p in [*products, self.head] if isinstance(p, LaidOut)]
+
+    def is_current(self) -> bool:
+        """Return False once a weight was replaced or changed."""
+        if [_state(tensor) for tensor in self._sources] != self._seen:
+            return False
+        sums = self._sums_of_copies()
+        same = all(self._sums.get(n, total) == total for n, total in sums.items())
+        self._sums = sums
+        return same
+
+    def begin(self, rows: int, prompt: int, new: int) -> None:
+        """Choose the first layouts; see Plan.begin."""
+        self._body.begin(rows, prompt, new)
+        self._head.begin(rows, 1, new)
+
+    def count(self, rows: int) -> None:
+        """Account for reading this many rows."""
+        self._body.count(rows)
+
+    def count_head(self, rows: int) -> None:
+        """Account for scoring this many rows."""
+        self._head.count(rows)
+
+    def layouts(self) -> dict[str, str]:
+        """Return the present layout of each kind of matrix; several are joined by `+`."""
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for name, product in zip(Layer._fields, layer, strict=True):
+                if isinstance(product, PrepackedLinear):
+                    found.setdefault(name, []).append(_layout_of(product))
+        found["head"] = [_layout_of(self.head)]
+        return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
+
+    def _sums_of_copies(self) -> dict[int, int]:
+        """Sum the bits of each weight that a layout copies."""
+        return {
+            n: _sum_of_bits(product.stored()[""])
+            for n, product in enumerate(self.laid_out() if self._sources else [])
+            if product.layout not in AS_STORED
+        }
+
+
+_prepared: WeakKeyDictionary[GPT, Prepared] = WeakKeyDictionary()
+
+
+def prepared_for(model: GPT, tuned: bool = True) -> Prepared:
+    """Return a model's prepared layers: those of the last text where they still hold.
+
+    tuned: see Prepared.
+    """
+    prepared = _prepared.get(model)
+    if prepared is None or not prepared.is_current():
+        first = prepared is None
+        _prepared[model] = prepared = Prepared(model, tuned)
+        if first:
+            _drop_when_trained(model)
+    return prepared
+
+
+def forget(model: GPT) -> None:
+    """Drop a model's layouts; the next text begins with the weights as they are stored."""
+    _prepared.pop(model, None)
+
+
+def _drop_when_trained(model: GPT) -> None:
+    """Forget the layouts with the next gradient."""
+    weight = model.wpe.weight
+    if weight.requires_grad and weight.is_leaf:
+        # no reference to the model: it must be able to die
+        place = ref(model)
+
+        def drop(_: Tensor) -> None:
+            handle.remove()
+            if (trained := place()) is not None:
+                forget(trained)
+
+        handle = weight.register_post_accumulate_grad_hook(drop)
+
+
+def matrices(block: Any) -> tuple[nn.Module, ...]:
+    """Return the four matrices of a Block, in the order of their use."""
+    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Tell whether a layer computes x W^T + b and nothing more; LoRA's layers add a product."""
+    if isinstance(layer, PrepackedLinear):
+        return True
+    parameters = {name for name, _ in layer.named_parameters()}
+    return isinstance(layer, nn.Linear) and parameters == {"weight", "bias"}
+
+
+def _layer(block: Any) -> Layer:
+    c_attn, attn_c_proj, c_fc, mlp_c_proj = map(_product, matrices(block))
+    return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj)
+
+
+def _product(layer: Any) -> PrepackedLinear:
+    if isinstance(layer, PrepackedLinear):
+        return layer
+    return FloatLinear(layer.weight, layer.bias, keeps=True)
+
+
+def _sources(model: GPT) -> list[tuple[nn.Module, str]]:
+    """Name all weights and biases that prepared layers read."""
+    modules = [m for block in model.h for m in matrices(block)]
+    return [(model.wte, "weight"), *((m, name) for m in modules for name in ("weight", "bias"))]
+
+
+def _state(source: tuple[nn.Module, str]) -> tuple[int, int]:
+    """Return a tensor's place in memory and PyTorch's count of its changes."""
+    tensor = getattr(*source)
+    # PyTorch counts no changes of an inference tensor
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _sum_of_bits(weight: Tensor) -> int:
+    """Sum a weight's bits as whole numbers, so that any changed bit changes the sum."""
+    flat = weight.detach().t() if weight.t().is_contiguous() else weight.detach().contiguous()
+    flat = flat.reshape(-1)
+    even = len(flat) // 2 * 2
+    total = int(flat[even:].view(torch.int32).sum())
+    if flat.data_ptr() % 8 == 0:
+        return total + int(flat[:even].view(torch.int64).sum())
+    return total + int(flat[:even].view(torch.int32).sum())
+
+
+def _layout_of(product: PrepackedLinear) -> str:
+    if isinstance(product, LaidOut):
+        return product.layout or "none yet"
+    return "fbgemm_fp16"
