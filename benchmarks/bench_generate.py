@@ -5,10 +5,15 @@
     python -m benchmarks.bench_generate            124M parameters, ten minutes on two cores
     python -m benchmarks.bench_generate --quick    a small shape, a minute; writes nothing
     python -m benchmarks.bench_generate --only mission --seeds 50
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        CT2_FORCE_CPU_ISA=AVX2 python -m benchmarks.bench_generate    held to AVX2
 
 All arms decode with the same random weights, seeded and scaled so that a text does not repeat
 itself. The arms take turns, each in its own process (see generate_peers.py). The report names the
 peers that are not installed.
+Where a step reads the weights once, a row gives the share of the limit: the time in which this
+machine reads that many bytes, measured beside it. llama.cpp cannot be held to AVX2 after it was
+compiled.
 The tokens are compared first. Exact arms must give transformers' tokens; the other arms must
 predict at least half of the next tokens along transformers' text. Then whole calls are timed.
 """
@@ -227,6 +232,10 @@ class Bench:
         narrow = {"fp16": 2, "int8": 1, "Q8_0": 1}.get(name.rpartition(", ")[2])
         return self.parameters * (narrow or (4 if self.device == "cpu" else 2))
 
+    def limit(self, name: str) -> float:
+        """Seconds in which this machine reads the arm's weights once, measured now."""
+        return self.weights(name) / harness.read_bandwidth() if self.device == "cpu" else math.nan
+
     def take_turns(self, arms: Mapping[str, Callable[[], object]]) -> dict[str, list]:
         """Call each arm once a round, in a new random order every round; return its results."""
         found: dict[str, list] = {name: [] for name in arms}
@@ -245,6 +254,7 @@ class Measured:
     numbers: dict[str, list[float]]
     said: dict[str, str] = field(default_factory=dict)
     notes: str = ""
+    limits: dict[str, float] = field(default_factory=dict)  # seconds to read the weights once
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -282,24 +292,32 @@ def measure_tokens(bench: Bench, name: str) -> dict[str, Measured]:
         if arm.startswith("ours"):
             decoder.generate(bench.prompt, new if bench.args.quick else SETTLED, **row.options)
     works = {arm: partial(call, decoder) for arm, decoder in arms.items()}
-    return {name: Measured(bench.take_turns(works), said, notes)}
+    limits = {arm: bench.limit(arm) for arm in arms}
+    return {name: Measured(bench.take_turns(works), said, notes, limits)}
 
 
 def measure_long(bench: Bench, _: str) -> dict[str, Measured]:
-    """Time a call for one token after a long prompt, and a call for more; subtract for a step."""
+    """Time the first token after a long prompt, then each step.
+
+    Of an arm that does not say when a step ends, a shorter call's time is subtracted.
+    """
     prompt, new = prompt_of(bench.long), 4 if bench.args.quick else ROWS["step"].new
     arms = bench.arms(ROWS["step"])
     texts = {arm: decoder.generate(prompt, 1 + new, **BEAMS) for arm, decoder in arms.items()}
     said = gate(texts, bench.exact)
 
     def calls(decoder) -> tuple[float, float]:
+        steps = decoder.steps(prompt, 1 + new, **BEAMS)
+        if steps is not None:
+            return steps[0], statistics.median(steps[1:])
         first = seconds(lambda: decoder.generate(prompt, 1, **BEAMS))
         return first, (seconds(lambda: decoder.generate(prompt, 1 + new, **BEAMS)) - first) / new
 
     pairs = bench.take_turns({arm: partial(calls, decoder) for arm, decoder in arms.items()})
     firsts = {arm: [first for first, _ in found] for arm, found in pairs.items()}
     steps = {arm: [step for _, step in found] for arm, found in pairs.items()}
-    return {"first": Measured(firsts, said), "step": Measured(steps, said)}
+    limits = {arm: bench.limit(arm) for arm in arms}
+    return {"first": Measured(firsts, said), "step": Measured(steps, said, limits=limits)}
 
 
 OUR_LINES = """
@@ -400,7 +418,10 @@ def lines_of(measured: Measured, unit: str) -> list[tuple]:
         )
         spread = f"{median} ({least}-{most})" if len(numbers) > 1 else median
         ratio = f"{base / statistics.median(numbers):.2f}x"
-        lines.append((arm, spread, ratio, measured.said.get(arm, "")))
+        line = [arm, spread, ratio, measured.said.get(arm, "")]
+        if measured.limits:
+            line.append(f"{measured.limits[arm] / statistics.median(numbers):.0%}")
+        lines.append(line)
     return lines
 
 
@@ -411,6 +432,7 @@ def page(bench: Bench, rows: Mapping[str, Measured]) -> str:
         row = ROWS[name]
         title = row.title.format(long=bench.long, new=ROWS["step"].new)
         header = ["arm", f"{row.unit}: median (least-most)", "better by", row.remark]
+        header += ["of the limit: reading the weights once"] if measured.limits else []
         body = harness.table(header, lines_of(measured, row.unit))
         parts.append(f"## {title}\n\n{measured.notes}\n\n{body}".replace("\n\n\n\n", "\n\n"))
     shares = [(name, f"{share:.0%}") for name, share in bench.agreements.items()]
@@ -468,11 +490,12 @@ def main(argv: list[str]) -> None:
             rows |= MEASURES.get(first, measure_tokens)(bench, first)
         body = page(bench, rows)
     keep = not (args.quick or args.only)
+    held = "_avx2" if args.device == "cpu" and harness.is_held_to_avx2() else ""
     raw = {"rows": rows, "agreement": bench.agreements, "left out": bench.missing}
-    harness.report(f"generate_{args.device}", "Decoding", rig, body, raw, keep)
+    harness.report(f"generate_{args.device}{held}", "Decoding", rig, body, raw, keep)
     if keep:
         try:
-            plot(rows, harness.RESULTS / f"generate_{args.device}.png")
+            plot(rows, harness.RESULTS / f"generate_{args.device}{held}.png")
         except ImportError:
             print("no plot: matplotlib is not installed", file=sys.stderr)
 

@@ -3,6 +3,8 @@
 All use the same weights: each is made from a folder that `nanogpt2.save_model` wrote and offers
 
     generate(prompt, new, seed, **options)    the ids of `new` tokens that follow the prompt's ids
+    steps(prompt, new, seed, **options)       the seconds of each step, the prompt's reading first;
+                                              None where the library does not say when a step ends
 
 The options have transformers' names. A constructor raises MissingError, with a one-line reason, if
 a library is not installed or cannot do the task. Libraries are imported only when an arm is made,
@@ -16,10 +18,12 @@ for llama.cpp, by the format's specification (ggml docs/gguf.md) and the names o
 """
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -67,7 +71,11 @@ class Apart:
         self._answer()
 
     def generate(self, *arguments, **options) -> list[int]:
-        self._pipe.send((arguments, options))
+        self._pipe.send(("generate", arguments, options))
+        return self._answer()
+
+    def steps(self, *arguments, **options) -> list[float] | None:
+        self._pipe.send(("steps", arguments, options))
         return self._answer()
 
     def _answer(self):
@@ -86,13 +94,27 @@ def _serve(pipe, factory: Callable, folder: Path, threads: int) -> None:
         arm = factory(folder)
         pipe.send(None)
         while True:
-            arguments, options = pipe.recv()
-            pipe.send(arm.generate(*arguments, **options))
+            name, arguments, options = pipe.recv()
+            pipe.send(getattr(arm, name)(*arguments, **options))
     except EOFError:
         pass  # the parent process has ended
     except Exception as error:
         # forward every exception to the parent process, which raises it
         pipe.send(error)
+
+
+class Clock:
+    """A stopping criterion that ends nothing, for ours and transformers': it notes each step."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, ids: Tensor, scores: object, **kwargs) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def steps(self) -> list[float]:
+        return [after - before for before, after in itertools.pairwise(self.times)]
 
 
 class Ours:
@@ -126,6 +148,11 @@ class Ours:
         )
         return found.sequences[0, len(prompt) :].tolist()
 
+    def steps(self, *arguments, **options) -> list[float]:
+        clock = Clock()
+        self.generate(*arguments, **options, stopping_criteria=[clock])
+        return clock.steps()
+
     @torch.no_grad()
     def cache(self, prompt: list[int], new: int, **options) -> object:
         """The cache after prefill of a prompt, with room for `new` tokens."""
@@ -138,7 +165,7 @@ class Ours:
         request = prepare(self.model.config, device, config, torch.tensor([prompt]))
         engine = Engine(self.model, request)
         engine.next_scores(request.ids.repeat_interleave(request.rows, dim=0))
-        weights = ("_model", "_layers")
+        weights = ("_model", "_layers", "_prepared")
         return {name: x for name, x in vars(engine.decoder).items() if name not in weights}
 
 
@@ -160,6 +187,12 @@ class Transformers:
     def generate(self, prompt: list[int], new: int, seed: int = 0, **options) -> list[int]:
         torch.manual_seed(seed)
         return self._output(prompt, new, **options).sequences[0, len(prompt) :].tolist()
+
+    def steps(self, prompt: list[int], new: int, seed: int = 0, **options) -> list[float]:
+        clock = Clock()
+        torch.manual_seed(seed)
+        self._output(prompt, new, **options, stopping_criteria=[clock])
+        return clock.steps()
 
     def cache(self, prompt: list[int], new: int, **options) -> object:
         """The cache after a prompt and `new` tokens."""
@@ -249,6 +282,10 @@ class CTranslate2:
             include_prompt_in_result=False,
         )
         return found.sequences_ids[0]
+
+    def steps(self, *arguments, **options) -> None:
+        # its callback is not called with beams
+        return None
 
 
 class LlamaCpp:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ def rig(device: str = "cpu", **more: object) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
+        "features": features(),
+        "products": torch.backends.cpu.get_cpu_capability(),
+        "reads": f"{read_bandwidth() / 1e9:.0f} GB/s",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
@@ -139,6 +143,35 @@ def _processor() -> str:
     models = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
     wide = "AVX-512" if "avx512f" in info else "AVX2" if "avx2" in info else "no AVX2"
     return f"{models[0] if models else platform.machine()} ({wide})"
+
+
+FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile")
+
+
+def features() -> str:
+    """The instructions that matter here and that this processor has."""
+    info = Path("/proc/cpuinfo").read_text().split()
+    return " ".join(name for name in FEATURES if name in info) or "none"
+
+
+def is_held_to_avx2() -> bool:
+    """True where a processor with AVX-512 is held to AVX2 by ATEN_CPU_CAPABILITY."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and "avx512f" in features()
+
+
+@cache
+def _large() -> torch.Tensor:
+    return torch.ones(2**26)
+
+
+def read_bandwidth(passes: int = 5) -> float:
+    """Bytes a second that all threads read, the best of some passes over 256 MiB."""
+    large, best = _large(), float("inf")
+    for _ in range(passes):
+        started = time.perf_counter()
+        large.sum()
+        best = min(best, time.perf_counter() - started)
+    return large.numel() * large.element_size() / best
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
