@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nanogpt2 import terminal
-from nanogpt2.config import SCHEMES, check_model, parse, usage_error
+from nanogpt2.config import SCHEMES, check_model, fail, parse, usage_error
 from nanogpt2.config.flags import check, flag
 
 
@@ -25,6 +25,7 @@ class TuneConfig:
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "nanogpt2 tune gpt2",
         "nanogpt2 tune out --quantize int8",
+        "nanogpt2 tune gpt2 --compile",
     )
     GROUPS: ClassVar[dict[str, str]] = {"model": "what to time"}
     ALIASES: ClassVar[dict[str, str]] = {"scheme": "quantize", "n_threads": "threads"}
@@ -33,6 +34,7 @@ class TuneConfig:
     model: str = flag("gpt2", "the model", positional=True)
     quantize: str | None = flag(None, "narrow the weights first", choices=SCHEMES)
     threads: int | None = flag(None, "threads (default: all it may use)", low=1)
+    compile: bool = flag(False, "compile the blocks for one text in C, to be used from now on")
     passes: int = flag(15, "passes over each layout", low=1, high=1000)
     json: bool = flag(False, "print one JSON object")
 
@@ -57,6 +59,7 @@ if __name__ == "__main__":
         CONFIG = parse(TuneConfig, sys.argv[1:])
 
 from nanogpt2.checkpoints.load import open_checkpoint
+from nanogpt2.cpu import native
 from nanogpt2.cpu.prepared import prepared_for
 from nanogpt2.cpu.tuning import ROWS, Table, table_for
 from nanogpt2.devices import choose_device
@@ -65,6 +68,11 @@ from nanogpt2.devices import choose_device
 def main(config: TuneConfig) -> None:
     """Load the model, time its matrices, print the table."""
     choose_device("cpu", config.threads)
+    if config.compile:
+        try:
+            terminal.note(f"compiled: {native.compile_library()}")
+        except (OSError, ValueError) as error:
+            fail(f"--compile: {error}", code=1)
     with usage_error("MODEL"), open_checkpoint(config.model) as checkpoint:
         model = checkpoint.generator(quantize=config.quantize)
     products = prepared_for(model, tuned=False).laid_out()

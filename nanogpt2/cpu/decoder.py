@@ -102,11 +102,16 @@ class CPUDecoder:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
         if self._writes_own:
             self._grow(T)
+        if not self.length:
+            self._prepared.begin(len(self._own[0][0]), R * T, self._shared.size(-2) - T)
         self._prepared.count(R * T)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
-        for n in range(len(self._layers)):
-            x = self._add_attention(n, x, mask)
-            x = self._add_mlp(n, x)
+        if self._prepared.blocks is not None and mask is None and self._own[0].size(1) == 1:
+            self._prepared.blocks(x, self._shared, self._shared_length)
+        else:
+            for n in range(len(self._layers)):
+                x = self._add_attention(n, x, mask)
+                x = self._add_mlp(n, x)
         self._advance(R, T)
         return self._model.ln_f(x)
 

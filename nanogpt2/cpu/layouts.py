@@ -4,6 +4,7 @@
     onednn        as stored, by oneDNN
     onednn_1, _5  in oneDNN's blocks for 1 or 5 rows
     tiles_64, _96 W^T in tiles (K, width), one row after the other
+    rows          W's own rows, one after the other, as blocks.c reads them; here by oneDNN
 
 The product of one row x with a tile is a weighted sum of the tile's rows, which fbgemm's embedding
 bag computes: y = sum_k x_k T[k]. It reads the memory once from front to back, as fast as the memory
@@ -15,6 +16,7 @@ and m. Every product is exact: the sums are whole numbers below 2^24.
     onednn_u8s8   by oneDNN, for processors with VNNI; elsewhere it saturates at 16 bits
     fbgemm_7bit   by fbgemm; the input must have 7 bits
     tiles_64, _96 as above, in bytes
+    rows          as above; by blocks.c for few rows, where it is compiled
 
 `nanogpt2/cpu/tuning.py` measures them and `nanogpt2/cpu/plan.py` chooses. This file does not know
 the model. PyTorch's operations used here are outside its stable interface.
@@ -31,9 +33,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from nanogpt2.cpu import native
+
 ZERO = torch.zeros(1, dtype=torch.int64)  # oneDNN's zero point, for all outputs
 # tiles multiply up to this number of rows one by one; more rows go through oneDNN, tile by tile
 ROWS_ONE_BY_ONE = 8
+CHUNK = 4096  # rows of int8 widened at once
 
 
 class Layout(ABC):
@@ -103,6 +108,13 @@ class OneDNNBlocks(OneDNN):
     @override
     def dense(self) -> Tensor:
         return self._weight.to_dense()
+
+
+class Rows(OneDNN):
+    """The weight's rows, one after the other."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.contiguous())
 
 
 class Tiles(Layout):
@@ -224,6 +236,29 @@ class ByteTiles(ByteLayout):
         return self._tiles().transpose(1, 2).flatten(0, 1)[: self._N]
 
 
+class ByteRows(ByteLayout):
+    """q's rows, one after the other."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        super().__init__(q, scale)
+        self._q = q.contiguous()
+
+    @override
+    def product(self, u: Tensor, middle: int) -> Tensor:
+        rows = u.reshape(-1, u.size(-1))
+        if len(rows) <= ROWS_ONE_BY_ONE and native.library() is not None:
+            y = native.byte_linear(rows.to(torch.int16).sub_(middle), self._q, self._scale)
+        else:
+            x = rows.float().sub_(middle)
+            parts = [OneDNN(q.float()).product(x, None) for q in self._q.split(CHUNK)]
+            y = torch.cat(parts, dim=1).mul_(self._scale)
+        return y.view(*u.shape[:-1], self._N)
+
+    @override
+    def dense(self) -> Tensor:
+        return self._q
+
+
 class _Bag:
     """Weighted sums of the rows of P tiles, each (K, width), by an embedding bag for each tile."""
 
@@ -276,6 +311,7 @@ FLOAT: dict[str, Callable[[Tensor], Layout]] = {
     "onednn_5": partial(OneDNNBlocks, rows=5),
     "tiles_64": partial(Tiles, width=64),
     "tiles_96": partial(Tiles, width=96),
+    "rows": Rows,
 }
 AS_STORED = ("onednn", "linear")
 BYTES: dict[str, Callable[[Tensor, Tensor], ByteLayout]] = {
@@ -283,4 +319,5 @@ BYTES: dict[str, Callable[[Tensor, Tensor], ByteLayout]] = {
     "fbgemm_7bit": FbgemmBytes,
     "tiles_64": partial(ByteTiles, width=64),
     "tiles_96": partial(ByteTiles, width=96),
+    "rows": ByteRows,
 }

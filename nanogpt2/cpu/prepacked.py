@@ -16,7 +16,7 @@ not know what the matrices mean.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from nanogpt2.cpu import malloc
+from nanogpt2.cpu import malloc, native
 from nanogpt2.cpu.layouts import AS_STORED, BYTES, FLOAT, ByteLayout, Layout, OneDNN, OneDNNBytes
 
 SCALE = "_scale"  # int8's scales, appended to the matrix's name: float32 (N,)
@@ -55,6 +55,11 @@ class PrepackedLinear(nn.Module, ABC):
         """Return the weight's tensors, by the suffixes of their names."""
 
 
+def _compiled(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the layouts worth trying: `rows` where blocks.c is compiled."""
+    return tuple(name for name in names if name != "rows" or native.library() is not None)
+
+
 class LaidOut(PrepackedLinear):
     """A layer whose weight can change its layout.
 
@@ -66,6 +71,10 @@ class LaidOut(PrepackedLinear):
     usual: str
     layouts: tuple[str, ...]
     shape: tuple[int, int]
+
+    @abstractmethod
+    def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
+        """Return the weight laid out in `rows` for blocks.c, and the tensors that it points to."""
 
     @abstractmethod
     def lay_out(self, name: str) -> None:
@@ -98,7 +107,7 @@ class FloatLinear(LaidOut):
         self._layout: Layout = OneDNN(weight)
         self.layout = self.usual
         self.shape = (weight.size(0), weight.size(1))
-        self.layouts = tuple(FLOAT) if lays_out else AS_STORED
+        self.layouts = _compiled(FLOAT) if lays_out else AS_STORED
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -126,6 +135,12 @@ class FloatLinear(LaidOut):
             malloc.return_free()
             if was_stored and self._release is not None:
                 self._release(weight)
+
+    @override
+    def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
+        assert self._bias is not None
+        tensors = [self._layout.dense(), self._bias]
+        return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
 
     def _weight(self) -> Tensor:
         return self._layout.dense() if self._stored is None else self._stored
@@ -204,7 +219,8 @@ class Int8Linear(LaidOut):
         self._release = release
         self.layout = None
         self.shape = (q.size(0), q.size(1))
-        self.layouts = tuple(n for n in BYTES if n == self.usual or n.startswith("tiles"))
+        exact = {self.usual, "tiles_64", "tiles_96", "rows"}
+        self.layouts = tuple(name for name in _compiled(BYTES) if name in exact)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -229,6 +245,11 @@ class Int8Linear(LaidOut):
             self._release(q)
         del q
         malloc.return_free()
+
+    @override
+    def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
+        tensors = [self._weight(), self._bias, self._scale, self._sums]
+        return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
 
     def _weight(self) -> Tensor:
         if self._q is not None:

@@ -13,24 +13,32 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from nanogpt2.cpu import native
 from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.cpu.layouts import AS_STORED
 from nanogpt2.cpu.pace import Pace
 from nanogpt2.cpu.plan import Plan
-from nanogpt2.cpu.prepacked import FloatLinear, LaidOut, PrepackedLinear
+from nanogpt2.cpu.prepacked import FloatLinear, Int8Linear, LaidOut, PrepackedLinear
 from nanogpt2.cpu.tuning import table_for
-from nanogpt2.model import GPT
+from nanogpt2.model import GPT, LayerNorm
+
+# steps of one row after which the layers are laid out for blocks.c: about as many repay it
+PAYS_AFTER = 16
 
 
 class Layer(NamedTuple):
     """The parts of a model.py Block, its matrices prepared for few rows."""
 
-    ln_1: nn.Module
+    ln_1: LayerNorm
     c_attn: PrepackedLinear
     attn_c_proj: PrepackedLinear
-    ln_2: nn.Module
+    ln_2: LayerNorm
     c_fc: PrepackedLinear
     mlp_c_proj: PrepackedLinear
+
+    def products(self) -> tuple[PrepackedLinear, ...]:
+        """Return the four matrices, in the order of their use."""
+        return self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj
 
 
 class Prepared:
@@ -39,6 +47,7 @@ class Prepared:
     layers: list[Layer]
     head: PrepackedLinear
     pace: Pace
+    blocks: native.Blocks | None  # the layers compiled, for one row; None where not ready
 
     def __init__(self, model: GPT, tuned: bool = True) -> None:
         """tuned: False leaves every layout as it is."""
@@ -55,11 +64,14 @@ class Prepared:
         self._body = Plan([p for p in products if p is not self.head], table)
         self._head = Plan(head, table)
         self.pace = Pace()
+        self.blocks = None
+        self._model = ref(model)
+        self._single_rows = 0
         self._sums: dict[int, int] = {}
 
     def laid_out(self) -> list[LaidOut]:
         """Return the layers whose layout can change, in the order of their use."""
-        products = [p for layer in self.layers for p in layer]
+        products = [p for layer in self.layers for p in layer.products()]
         return [p for p in [*products, self.head] if isinstance(p, LaidOut)]
 
     def is_current(self) -> bool:
@@ -78,7 +90,11 @@ class Prepared:
 
     def count(self, rows: int) -> None:
         """Account for reading this many rows."""
-        self._body.count(rows)
+        if rows == 1 and self._can_compile():
+            self._prepare_blocks()
+        else:
+            self.blocks = None
+            self._body.count(rows)
 
     def count_head(self, rows: int) -> None:
         """Account for scoring this many rows."""
@@ -93,6 +109,40 @@ class Prepared:
                     found.setdefault(name, []).append(_layout_of(product))
         found["head"] = [_layout_of(self.head)]
         return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
+
+    def _can_compile(self) -> bool:
+        return native.library() is not None and all(
+            isinstance(p, LaidOut) for layer in self.layers for p in layer.products()
+        )
+
+    def _prepare_blocks(self) -> None:
+        """Lay out a layer a step for blocks.c, once that pays."""
+        self._single_rows += 1
+        if self.blocks is not None or self._single_rows < PAYS_AFTER:
+            return
+        for layer in self.layers:
+            products = [p for p in layer.products() if isinstance(p, LaidOut)]
+            if any(p.layout != "rows" for p in products):
+                for product in products:
+                    product.lay_out("rows")
+                return
+        self.blocks = self._compiled_blocks()
+
+    def _compiled_blocks(self) -> native.Blocks:
+        model = self._model()
+        assert model is not None
+        layers, tensors = [], []
+        for layer in self.layers:
+            norms = [t for ln in (layer.ln_1, layer.ln_2) for t in (ln.weight, ln.bias)]
+            found = [p.matrix() for p in layer.products() if isinstance(p, LaidOut)]
+            matrices = [matrix for matrix, _ in found]
+            layers.append(native.Layer(*[t.data_ptr() for t in norms], *matrices))
+            tensors += [*norms, *(t for _, kept in found for t in kept)]
+        c, first = model.config, self.layers[0].c_attn
+        middle = first.middle if isinstance(first, Int8Linear) else 0
+        shape: dict[str, Any] = {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head}
+        shape |= {"epsilon": c.layer_norm_epsilon, "middle": middle}
+        return native.Blocks(layers, tensors, shape)
 
     def _sums_of_copies(self) -> dict[int, int]:
         """Sum the bits of each weight that a layout copies."""
@@ -165,9 +215,12 @@ def _product(layer: Any) -> PrepackedLinear:
 
 
 def _sources(model: GPT) -> list[tuple[nn.Module, str]]:
-    """Name all weights and biases that prepared layers read."""
-    modules = [m for block in model.h for m in matrices(block)]
-    return [(model.wte, "weight"), *((m, name) for m in modules for name in ("weight", "bias"))]
+    """Name all weights and biases that prepared layers or blocks.c read."""
+    found: list[tuple[nn.Module, str]] = [(model.wte, "weight")]
+    for block in model.h:
+        modules = (*matrices(block), block.ln_1, block.ln_2)
+        found += [(m, name) for m in modules for name in ("weight", "bias")]  # type: ignore[misc]
+    return found
 
 
 def _state(source: tuple[nn.Module, str]) -> tuple[int, int]:

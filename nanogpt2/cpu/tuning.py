@@ -11,7 +11,6 @@ choose a layout: plan.py does.
 
 import json
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import torch
 from nanogpt2.atomic import whole_file
 from nanogpt2.cpu import malloc
 from nanogpt2.cpu.prepacked import FloatLinear, Int8Linear, LaidOut
+from nanogpt2.cpu.processor import cache_folder, processor_name
 
 VERSION = 1  # of the file's format and of the way to measure
 ROWS = (1, 5, 64)  # a text, a few beams, a prompt
@@ -56,22 +56,17 @@ def table_for(
     None for a model too small to gain. anew: measure in any case,
     by this number of passes.
     """
-    if not anew and sum(map(_bytes, products)) < LEAST_BYTES:
-        return None
     key = _key(products)
     path = cache_folder() / f"layouts-{sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     if not anew and (table := _read(path, key)) is not None:
         return table
+    if not anew and sum(map(_bytes, products)) < LEAST_BYTES:
+        return None
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
     table = measure(products, passes)
     if anew or not busy:
         _write(path, key, table)
     return table
-
-
-def cache_folder() -> Path:
-    """Return the folder of the tables."""
-    return Path.home() / ".cache" / "nanogpt2"
 
 
 @torch.inference_mode()
@@ -205,22 +200,13 @@ def _key(products: Sequence[LaidOut]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "products": _fingerprint(),
         "threads": torch.get_num_threads(),
         "kinds": sorted({type(p).__name__ for p in products}),
         "shapes": sorted({(*p.shape, len(p.layouts)) for p in products}),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _fingerprint() -> str:

@@ -1,0 +1,33 @@
+"""This machine's processor, as far as compiled and measured things depend on it; their folder.
+
+Standard library only.
+"""
+
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def cache_folder() -> Path:
+    """Return the folder of all that is measured or compiled on this machine."""
+    return Path.home() / ".cache" / "nanogpt2"
+
+
+def processor_name() -> str:
+    """Return the processor's name."""
+    return _field("model name", "Model") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> str:
+    """Return the processor's name and instruction sets."""
+    return f"{processor_name()} {platform.machine()} {_field('flags', 'Features')}"
+
+
+def _field(*names: str) -> str:
+    """Return the first of these fields of /proc/cpuinfo; empty where there is none."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
+            if line.startswith(names):
+                return line.partition(":")[2].strip()
+    return ""

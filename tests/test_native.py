@@ -1,0 +1,220 @@
+"""The blocks in C: compiled, opened with care, equal to model.py and to transformers' tokens."""
+
+import os
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import TINY, prompts, twins
+
+from nanogpt2 import generate
+from nanogpt2.cpu import native, prepared
+from nanogpt2.cpu.decoder import CPUDecoder
+from nanogpt2.cpu.inference_model import pack
+from nanogpt2.cpu.prepacked import Int7Linear, Int8Linear, to_int8
+from nanogpt2.model import GPT
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The library, compiled once."""
+    home = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        return native.compile_library()
+
+
+@pytest.fixture
+def library(compiled, monkeypatch):
+    opened = native.library
+    monkeypatch.setattr(native, "library_path", lambda: compiled)
+    opened.cache_clear()
+    yield opened()
+    opened.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """Lay out with the first steps: tiny texts end before the layout pays."""
+    monkeypatch.setattr(prepared, "PAYS_AFTER", 1)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return twins(tmp_path)
+
+
+def uses_blocks(model):
+    return prepared.prepared_for(model).blocks is not None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("n_embd", "n_head"), [(24, 3), (20, 1), (35, 5)])
+@torch.inference_mode()
+def test_each_token_is_model_pys(library, n_embd, n_head, threads):
+    torch.manual_seed(0)
+    model = GPT(replace(TINY, n_embd=n_embd, n_head=n_head, n_layer=3)).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    ids = prompts(1, TINY.block_size)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoder = CPUDecoder(model, 1, 1, TINY.block_size)
+        decoder.read(ids[:, :3], None, None)
+        for t in range(3, ids.size(1)):
+            found = decoder.read(ids[:, t : t + 1], None, None)
+            torch.testing.assert_close(
+                found[0, 0], model.hidden_states(ids[:, : t + 1])[0, -1], rtol=1e-4, atol=1e-4
+            )
+        assert uses_blocks(model)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int7Linear])
+@torch.inference_mode()
+def test_int8_is_the_products_of_prepacked_py(library, kind, monkeypatch):
+    """The same rounding of the input, so almost the same numbers."""
+    monkeypatch.setattr("nanogpt2.cpu.prepacked.onednn_sums_exactly", lambda: kind is Int8Linear)
+    # the usual layout may be inexact here: tiles are exact everywhere
+    monkeypatch.setattr(kind, "usual", "tiles_64")
+    torch.manual_seed(0)
+    model = GPT(TINY).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    packed = pack(model, "int8")
+    assert type(packed.h[0].mlp.c_fc) is kind
+    plain, ids = deepcopy(packed), prompts(1, 20)
+    found, expected = [], []
+    for model, hidden in ((packed, found), (plain, expected)):
+        decoder = CPUDecoder(model, 1, 1, TINY.block_size)
+        for t in range(ids.size(1)):
+            hidden.append(decoder.read(ids[:, t : t + 1], None, None))
+        monkeypatch.setattr(native, "library", lambda: None)
+    difference = torch.cat(found) - torch.cat(expected)
+    # a sum's last bit may move an input over the border of two steps of 8 bits
+    assert difference.norm() < 2e-2 * torch.cat(expected).norm()
+    assert (difference[:6].abs() < 1e-4).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_products_of_bytes_are_exact(library, rows):
+    torch.manual_seed(0)
+    q = torch.randint(-127, 128, (37, 771), dtype=torch.int8)
+    u = torch.randint(-128, 128, (rows, 771), dtype=torch.int16)
+    scale = torch.rand(37)
+    expected = (u.long() @ q.long().t()).float() * scale
+    assert torch.equal(native.byte_linear(u, q, scale), expected)
+
+
+OPTIONS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "the mission": {
+        "num_beams": 5,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 50,
+        "no_repeat_ngram_size": 2,
+    },
+}
+
+
+def test_tokens_are_transformers(library, pair):
+    """One model writes all texts in turn: with the blocks, with beams, with the blocks again."""
+    model, theirs = pair
+    ids = prompts(1, 5)
+    for options in (*OPTIONS.values(), {}):
+        more = {"max_new_tokens": 20, "eos_token_id": None, **options}
+        torch.manual_seed(3)
+        mask = torch.ones_like(ids)
+        expected = theirs.generate(ids, attention_mask=mask, pad_token_id=0, **more)
+        torch.manual_seed(3)
+        assert torch.equal(generate(model, ids, **more).sequences, expected)
+        assert uses_blocks(model) == ("num_beams" not in options)
+
+
+def test_a_text_longer_than_the_context(library, pair):
+    model, _ = pair
+    options = {"max_new_tokens": 3 * TINY.block_size, "eos_token_id": None}
+    found = generate(model, prompts(1, 5), **options).sequences
+    assert uses_blocks(model)
+    plain = deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        assert torch.equal(generate(plain, prompts(1, 5), **options).sequences, found)
+
+
+@pytest.mark.parametrize("name", ["ln_1", "mlp.c_proj", "attn.c_attn"])
+def test_a_changed_weight_is_noticed(library, pair, name):
+    model, _ = pair
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    generate(model, prompts(1, 5), **options)
+    assert uses_blocks(model)
+    weight = model.h[1].get_submodule(name).weight
+    weight.data = torch.randn_like(weight)
+    expected = generate(deepcopy(model), prompts(1, 5), **options).sequences
+    assert torch.equal(generate(model, prompts(1, 5), **options).sequences, expected)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_scores_that_are_not_finite(library, pair, scheme):
+    model = pack(pair[0], scheme)
+    model.h[1].ln_2.weight[3] = torch.nan
+    decoder = CPUDecoder(model, 1, 1, TINY.block_size)
+    for _ in range(6):
+        hidden = decoder.read(prompts(1, 1), None, None)
+        assert not hidden.isfinite().all()
+    assert uses_blocks(model)
+
+
+# ---- the file
+
+
+def test_a_library_of_someone_else_is_not_opened(compiled, tmp_path, monkeypatch):
+    copied = tmp_path / "blocks.so"
+    copied.write_bytes(compiled.read_bytes())
+    link = tmp_path / "link.so"
+    link.symlink_to(copied)
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(compiled.read_bytes()[:900])
+    damaged.chmod(0o700)
+    opened = []
+    for path, mode in ((copied, 0o700), (copied, 0o770), (copied, 0o707), (link, 0o700)):
+        copied.chmod(mode)
+        monkeypatch.setattr(native, "library_path", lambda path=path: path)
+        native.library.cache_clear()
+        opened.append(native.library() is not None)
+    assert opened == [True, False, False, False]
+    copied.chmod(0o700)
+    for path in (damaged, tmp_path / "missing.so"):
+        monkeypatch.setattr(native, "library_path", lambda path=path: path)
+        native.library.cache_clear()
+        assert native.library() is None
+    monkeypatch.setattr(native, "library_path", lambda: copied)
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(copied).st_uid + 1)
+    native.library.cache_clear()
+    assert native.library() is None
+    native.library.cache_clear()
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="no C compiler found"):
+        native.compile_library()
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'cc: it is raining' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(ValueError, match="the C compiler failed: cc: it is raining"):
+        native.compile_library()
+    assert not list(native.cache_folder().glob("*"))
+
+
+def test_nothing_is_compiled_unasked(pair):
+    native.library.cache_clear()
+    generate(pair[0], prompts(1, 5), max_new_tokens=20, eos_token_id=None)
+    assert not uses_blocks(pair[0]) and not native.cache_folder().exists()
