@@ -12,7 +12,7 @@ from nanogpt2 import generate
 from nanogpt2.cpu import native, prepared
 from nanogpt2.cpu.decoder import CPUDecoder
 from nanogpt2.cpu.inference_model import pack
-from nanogpt2.cpu.prepacked import Int7Linear, Int8Linear, to_int8
+from nanogpt2.cpu.prepacked import Int7Linear, Int8Linear
 from nanogpt2.model import GPT
 
 
@@ -195,7 +195,7 @@ def test_a_library_of_someone_else_is_not_opened(compiled, tmp_path, monkeypatch
         native.library.cache_clear()
         assert native.library() is None
     monkeypatch.setattr(native, "library_path", lambda: copied)
-    monkeypatch.setattr(os, "getuid", lambda: os.stat(copied).st_uid + 1)
+    monkeypatch.setattr(os, "getuid", lambda: copied.stat().st_uid + 1)
     native.library.cache_clear()
     assert native.library() is None
     native.library.cache_clear()
