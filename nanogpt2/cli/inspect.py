@@ -12,7 +12,7 @@ from torch import Tensor
 from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import inspect_page
-from nanogpt2.cli.findings import SEVERAL, Head, Inside, counts, layer_names, look, parts_after
+from nanogpt2.cli.findings import SEVERAL, Head, Inside, counts, layer_names, look, spelled
 from nanogpt2.config import GPTConfig, SampleConfig, fail, usage_error
 from nanogpt2.inspect import Guesses, Piece
 from nanogpt2.memory import is_out_of_memory
@@ -20,7 +20,6 @@ from nanogpt2.memory import is_out_of_memory
 COLUMNS = 80
 NAME = 9  # columns of a token's name in a table
 POSITIONS = 4  # positions of the lens that fit side by side
-PIECE = 25  # letters of the longest piece that is spelled out after every merge
 
 
 def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -> None:
@@ -59,7 +58,9 @@ def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -
 def check(config: SampleConfig, shape: GPTConfig, length: int) -> None:
     """Fail for a prompt that the context cannot hold, and for a head that the model lacks."""
     if length > shape.block_size:
-        fail(f"PROMPT must have {shape.block_size} tokens, the model's context, not {length}")
+        fail(
+            f"PROMPT must have {shape.block_size} tokens at most, the model's context, not {length}"
+        )
     if config.attention not in (None, "all"):
         layer, head = map(int, config.attention.split("."))
         if layer >= shape.n_layer or head >= shape.n_head:
@@ -138,8 +139,7 @@ def draw_merges(pieces: Sequence[Piece]) -> str:
         lines += ["", terminal.shorten(repr(piece.text), COLUMNS)]
         for count, merge in enumerate(piece.merges, start=1):
             pair = terminal.shorten(f"{merge.left} + {merge.right}", COLUMNS - 9)
-            after = " ".join(parts_after(piece, count)) if len(piece.letters) <= PIECE else ""
-            lines.append(f"{merge.rank:7}  {pair:20}  {after}".rstrip())
+            lines.append(f"{merge.rank:7}  {pair:20}  {spelled(piece, count)}".rstrip())
         named = "  ".join(f"{t} {i}" for t, i in zip(piece.tokens, piece.ids, strict=True))
         lines += textwrap.wrap(
             f"= {named}",

@@ -94,12 +94,12 @@ class SampleConfig:
         'python sample.py "Once upon a time"',
         'python sample.py "Once upon a time" --temperature 0.7 --top_k 50',
         "python sample.py --model out --interactive",
-        'python sample.py "Once upon a time" --attention --lens --html inside.html',
     )
     GROUPS: ClassVar[dict[str, str]] = {
         "prompt_file": "the prompt and the model",
         "prompts": "many prompts",
         "classify": "other modes",
+        "attention": "the inside of the model, and no text",
     }
     ALIASES: ClassVar[dict[str, str]] = {
         "length": "max_new_tokens",  # gpt-2's and transformers' scripts
@@ -166,6 +166,9 @@ class SampleConfig:
         "greedy": "use --do_sample false",
         "stream": "text is streamed already, without --json",
         "logprobs": "use --explain, or --explain --json",
+        "output_attentions": "use --attention",  # transformers
+        "output_hidden_states": "use --lens",  # transformers
+        "tokenize": "use --tokens",
         "fp16": "use --dtype float16, or --quantize fp16 on a CPU",
         "bf16": "use --dtype bfloat16",
         "load_in_8bit": "use --quantize int8",
@@ -219,6 +222,7 @@ class SampleConfig:
     color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
     tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
     json: bool = flag(False, "print JSON: one object for each text")
+    # the inside of the model
     attention: str | None = flag(
         None,
         "show which tokens every head looks at; --attention 3.0: layer 3, head 0 in detail",
