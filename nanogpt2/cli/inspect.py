@@ -130,20 +130,23 @@ def draw_lens(guesses: Guesses, guessed: dict[int, str], names: Sequence[str]) -
 
 def draw_merges(pieces: Sequence[Piece]) -> str:
     """Draw each piece: its merges, and its tokens with their ids."""
+    columns = min(COLUMNS, terminal.screen_columns() or COLUMNS)
     tokens, merges = counts(pieces)
     lines = [
         f"tokens: {tokens} by {merges} merges, each with its place in the list of merges",
         "(a letter stands for a byte; Ġ is a space)",
     ]
     for piece in pieces:
-        lines += ["", terminal.shorten(repr(piece.text), COLUMNS)]
+        lines += ["", terminal.shorten(repr(piece.text), columns)]
         for count, merge in enumerate(piece.merges, start=1):
-            pair = terminal.shorten(f"{merge.left} + {merge.right}", COLUMNS - 9)
-            lines.append(f"{merge.rank:7}  {pair:20}  {spelled(piece, count)}".rstrip())
+            pair = terminal.shorten(f"{merge.left} + {merge.right}", columns - 9)
+            line = f"{merge.rank:7}  {pair}"
+            whole = f"{line:29}  {spelled(piece, count)}".rstrip()
+            lines.append(whole if len(whole) <= columns else line)
         named = "  ".join(f"{t} {i}" for t, i in zip(piece.tokens, piece.ids, strict=True))
         lines += textwrap.wrap(
             f"= {named}",
-            COLUMNS,
+            columns,
             initial_indent=" " * 7,
             subsequent_indent=" " * 9,
             break_on_hyphens=False,
