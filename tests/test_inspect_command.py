@@ -114,6 +114,8 @@ def test_the_tokens_need_no_model(capsys, monkeypatch):
     text = "x " * 2000 + "1" * 5000 + "日本" * 50  # longer than any context, and one long piece
     out = printed(capsys, text, "--model", "demo", "--tokens")
     assert "' 1111" in out and "…" in out
+    # nor are there weights of gpt2 here
+    assert printed(capsys, text, "--tokens") == out
 
 
 def test_everything_at_once_comes_in_blocks(capsys, folder):

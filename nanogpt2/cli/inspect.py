@@ -13,9 +13,11 @@ from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import inspect_page
 from nanogpt2.cli.findings import SEVERAL, Head, Inside, counts, layer_names, look, spelled
-from nanogpt2.config import GPTConfig, SampleConfig, fail, usage_error
+from nanogpt2.config import PRESETS, GPTConfig, SampleConfig, fail, usage_error
 from nanogpt2.inspect import Guesses, Piece
 from nanogpt2.memory import is_out_of_memory
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer, gpt2_tokenizer
 
 COLUMNS = 80
 NAME = 9  # columns of a token's name in a table
@@ -29,14 +31,9 @@ def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -
         fail(f"{where} is empty: there is nothing to look into")
     with usage_error("--html"):
         page = None if config.html is None else inspect_page.path_of(config.html)
-    text, how = template.format(prompt), (device, config.dtype, config.quantize, config.kernels)
-    with usage_error("--model"), open_checkpoint(config.model) as checkpoint:
-        tokenizer = checkpoint.tokenizer
-        ids = tokenizer.encode(text, allow_special=not config.literal_prompt)
-        reads = config.attention is not None or config.lens
-        if reads:
-            check(config, checkpoint.config, len(ids))
-        model = checkpoint.generator(*how) if reads else None
+    text = template.format(prompt)
+    with usage_error("--model"):
+        tokenizer, ids, model = load(config, device, text)
     if model is not None:
         terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     try:
@@ -53,6 +50,26 @@ def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -
     else:
         inspect_page.write(page, shown)
         terminal.note(f"wrote {config.html}")
+
+
+def load(config: SampleConfig, device: str, text: str) -> tuple[Tokenizer, list[int], GPT | None]:
+    """Return the tokenizer, the text's ids, and the model where one must read them.
+
+    Raises ValueError or OSError as `open_checkpoint` does.
+    """
+    special = not config.literal_prompt
+    if not config.reads and config.model in PRESETS:
+        # the tokens alone need no weights, which may have to be downloaded
+        tokenizer = gpt2_tokenizer()
+        return tokenizer, tokenizer.encode(text, allow_special=special), None
+    with open_checkpoint(config.model) as checkpoint:
+        tokenizer = checkpoint.tokenizer
+        ids = tokenizer.encode(text, allow_special=special)
+        if not config.reads:
+            return tokenizer, ids, None
+        check(config, checkpoint.config, len(ids))
+        how = device, config.dtype, config.quantize, config.kernels
+        return tokenizer, ids, checkpoint.generator(*how)
 
 
 def check(config: SampleConfig, shape: GPTConfig, length: int) -> None:

@@ -266,7 +266,12 @@ class SampleConfig:
     @property
     def inspects(self) -> bool:
         """True where the inside of the model is asked for, and no text."""
-        return any(getattr(self, name) for name in INSPECT_FLAGS)
+        return self.reads or self.tokens
+
+    @property
+    def reads(self) -> bool:
+        """True where the model must read the prompt for that; the tokens need no model."""
+        return self.attention is not None or self.lens
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
