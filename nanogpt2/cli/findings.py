@@ -5,7 +5,7 @@ know how the findings are drawn.
 """
 
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -96,8 +96,4 @@ def layer_names(count: int) -> list[str]:
 
 def spelled(piece: Piece, count: int) -> str:
     """Spell a piece's parts after its first `count` merges; "" for a long piece."""
-    if len(piece.letters) > PIECE:
-        return ""
-    gone = {merge.start + len(merge.left) for merge in piece.merges[:count]}
-    cuts = [at for at in range(len(piece.letters) + 1) if at not in gone]
-    return " ".join(piece.letters[start:end] for start, end in pairwise(cuts))
+    return " ".join(piece.after(count)) if len(piece.letters) <= PIECE else ""

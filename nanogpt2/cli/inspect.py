@@ -75,9 +75,7 @@ def load(config: SampleConfig, device: str, text: str) -> tuple[Tokenizer, list[
 def check(config: SampleConfig, shape: GPTConfig, length: int) -> None:
     """Fail for a prompt that the context cannot hold, and for a head that the model lacks."""
     if length > shape.block_size:
-        fail(
-            f"PROMPT must have {shape.block_size} tokens at most, the model's context, not {length}"
-        )
+        fail(f"PROMPT must be at most {shape.block_size} tokens, the model's context, not {length}")
     if config.attention not in (None, "all"):
         layer, head = map(int, config.attention.split("."))
         if layer >= shape.n_layer or head >= shape.n_head:
