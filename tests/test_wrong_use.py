@@ -432,6 +432,7 @@ BAD_LOOKS = [
     (["", "--tokens"], ["PROMPT is missing", "--tokens"]),
     (["Hi", "--attention=3"], ["--attention", "LAYER.HEAD", "'3'"]),
     (["Hi", "--attention", "-1.0"], ["--attention", "LAYER.HEAD", "'-1.0'"]),
+    (["Hi", "--attention", "9" * 5000 + ".0"], ["--attention", "LAYER.HEAD", "..."]),
     (["Hi", "--attention=head"], ["--attention", "LAYER.HEAD", "'head'"]),
     (["Hi", "--attention", "head"], ["'head' is a second PROMPT"]),
     (["Hi", "--html", "new.html"], ["--html", "--attention, --lens or --tokens"]),

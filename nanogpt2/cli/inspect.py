@@ -101,7 +101,7 @@ def draw(inside: Inside) -> str:
 
 def draw_heads(heads: Sequence[Head], names: Sequence[str]) -> str:
     """Draw a table with a row for each head."""
-    rows = [["head", "itself", "one before", "first", "the last token's most"]]
+    rows = [["head", "itself", "one before", "first", "the last token looks at"]]
     for head in heads:
         means = ("-" if x is None else f"{x:.2f}" for x in (head.itself, head.before, head.first))
         rows.append([head.name, *means, f"{_short(names[head.most])} {head.weight:.2f}"])

@@ -62,6 +62,7 @@ CLASSIFY_FLAGS = (
     "json",
     "list_presets",
 )
+HEAD = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}")  # LAYER.HEAD
 # flags that show the inside of the model instead of a text
 INSPECT_FLAGS = ("attention", "lens", "tokens")
 # the flags that have an effect with one of them
@@ -245,9 +246,7 @@ class SampleConfig:
             raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
         if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
             raise ValueError(f"json must be left out where --{chosen[0]} is given")
-        if self.attention not in (None, "all") and not re.fullmatch(
-            r"[0-9]+\.[0-9]+", self.attention
-        ):
+        if self.attention not in (None, "all") and not HEAD.fullmatch(self.attention):
             raise ValueError(
                 f"attention must be all or LAYER.HEAD, such as 3.0, not {show(self.attention)}"
             )
