@@ -13,7 +13,9 @@ import sample
 from nanogpt2.checkpoints.load import Checkpoint
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.cli import inspect_page
+from nanogpt2.cli.findings import Head, Inside
 from nanogpt2.config import GPTConfig, SampleConfig, parse
+from nanogpt2.inspect import Guesses, Merge, Piece
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 
@@ -305,6 +307,24 @@ def test_the_page_is_light_or_dark_and_loads_nothing(capsys, tmp_path, folder):
     assert "prefers-color-scheme: dark" in found.source and "default-src 'none'" in found.source
     assert "<script" not in found.source and "\x1b" not in found.source
     assert "\u202e" not in found.source and "\\u202e" in "".join(found.words)
+
+
+def test_every_text_of_the_page_is_escaped(tmp_path):
+    evil = "<script>\"'&amp;"
+    one = torch.ones(1, 1)
+    inside = Inside(
+        model=evil,
+        text=evil,
+        names=[evil],
+        heads=[Head("0.0", None, None, None, 0, 1.0, one)],
+        head=("0.0", one),
+        lens=(Guesses(torch.zeros(2, 1, 1, dtype=torch.int64), torch.ones(2, 1, 1)), {0: evil}),
+        pieces=[Piece(evil, evil, (Merge(0, 0, "<", "s"),), (evil,), (5,))],
+    )
+    (tmp_path / "page.html").write_text(inspect_page.page(inside))
+    found = Page(tmp_path / "page.html")
+    assert found.source.count("&lt;script&gt;") == found.source.count("script") >= 10
+    assert "".join(found.words).count(evil) >= 8
 
 
 def test_only_a_page_of_ours_is_written_over(capsys, tmp_path, folder):
