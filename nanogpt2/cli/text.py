@@ -137,6 +137,15 @@ def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, 
             left, piece, first = left[len(piece) :], "", i
 
 
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text, or its bytes if they are not valid UTF-8."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return repr(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(data)
+
+
 def shown(text: str) -> str:
     """Return a text for standard output: on a terminal its control characters become escapes."""
     return terminal.visible(text) if sys.stdout.isatty() else text

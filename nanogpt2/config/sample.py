@@ -3,6 +3,7 @@
 This file refuses flags that have no effect beside others. generation.py holds each value's range.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -62,6 +63,24 @@ CLASSIFY_FLAGS = (
     "json",
     "list_presets",
 )
+HEAD = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}")  # LAYER.HEAD
+# flags that show the inside of the model instead of a text
+INSPECT_FLAGS = ("attention", "lens", "tokens")
+# the flags that have an effect with one of them
+BESIDE_INSPECT_FLAGS = (
+    *INSPECT_FLAGS,
+    "html",
+    "prompt",
+    "prompt_file",
+    "literal_prompt",
+    "preset",
+    "list_presets",
+    "model",
+    "device",
+    "dtype",
+    "quantize",
+    "kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,7 @@ class SampleConfig:
         "prompt_file": "the prompt and the model",
         "prompts": "many prompts",
         "classify": "other modes",
+        "attention": "the inside of the model, and no text",
     }
     ALIASES: ClassVar[dict[str, str]] = {
         "length": "max_new_tokens",  # gpt-2's and transformers' scripts
@@ -146,6 +166,9 @@ class SampleConfig:
         "greedy": "use --do_sample false",
         "stream": "text is streamed already, without --json",
         "logprobs": "use --explain, or --explain --json",
+        "output_attentions": "use --attention",  # transformers
+        "output_hidden_states": "use --lens",  # transformers
+        "tokenize": "use --tokens",
         "fp16": "use --dtype float16, or --quantize fp16 on a CPU",
         "bf16": "use --dtype bfloat16",
         "load_in_8bit": "use --quantize int8",
@@ -201,6 +224,17 @@ class SampleConfig:
     tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
     json: bool = flag(False, "print JSON: one object for each text")
     verbose: bool = flag(False, "say at the end which products and how many threads ran")
+    # the inside of the model
+    attention: str | None = flag(
+        None,
+        "show which tokens every head looks at; --attention 3.0: layer 3, head 0 in detail",
+        alone="all",
+    )
+    lens: bool = flag(False, "show the token that each layer would predict")
+    tokens: bool = flag(False, "show how the prompt becomes tokens, merge by merge")
+    html: str | None = flag(
+        None, "with --attention, --lens or --tokens: a file for them, as a page for a browser"
+    )
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
@@ -213,6 +247,10 @@ class SampleConfig:
             raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
         if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
             raise ValueError(f"json must be left out where --{chosen[0]} is given")
+        if self.attention not in (None, "all") and not HEAD.fullmatch(self.attention):
+            raise ValueError(
+                f"attention must be all or LAYER.HEAD, such as 3.0, not {show(self.attention)}"
+            )
         if self.quantize and self.dtype != "float32":
             raise ValueError(f"quantize must come with dtype float32, not {self.dtype}")
         if self.tree and self.generation.num_beams == 1:
@@ -225,11 +263,22 @@ class SampleConfig:
                 f"not {self.generation.num_return_sequences}"
             )
 
+    @property
+    def inspects(self) -> bool:
+        """True where the inside of the model is asked for, and no text."""
+        return self.reads or self.tokens
+
+    @property
+    def reads(self) -> bool:
+        """True where the model must read the prompt for that; the tokens need no model."""
+        return self.attention is not None or self.lens
+
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the given flags; fill in the values that they imply."""
         if given.get("classify"):
             _check_classify(given)
+        _check_inspect(given)
         for name in ("unique", "skip_bad", "batch_size", "in_order", "output", "resume"):
             if name in given and "prompts" not in given:
                 fail(f"--{name} must come with --prompts")
@@ -282,6 +331,20 @@ def _check_classify(given: dict[str, Any]) -> None:
         raise ValueError(
             "model must be the path of a classifier with --classify (train.py makes one)"
         )
+
+
+def _check_inspect(given: dict[str, Any]) -> None:
+    """Raise ValueError for a flag without effect beside those that show the inside of the model."""
+    asked = next((name for name in INSPECT_FLAGS if given.get(name)), None)
+    if asked is None:
+        if given.get("html") is not None:
+            fail("--html must come with --attention, --lens or --tokens")
+        return
+    for name in given:
+        if name not in BESIDE_INSPECT_FLAGS:
+            raise ValueError(f"{name} must be left out where --{asked} is given")
+    if not any(given.get(name) for name in ("prompt", "prompt_file")):
+        fail(f"PROMPT is missing: --{asked} needs a text or --prompt_file")
 
 
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:
