@@ -1,0 +1,184 @@
+"""The first eight minutes on a GPU: what is right, what is fast, what fails. No network is needed.
+
+    python -m benchmarks.first_light --out DIR
+    python -m benchmarks.first_light --out DIR --only rooms decode
+    python -m benchmarks.first_light --out DIR --device cpu     rehearse, in Triton's interpreter
+
+Runs the parts of `LIMITS` in that order, each in a process of its own and under its own time limit,
+and prints the tables to commit. DIR gets one JSON file a part, complete before the next part
+starts. A part consists of cases. A case that fails, hangs or kills its process is recorded with
+its error, and the next case runs, in a new process if need be. A killed run leaves the files of
+all parts that ended, and of the part that was running the cases that ended.
+
+Exits 0 if every case of every part succeeded, else 1. On a CPU the sizes are tiny and the times
+mean nothing: the rehearsal shows that the parts run. This file knows processes and files; the
+parts' work is in first_light_parts.py and first_light_rooms.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+# part -> seconds of the whole part, seconds of one of its cases
+LIMITS = {
+    "machine": (30, 20),
+    "warm": (90, 75),
+    "correct": (50, 20),
+    "rooms": (90, 25),
+    "decode": (60, 30),
+    "train": (80, 70),
+    "profile": (30, 20),
+    "sanitizer": (50, 45),
+}
+# the exit status of a part whose device is lost: its remaining cases need a new process
+LOST = 75
+LOG_CHARACTERS = 2000
+
+
+def path_of(out: Path, part: str) -> Path:
+    """The part's file, numbered in the order of the parts."""
+    return out / f"{list(LIMITS).index(part) + 1}-{part}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a part's report, as it stands; empty before its process has started."""
+    return json.loads(path.read_text()) if path.exists() else {"cases": {}, "running": None}
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """Replace the file at once: a kill leaves the old report or the new one."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
+
+
+def environment(device: str) -> dict[str, str]:
+    """On a CPU hide the GPU and interpret the kernels; on a GPU compile them."""
+    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if device == "cpu":
+        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return found
+
+
+def end(child: subprocess.Popen) -> None:
+    """Kill the process and the processes that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def attempt(command: Sequence[str], device: str, seconds: float) -> tuple[int | None, str]:
+    """Run the command for at most `seconds`: its exit status, None at the limit, and its output."""
+    with tempfile.TemporaryFile("w+") as log:
+        # its own group, to kill its children as well; not its own session, to die with ours
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(device),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+        try:
+            code = child.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(child)
+        log.seek(0)
+        return code, log.read()[-LOG_CHARACTERS:]
+
+
+def run_part(
+    part: str, path: Path, device: str, *words: str, limits: Mapping[str, tuple] = LIMITS
+) -> dict[str, Any]:
+    """Run all of the part's cases, in as many processes as it takes; return the final report.
+
+    words: more arguments of first_light_parts.
+    """
+    whole, each = limits[part]
+    command = [sys.executable, "-m", "benchmarks.first_light_parts", part, str(path)]
+    command += ["--device", device, "--case_seconds", str(each), *words]
+    began, log = time.monotonic(), ""
+    while True:
+        code, output = attempt(command, device, began + whole - time.monotonic())
+        log = (log + output)[-LOG_CHARACTERS:]
+        report = read(path)
+        report |= {"status": "done", "seconds": round(time.monotonic() - began, 1), "log": log}
+        hung = report["running"]
+        if hung is not None:
+            why = f"killed by {signal.Signals(-code).name}" if (code or 0) < 0 else f"exited {code}"
+            if code == -signal.SIGALRM:
+                why = f"reached the limit of {each} s a case"
+            if code is None:
+                why = f"running when the part reached its limit of {whole} s"
+            report["cases"][hung] = {"error": why, "log": output}
+            report["running"] = None
+        if code is None:
+            report["status"] = f"stopped at its limit of {whole} s"
+        elif code not in (0, LOST) and hung is None:
+            # no case ran, so another process would fail in the same way
+            report["status"] = f"failed with exit code {code}"
+        write(path, report)
+        if code in (0, None) or (code != LOST and hung is None):
+            return report
+
+
+def errors(report: Mapping[str, Any]) -> dict[str, str]:
+    """Case -> its error, and the part's own under an empty name."""
+    found = {name: case["error"] for name, case in report["cases"].items() if "error" in case}
+    return found | ({} if report["status"] == "done" else {"": report["status"]})
+
+
+def show(part: str, report: Mapping[str, Any]) -> None:
+    """Print the part's tables, then its errors."""
+    print(f"\n## {part}: {report['status']}, {report['seconds']} s", flush=True)
+    for name, case in report["cases"].items():
+        if "table" in case:
+            print(f"\n{name}\n\n{case['table']}")
+    for name, error in errors(report).items():
+        print(f"\nerror: {part} {name}: {error}".replace(" : ", ": "))
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for the JSON files")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART")
+    args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: --out {str(args.out)[-80:]!r}: {error.strerror}", file=sys.stderr)
+        return 2
+    # a kill by name still ends the part that runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    paths = {part: path_of(args.out.resolve(), part) for part in LIMITS if part in args.only}
+    for path in paths.values():
+        # files of an earlier run would pass for this run's
+        path.unlink(missing_ok=True)
+    failed = False
+    if args.device == "cpu":
+        print("A rehearsal at tiny sizes in Triton's interpreter: its times mean nothing.")
+    for part, path in paths.items():
+        report = run_part(part, path, args.device)
+        show(part, report)
+        failed |= bool(errors(report))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
