@@ -23,8 +23,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,13 @@ LIMITS = {
     "profile": (30, 20),
     "sanitizer": (50, 45),
 }
+# an interpreter needs longer for tiny sizes than a GPU for large ones
+SLOWER = {"cuda": 1, "cpu": 20}
 # the exit status of a part whose device is lost: its remaining cases need a new process
 LOST = 75
 LOG_CHARACTERS = 2000
+CHILDREN: set[subprocess.Popen] = set()
+STOPPED = threading.Event()
 
 
 def path_of(out: Path, part: str) -> Path:
@@ -71,44 +78,64 @@ def environment(device: str) -> dict[str, str]:
     return found
 
 
-def end(child: subprocess.Popen) -> None:
+def kill(child: subprocess.Popen) -> None:
     """Kill the process and the processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+
+
+def stop(*_: object) -> None:
+    """End every process of ours, then this one: SIGTERM's handler."""
+    STOPPED.set()
+    for child in list(CHILDREN):
+        kill(child)
+    sys.exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], device: str, log: Any) -> Iterator[subprocess.Popen]:
+    """A process with its children in a group of its own, which ends with the block.
+
+    Not in a session of its own: a kill of our session must reach it.
+    """
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(device),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
+    CHILDREN.add(child)
+    try:
+        yield child
+    finally:
+        kill(child)
+        child.wait()
+        CHILDREN.discard(child)
 
 
 def attempt(command: Sequence[str], device: str, seconds: float) -> tuple[int | None, str]:
     """Run the command for at most `seconds`: its exit status, None at the limit, and its output."""
     with tempfile.TemporaryFile("w+") as log:
-        # its own group, to kill its children as well; not its own session, to die with ours
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(device),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
-        try:
-            code = child.wait(max(seconds, 0))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(child)
+        with started(command, device, log) as child:
+            try:
+                code = child.wait(max(seconds, 0))
+            except subprocess.TimeoutExpired:
+                code = None
         log.seek(0)
         return code, log.read()[-LOG_CHARACTERS:]
 
 
 def run_part(
-    part: str, path: Path, device: str, *words: str, limits: Mapping[str, tuple] = LIMITS
+    part: str, path: Path, device: str, limit: tuple[float, int], *words: str
 ) -> dict[str, Any]:
     """Run all of the part's cases, in as many processes as it takes; return the final report.
 
-    words: more arguments of first_light_parts.
+    limit: seconds of the whole, and of a case. words: more arguments of first_light_parts.
     """
-    whole, each = limits[part]
+    whole, each = limit
     command = [sys.executable, "-m", "benchmarks.first_light_parts", part, str(path)]
     command += ["--device", device, "--case_seconds", str(each), *words]
     began, log = time.monotonic(), ""
@@ -119,12 +146,7 @@ def run_part(
         report |= {"status": "done", "seconds": round(time.monotonic() - began, 1), "log": log}
         hung = report["running"]
         if hung is not None:
-            why = f"killed by {signal.Signals(-code).name}" if (code or 0) < 0 else f"exited {code}"
-            if code == -signal.SIGALRM:
-                why = f"reached the limit of {each} s a case"
-            if code is None:
-                why = f"running when the part reached its limit of {whole} s"
-            report["cases"][hung] = {"error": why, "log": output}
+            report["cases"][hung] = {"error": why(code, whole, each), "log": output}
             report["running"] = None
         if code is None:
             report["status"] = f"stopped at its limit of {whole} s"
@@ -132,8 +154,49 @@ def run_part(
             # no case ran, so another process would fail in the same way
             report["status"] = f"failed with exit code {code}"
         write(path, report)
-        if code in (0, None) or (code != LOST and hung is None):
+        again = code == LOST or (code not in (0, None) and hung is not None)
+        if not again or STOPPED.is_set():
             return report
+
+
+def why(code: int | None, whole: float, each: int) -> str:
+    """Say what ended a process in the middle of a case."""
+    if code is None:
+        return f"running when the part reached its limit of {whole} s"
+    if code == -signal.SIGALRM:
+        return f"reached the limit of {each} s a case"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
+def warm(path: Path, device: str, limit: tuple[float, int]) -> dict[str, Any]:
+    """Fill the caches of compiled kernels: all the other parts' cases once, a process per core."""
+    count = os.cpu_count() or 1 if device == "cuda" else 2
+    began = time.monotonic()
+    write(path, {"status": "running", "cases": {}, "running": None})
+
+    def share(number: int, folder: str) -> dict[str, Any]:
+        own = Path(folder) / f"{number}.json"
+        return run_part("share", own, device, limit, "--share", f"{number}/{count}")
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
+        reports = list(pool.map(partial(share, folder=folder), range(count)))
+    cases = {name: case for report in reports for name, case in report["cases"].items()}
+    failed = {name: case["error"] for name, case in cases.items() if "error" in case}
+    times = sorted(((case.get("seconds", 0), name) for name, case in cases.items()), reverse=True)
+    rows = "".join(f"| {name} | {seconds} |\n" for seconds, name in times[:8])
+    found = {
+        # an error here comes again, and counts, in the case's own part
+        "shares": [report | {"cases": sorted(report["cases"])} for report in reports],
+        "failed": failed,
+        "seconds_of": {name: seconds for seconds, name in times},
+        "table": f"{len(cases)} cases in {count} processes, {len(failed)} failed.\n\n"
+        f"| longest, compiling included | s |\n| --- | --- |\n{rows}",
+    }
+    worst = max((report["status"] for report in reports), key=lambda status: status != "done")
+    report = {"cases": {"all": found}, "running": None, "status": worst, "log": ""}
+    report["seconds"] = round(time.monotonic() - began, 1)
+    write(path, report)
+    return report
 
 
 def errors(report: Mapping[str, Any]) -> dict[str, str]:
@@ -164,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out {str(args.out)[-80:]!r}: {error.strerror}", file=sys.stderr)
         return 2
-    # a kill by name still ends the part that runs
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, stop)
     paths = {part: path_of(args.out.resolve(), part) for part in LIMITS if part in args.only}
     for path in paths.values():
         # files of an earlier run would pass for this run's
@@ -174,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cpu":
         print("A rehearsal at tiny sizes in Triton's interpreter: its times mean nothing.")
     for part, path in paths.items():
-        report = run_part(part, path, args.device)
+        limit = tuple(seconds * SLOWER[args.device] for seconds in LIMITS[part])
+        run = warm if part == "warm" else partial(run_part, part)
+        report = run(path, args.device, limit)
         show(part, report)
         failed |= bool(errors(report))
     return int(failed)

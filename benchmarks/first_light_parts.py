@@ -7,8 +7,8 @@ holds the cases that ended and the name of the one that runs. A process that sta
 on after the cases there. A case that reaches its limit is killed with the whole process; so is
 everything after an error that leaves the GPU unusable. first_light.py then starts another process.
 
-The part `warm` starts a process a core. Each runs its share of all the other parts' cases once,
-untimed, which fills Triton's and Inductor's caches on disk. The rooms' cases are in
+The part `share` runs a share of all the other parts' cases once, untimed. first_light.py starts one
+for each core, which fills Triton's and Inductor's caches on disk. The rooms' cases are in
 first_light_rooms.py.
 """
 
@@ -48,7 +48,7 @@ Cases = dict[str, Callable[[], Found]]
 
 TINY = gpu.DEVICE == "cpu"
 # the interpreter takes heads of 16 and more; the sizes are mutually distinct
-MODEL = GPTConfig(61, 40, 2, 2, 32, eos_token_id=None)
+MODEL = GPTConfig(61, 40, 1, 2, 32, eos_token_id=None)
 if not TINY:
     # no end token: every text has its full length
     MODEL = dataclasses.replace(PRESETS["gpt2"], eos_token_id=None)
@@ -276,7 +276,7 @@ ARMS = {
 }
 if importlib.util.find_spec("nanogpt2.cuda") is not None:
     ARMS["CUDA graph"] = ("triton", True)
-NEW = (2, 8) if TINY else (16, 144)  # tokens of the short text and of the long one
+NEW = (1, 4) if TINY else (16, 144)  # tokens of the short text and of the long one
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 50, "noise": "counter", "seed": 7}
 SETTINGS = {
     "greedy": {},
@@ -563,7 +563,7 @@ def sanitizer() -> Cases:
     return {"checks": partial(all_sanitized, tool)}
 
 
-# ---- warm
+# ---- share
 
 
 def once() -> Cases:
@@ -587,42 +587,12 @@ def _text_once(arm: str, dtype: torch.dtype, options: Mapping) -> Found:
     return {}
 
 
-def warm(seconds: int) -> Cases:
-    """One case, of as many processes as there are cores."""
-
-    def shares() -> Found:
-        count = 2 if TINY else os.cpu_count() or 1
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
-            limits = {"share": (max(seconds - 5, 1), max(seconds - 5, 1))}
-            run = partial(_share, folder=Path(folder), count=count, limits=limits)
-            reports = list(pool.map(run, range(count)))
-        cases = {name: case for report in reports for name, case in report["cases"].items()}
-        failed = {n: case["error"] for n, case in cases.items() if "error" in case}
-        times = sorted(((c.get("seconds", 0), n) for n, c in cases.items()), reverse=True)
-        table = harness.table(["longest to compile", "s"], [(n, s) for s, n in times[:8]])
-        status = sorted({report["status"] for report in reports})
-        # errors here come again in the parts themselves, where they count
-        return {"cases": cases, "failed": failed, "processes": count, "status": status} | {
-            "table": f"{len(cases)} cases in {count} processes, {len(failed)} failed: "
-            f"{', '.join(status)}\n\n{table}"
-        }
-
-    return {"all": shares}
-
-
-def _share(number: int, folder: Path, count: int, limits: Mapping) -> Found:
-    path, share = folder / f"{number}.json", f"{number}/{count}"
-    return first_light.run_part("share", path, gpu.DEVICE, "--share", share, limits=limits)
-
-
 # ---- the process
 
 
 def cases_of(part: str, report: Report) -> Cases:
     if part == "train":
         return train(report)
-    if part == "warm":
-        return warm(report.seconds)
     makers = {
         "machine": machine,
         "correct": correct,
@@ -648,11 +618,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: --device {args.device}: this machine has no CUDA device")
     report = Report(args.file, args.case_seconds)
     first, count = map(int, args.share.split("/"))
-    # a stream other than the default one: what autograd prepares can then be captured as a graph
-    aside = (
-        torch.cuda.stream(torch.cuda.Stream()) if gpu.DEVICE == "cuda" else contextlib.suppress()
-    )
-    with aside:
+    # not the default stream, which no graph can capture: autograd remembers a forward's stream
+    aside = torch.cuda.Stream() if gpu.DEVICE == "cuda" else None
+    with FOLDERS, torch.cuda.stream(aside):
         for name, case in list(cases_of(args.part, report).items())[first::count]:
             report.run(name, case)
     report.save(running=None)
