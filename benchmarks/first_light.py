@@ -25,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,8 @@ SLOWER = {"cuda": 1, "cpu": 20}
 # the exit status of a part whose device is lost: its remaining cases need a new process
 LOST = 75
 LOG_CHARACTERS = 2000
+# runs the cases of one part, or of one share of all parts
+PROGRAM = "benchmarks.first_light_parts"
 CHILDREN: set[subprocess.Popen] = set()
 STOPPED = threading.Event()
 
@@ -70,6 +73,41 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+class Report:
+    """A part's file, kept up to date by the process that runs the cases."""
+
+    def __init__(self, path: Path, seconds: int, lost: Callable[[], bool]) -> None:
+        """seconds: the limit of a case. lost: whether the device refuses any further work."""
+        self.path, self.seconds, self.lost = path, seconds, lost
+        self.cases: dict[str, dict] = read(path)["cases"]
+
+    def save(self, running: str | None) -> None:
+        write(self.path, {"cases": self.cases, "running": running})
+
+    def run(self, name: str, case: Callable[[], dict]) -> None:
+        """Run a case, unless an earlier process has, and save what it found or its error."""
+        if name in self.cases:
+            return
+        self.save(running=name)
+        # the signal's default action ends the process even where it waits for the GPU
+        signal.alarm(self.seconds)
+        began = time.perf_counter()
+        try:
+            found = case()
+        except Exception as error:
+            # any failure is a result; the next case runs
+            said = str(error).strip() or type(error).__name__
+            found = {
+                "error": f"{type(error).__name__}: {said.splitlines()[0][:300]}",
+                "log": traceback.format_exc()[-LOG_CHARACTERS:],
+            }
+        signal.alarm(0)
+        self.cases[name] = found | {"seconds": round(time.perf_counter() - began, 2)}
+        self.save(running=None)
+        if "error" in found and self.lost():
+            os._exit(LOST)
+
+
 def environment(device: str) -> dict[str, str]:
     """On a CPU hide the GPU and interpret the kernels; on a GPU compile them."""
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -84,12 +122,12 @@ def kill(child: subprocess.Popen) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def stop(*_: object) -> None:
-    """End every process of ours, then this one: SIGTERM's handler."""
+def stop(number: int, _: object) -> None:
+    """End every process of ours, then this one: the handler of SIGINT and SIGTERM."""
     STOPPED.set()
     for child in list(CHILDREN):
         kill(child)
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager
@@ -136,7 +174,7 @@ def run_part(
     limit: seconds of the whole, and of a case. words: more arguments of first_light_parts.
     """
     whole, each = limit
-    command = [sys.executable, "-m", "benchmarks.first_light_parts", part, str(path)]
+    command = [sys.executable, "-m", PROGRAM, part, str(path)]
     command += ["--device", device, "--case_seconds", str(each), *words]
     began, log = time.monotonic(), ""
     while True:
@@ -227,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --out {str(args.out)[-80:]!r}: {error.strerror}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     paths = {part: path_of(args.out.resolve(), part) for part in LIMITS if part in args.only}
     for path in paths.values():
         # files of an earlier run would pass for this run's

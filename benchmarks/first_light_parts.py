@@ -20,13 +20,11 @@ import importlib.util
 import os
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -52,40 +50,6 @@ MODEL = GPTConfig(61, 40, 1, 2, 32, eos_token_id=None)
 if not TINY:
     # no end token: every text has its full length
     MODEL = dataclasses.replace(PRESETS["gpt2"], eos_token_id=None)
-
-
-class Report:
-    """The part's file: its cases, kept up to date."""
-
-    def __init__(self, path: Path, seconds: int) -> None:
-        self.path, self.seconds = path, seconds
-        self.cases: dict[str, Found] = first_light.read(path)["cases"]
-
-    def save(self, running: str | None) -> None:
-        first_light.write(self.path, {"cases": self.cases, "running": running})
-
-    def run(self, name: str, case: Callable[[], Found]) -> None:
-        """Run a case unless an earlier process has, and save what it found or its error."""
-        if name in self.cases:
-            return
-        self.save(running=name)
-        # the signal's default action ends the process even where it waits for the GPU
-        signal.alarm(self.seconds)
-        began = time.perf_counter()
-        try:
-            found = case()
-        except Exception as error:
-            # any failure is a result; the next case runs
-            said = str(error).strip() or type(error).__name__
-            found = {
-                "error": f"{type(error).__name__}: {said.splitlines()[0][:300]}",
-                "traceback": traceback.format_exc()[-first_light.LOG_CHARACTERS :],
-            }
-        signal.alarm(0)
-        self.cases[name] = found | {"seconds": round(time.perf_counter() - began, 2)}
-        self.save(running=None)
-        if "error" in found and lost():
-            os._exit(first_light.LOST)
 
 
 def lost() -> bool:
@@ -418,7 +382,7 @@ def first_steps(arm: str) -> Found:
     return {"losses": losses, "memory": estimate.memory_used(gpu.DEVICE) - before}
 
 
-def ten_steps(report: Report) -> Found:
+def ten_steps(report: first_light.Report) -> Found:
     """Ten steps of every arm that took its first, in turns; the losses of all must agree."""
     firsts = {arm: report.cases[arm] for arm in TRAINED if "error" not in report.cases[arm]}
     losses: dict[str, list[float]] = {}
@@ -459,7 +423,7 @@ def ten_steps(report: Report) -> Found:
     return found
 
 
-def train(report: Report) -> Cases:
+def train(report: first_light.Report) -> Cases:
     arms: Cases = {arm: partial(first_steps, arm) for arm in TRAINED}
     return arms | {"ten steps": partial(ten_steps, report)}
 
@@ -590,7 +554,7 @@ def _text_once(arm: str, dtype: torch.dtype, options: Mapping) -> Found:
 # ---- the process
 
 
-def cases_of(part: str, report: Report) -> Cases:
+def cases_of(part: str, report: first_light.Report) -> Cases:
     if part == "train":
         return train(report)
     makers = {
@@ -616,7 +580,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device != gpu.DEVICE:
         sys.exit(f"error: --device {args.device}: this machine has no CUDA device")
-    report = Report(args.file, args.case_seconds)
+    report = first_light.Report(args.file, args.case_seconds, lost)
     first, count = map(int, args.share.split("/"))
     # not the default stream, which no graph can capture: autograd remembers a forward's stream
     aside = torch.cuda.Stream() if gpu.DEVICE == "cuda" else None
