@@ -6,6 +6,7 @@ Such machines have the run-time dependencies, pytest, hypothesis and transformer
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 
@@ -67,3 +68,41 @@ async def g():
     import nbclient
 """
     assert extras(source) == {"peft", "zstandard", "onnx"}
+
+
+# ---- the tests in shares, and those to run first
+
+
+def collected(*words):
+    """The names of chosen tests, as pytest in a process of its own collects them."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", *words, "tests/test_gelu.py", "tests/test_layer_norm.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = [line.removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line]
+    return found, done
+
+
+def test_the_shares_are_the_whole():
+    whole, _ = collected("-m", "gpu")
+    shares = [collected("-m", "gpu", "--share", f"{k}/3")[0] for k in (1, 2, 3)]
+    assert sorted(name for share in shares for name in share) == sorted(whole)
+    assert min(map(len, shares)) >= len(whole) // 3 > 0
+
+
+def test_the_first_are_of_gpt2():
+    found, _ = collected("-m", "gpu and first")
+    assert found == [
+        "test_gelu.py::test_natively[3072-dtype0]",
+        "test_gelu.py::test_natively[3072-dtype2]",
+        "test_gelu.py::test_in_a_cuda_graph",
+        "test_layer_norm.py::test_natively[768-dtype0]",
+        "test_layer_norm.py::test_natively[768-dtype2]",
+        "test_layer_norm.py::test_in_a_cuda_graph",
+    ]
+
+
+@pytest.mark.parametrize("share", ["4/3", "a/b"])
+def test_a_share_that_is_none(share):
+    found, done = collected("--share", share)
+    assert not found and done.returncode == 4
+    assert f"'{share}' is not K/N with K from 1 to N" in done.stderr
