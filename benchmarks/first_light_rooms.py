@@ -98,7 +98,7 @@ def correct_cases() -> dict[str, Callable[[], Found]]:
 def tiny_cases() -> dict[str, Callable[[], Found]]:
     """Every room at a tiny size, for a sanitizer."""
     return {
-        room: partial(correct_case, room, shape, gpu.DTYPE)
+        f"{room} {' '.join(map(str, shape))}": partial(correct_case, room, shape, gpu.DTYPE)
         for room in ROOMS
         for shape in shapes_of(room, tiny=True)
     }
@@ -149,9 +149,7 @@ def timed(case: gpu.Case, names: list[str]) -> tuple[list[gpu.Row], dict[str, st
     for work in case.bounds.values():
         # the gate has called the arms
         work()
-    graphs = {}
-    for name, work in {**functions, **case.bounds}.items():
-        graphs[name] = graph_of(work)
+    graphs = {name: graph_of(work) for name, work in {**functions, **case.bounds}.items()}
     arms = {name: graphs[name][0] for name in functions}
     bounds = {name: graphs[name][0] for name in case.bounds}
     memory = gpu.peak_memory if not TINY else lambda _: 0
