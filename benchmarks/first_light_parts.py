@@ -484,6 +484,8 @@ def profile() -> Cases:
 # ---- sanitizer
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
+# below the limit of the case, so that one check's time does not cost the others' results
+SANITIZER_SECONDS = first_light.LIMITS["sanitizer"][1] - 5
 
 
 def sanitizer_of() -> str | None:
@@ -500,12 +502,19 @@ def sanitized(tool: str, check: str) -> Found:
         command += ["benchmarks.first_light_parts", "tiny", str(path), "--device", gpu.DEVICE]
         # one allocation a tensor: an access past its end is then an error
         alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, cwd=harness.ROOT, env=alone, capture_output=True, text=True)
+        options: Found = {"cwd": harness.ROOT, "env": alone, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run(command, **options, timeout=SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            done = None
         cases = first_light.read(path)["cases"]
+    if done is None:
+        return {"summary": [], "cases": cases, "error": f"took more than {SANITIZER_SECONDS} s"}
     summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
     found: Found = {"summary": summary, "cases": cases, "log": done.stdout[-2000:]}
-    if done.returncode or not summary:
-        found["error"] = f"exit code {done.returncode}: {' '.join(summary)}"
+    wrong = [name for name, case in cases.items() if "error" in case]
+    if done.returncode or wrong or not summary:
+        found["error"] = f"exit code {done.returncode}: {' '.join([*summary, *wrong])}"
     return found
 
 
@@ -538,7 +547,7 @@ def once() -> Cases:
         f"decode: {arm}, {setting}, {dtype}": partial(_text_once, arm, dtype, options)
         for arm in ARMS
         for setting, options in SETTINGS.items()
-        for dtype in {torch.float32, gpu.DTYPE}
+        for dtype in dict.fromkeys([torch.float32, gpu.DTYPE])
     }
     prepared |= {f"train: {arm}": partial(first_steps, arm) for arm in TRAINED}
     prepared |= {f"tiny: {name}": case for name, case in first_light_rooms.tiny_cases().items()}

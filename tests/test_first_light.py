@@ -328,6 +328,47 @@ def test_unlike_losses_are_an_error(tmp_path, monkeypatch):
     assert list(first_light_parts.ten_steps(report)["losses"]) == ["nanoGPT's recipe"]
 
 
+TOOL = """#!{python}
+import os, pathlib, sys
+check, path = sys.argv[2], pathlib.Path(sys.argv[sys.argv.index("tiny") + 1])
+assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+wrong = '{{"error": "wrong"}}' if check == "synccheck" else "{{}}"
+path.write_text('{{"cases": {{"gelu": %s}}, "running": null}}' % wrong)
+print("========= ERROR SUMMARY: %d errors" % (check == "racecheck"))
+sys.exit(9 if check == "racecheck" else 0)
+"""
+
+
+def test_what_a_sanitizer_says(tmp_path):
+    """A check that finds something, and one under which a result is wrong."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(python=sys.executable))
+    tool.chmod(0o755)
+    found = first_light_parts.all_sanitized(str(tool))
+    assert found["error"] == (
+        "racecheck: exit code 9: ========= ERROR SUMMARY: 1 errors; "
+        "synccheck: exit code 0: ========= ERROR SUMMARY: 0 errors gelu"
+    )
+    assert "| memcheck | ========= ERROR SUMMARY: 0 errors |" in found["table"]
+
+
+def test_every_process_has_the_same_cases_in_the_same_order():
+    """Else shares would leave cases out."""
+    code = "from benchmarks import first_light_parts as p; print(list(p.once()))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+
+
 @pytest.mark.slow
 def test_the_rehearsal(tmp_path):
     """Every part, at tiny sizes, in Triton's interpreter: nothing fails, nothing is left out."""
