@@ -1,4 +1,4 @@
-"""The oracle of LoRA: PEFT on transformers' models. PEFT, an extra, is imported where it is used."""
+"""The oracle of LoRA: PEFT on transformers' models. PEFT is an extra, so functions import it."""
 
 import warnings
 
