@@ -1,6 +1,8 @@
 """Settings for all tests: no network, no user's cache, one seed."""
 
+import argparse
 import os
+import re
 
 # before any test imports transformers or huggingface-hub
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +31,10 @@ settings.load_profile("nanogpt2")
 
 # train.py and sample.py are no package
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+# GPT-2's sizes and the dtypes that it trains with, by the names of the tests' parameters
+GPT2 = {"D": [64], "N": [768, 3072], "V": [50257], "dtype": [torch.float32, torch.bfloat16]}
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +84,47 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = os.cpu_count(), "worksteal"
 
 
+def share(text):
+    """Read --share."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N")
+    return number, count
+
+
+def pytest_addoption(parser):
+    parser.addoption("--share", type=share, metavar="K/N", help="run every Nth test, from the Kth")
+
+
+def is_of_gpt2(item):
+    """Whether this is a kernel's test at GPT-2's sizes: of `-m "gpu and first"`."""
+    kernel = Path(__file__).parent.parent / "kernels" / f"{item.path.stem.removeprefix('test_')}.py"
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    sizes = parameters.keys() & GPT2
+    return kernel.exists() and all(parameters[name] in GPT2[name] for name in sizes)
+
+
+# before pytest chooses by the markers
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("gpu"):
+            if is_of_gpt2(item):
+                item.add_marker(pytest.mark.first)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(trylast=True, specname="pytest_collection_modifyitems")
+def pytest_share(config, items):
+    """Keep the share of the chosen tests that --share asks for; several processes run them all."""
+    if asked := config.getoption("--share"):
+        number, count = asked
+        mine = items[number - 1 :: count]
+        left = [item for n, item in enumerate(items) if n % count != number - 1]
+        config.hook.pytest_deselected(items=left)
+        items[:] = mine
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,9 +1,8 @@
-"""The oracle of LoRA: PEFT, on transformers' models."""
+"""The oracle of LoRA: PEFT on transformers' models. PEFT is an extra, so functions import it."""
 
 import warnings
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from nanogpt2.training.lora import add_lora, lora_layers
@@ -26,6 +25,8 @@ def quietly(function, *arguments, **options):
 
 def peft_config(task="CAUSAL_LM", **options):
     """The same layers; A and B are random."""
+    from peft import LoraConfig
+
     options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False} | options
     layers = ["c_attn", "c_proj", "c_fc"]
     return LoraConfig(target_modules=layers, fan_in_fan_out=True, task_type=task, **options)
@@ -33,6 +34,8 @@ def peft_config(task="CAUSAL_LM", **options):
 
 def peft_twin(theirs, ours):
     """transformers' model with PEFT's LoRA that has our A and B."""
+    from peft import get_peft_model
+
     theirs = quietly(get_peft_model, theirs, peft_config())
     with torch.no_grad():
         for name, layer in lora_layers(ours).items():

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from lora_reference import adapted, peft_config, quietly
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from reference import TINY, prompts, twins
 from safetensors.torch import load_file, save_file
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -30,6 +29,8 @@ def saved(tmp_path):
 
 
 def test_ours_loads_into_peft(saved, tmp_path):
+    from peft import PeftModel
+
     ours, folder = saved
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     theirs = quietly(PeftModel.from_pretrained, theirs, folder).eval()
@@ -56,6 +57,8 @@ def test_ours_loads_into_ours_bit_for_bit(saved, tmp_path):
 
 
 def test_pefts_loads_into_ours(tmp_path):
+    from peft import get_peft_model
+
     ours, theirs = twins(tmp_path / "base")
     theirs = quietly(get_peft_model, theirs, peft_config(r=5, lora_dropout=0.1)).eval()
     quietly(theirs.save_pretrained, tmp_path / "adapter")
@@ -65,6 +68,8 @@ def test_pefts_loads_into_ours(tmp_path):
 
 
 def test_a_classifiers_adapter_both_ways(tmp_path):
+    from peft import PeftModel, get_peft_model
+
     gpt, _ = twins(tmp_path / "base")
     base = GPT2ForSequenceClassification.from_pretrained(
         tmp_path / "base", num_labels=3, pad_token_id=0
@@ -220,6 +225,8 @@ def files_of(folder):
 
 
 def test_the_base_is_named_so_that_peft_finds_it(tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+
     model = adapted(load_model("demo"))
     monkeypatch.chdir(tmp_path)
     twins(tmp_path / "base")
