@@ -5,7 +5,13 @@ model. The top of each task's file in evaluation/ defines its figures.
 """
 
 import dataclasses
+import os
 import sys
+
+if __name__ == "__main__" and not __package__:
+    # run by its path: find nanogpt2 beside this folder, in which inspect.py would hide Python's own
+    sys.path[0] = os.path.dirname(sys.path[0])  # noqa: PTH120
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

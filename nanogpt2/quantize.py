@@ -5,7 +5,13 @@ on a CPU. --text measures the cost: the perplexity of a text before and after, a
 likeliest token stays the same. The formats of the weights are at the top of prepacked.py.
 """
 
+import os
 import sys
+
+if __name__ == "__main__" and not __package__:
+    # run by its path: find nanogpt2 beside this folder, in which inspect.py would hide Python's own
+    sys.path[0] = os.path.dirname(sys.path[0])  # noqa: PTH120
+
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar

@@ -5,7 +5,13 @@ the first text makes in a second. This command takes longer over it, prints the 
 What the layouts are is at the top of nanogpt2/cpu/layouts.py.
 """
 
+import os
 import sys
+
+if __name__ == "__main__" and not __package__:
+    # run by its path: find nanogpt2 beside this folder, in which inspect.py would hide Python's own
+    sys.path[0] = os.path.dirname(sys.path[0])  # noqa: PTH120
+
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -86,3 +86,11 @@ def test_every_command_after_an_install(tmp_path):
     ):
         done = run(*words, **own)
         assert done.returncode == 0, (words, done.stderr)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "quantize", "tune"])
+def test_a_command_by_its_path(name, tmp_path):
+    """nanogpt2/ has an inspect.py, which must not hide Python's own."""
+    argv = [sys.executable, str(ROOT / f"nanogpt2/{name}.py"), "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout.lower()
