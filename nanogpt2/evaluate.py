@@ -4,7 +4,6 @@ The command line -> the file -> the model -> the figures, beside the published o
 model. The top of each task's file in evaluation/ defines its figures.
 """
 
-import dataclasses
 import os
 import sys
 
@@ -12,6 +11,7 @@ if __name__ == "__main__" and not __package__:
     # run by its path: find nanogpt2 beside this folder, in which inspect.py would hide Python's own
     sys.path[0] = os.path.dirname(sys.path[0])  # noqa: PTH120
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -93,4 +93,5 @@ def test_a_command_by_its_path(name, tmp_path):
     """nanogpt2/ has an inspect.py, which must not hide Python's own."""
     argv = [sys.executable, str(ROOT / f"nanogpt2/{name}.py"), "--help"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout.lower()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Flags (hyphens are accepted for underscores)" in done.stdout
