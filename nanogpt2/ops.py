@@ -196,6 +196,89 @@ def sample(
     )
 
 
+# ---- one new token per row: the step that cuda/ replays. R rows; nothing here waits for the GPU
+
+
+def decode_embedding(
+    tokens: Tensor,
+    lengths: Tensor,
+    start: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    kernels: str = "torch",
+) -> Tensor:
+    """Embed a token at position lengths - start: int64 (R,), int32 (R,) twice -> (R, C)."""
+    if kernels == "triton":
+        from nanogpt2.kernels import decode_rows
+
+        return decode_rows.embed(tokens, lengths, start, wte, wpe)
+    return F.embedding(tokens, wte) + F.embedding(lengths - start, wpe)
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    bends: bool = False,
+    residual: Tensor | None = None,
+    kernels: str = "torch",
+) -> Tensor:
+    """Compute gelu(layer_norm(x) W^T + b) + residual: (R, K) -> (R, N).
+
+    norm: weight and bias (K,), and eps. Without norm, bends or residual (R, N) that part is left
+    out. Triton's kernel takes few rows; PyTorch multiplies more of them.
+    """
+    if kernels == "triton":
+        from nanogpt2.kernels import decode_linear as kernel
+
+        if len(x) <= kernel.MAX_ROWS:
+            return kernel.decode_linear(x, weight, bias, norm=norm, gelu=bends, residual=residual)
+    if norm is not None:
+        x = layer_norm(x, *norm, kernels)
+    y = F.linear(x, weight, bias)
+    y = gelu(y, kernels) if bends else y
+    return y if residual is None else y + residual
+
+
+def decode_attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    start: Tensor,
+    ancestors: Tensor | None = None,
+    kernels: str = "torch",
+) -> Tensor:
+    """Write a token's key and value at position `lengths`, and attend from `start` to there.
+
+    qkv: (R, 3C); caches: (R, H, S, D), modified; lengths, start: int32 (R,). ancestors: int32
+    (R, S), the cache's row that holds position t of row r, by default row r. -> (R, C).
+    """
+    if kernels == "triton":
+        from nanogpt2.kernels import decode_attention as kernel
+
+        R, H, S, _ = k_cache.shape
+        splits = kernel.splits_for(R, H, S)
+        return kernel.decode_step(
+            qkv, k_cache, v_cache, lengths, start=start, ancestors=ancestors, splits=splits
+        )
+    R, H, S, D = k_cache.shape
+    q, k, v = qkv.view(R, 3, H, 1, D).unbind(1)  # each (R, H, 1, D)
+    at = lengths.long()[:, None, None, None].expand_as(k)
+    k_cache.scatter_(2, at, k)
+    v_cache.scatter_(2, at, v)
+    t = torch.arange(S, device=qkv.device)
+    mask = (t >= start[:, None]) & (t <= lengths[:, None])  # (R, S)
+    if ancestors is not None:
+        rows = ancestors.long()
+        k_cache, v_cache = (x[rows, :, t].transpose(1, 2) for x in (k_cache, v_cache))
+    y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask[:, None, None])
+    return y.reshape(R, H * D)
+
+
 def _float32(x: Tensor) -> Tensor:
     """Widen float16 and bfloat16, whose sums and powers would lose digits or overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,6 +14,10 @@ from nanogpt2.generation.decoder import decoder_for
 from nanogpt2.generation.request import Request
 from nanogpt2.model import GPT
 
+NOT_FINITE = (
+    "the model's scores are not finite numbers: are its weights damaged, or its dtype too narrow?"
+)
+
 
 class Engine:
     """Runs a model over rows of tokens that grow at their right end: N = B prompts x rows each.
@@ -37,9 +41,8 @@ class Engine:
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
         length = min(self.block_size, self.max_length)
-        # whether the mask hides padding before the prompts' first tokens, and nothing else
-        left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
-        self.decoder = decoder_for(model, len(request.ids), self.rows, length, bool(left))
+        left = request.is_left_padded
+        self.decoder = decoder_for(model, len(request.ids), self.rows, length, left)
         # the hidden states of the last reading: (B or N, T, C) for its T tokens
         self.hidden = torch.empty(0)
 
@@ -59,7 +62,7 @@ class Engine:
     def _read(self, ids: Tensor) -> Tensor:
         """Read the new tokens: int64 (N, T), all tokens so far -> (B or N, new, C)."""
         length = ids.size(1)
-        if length - self.base > self.block_size:
+        if self.is_outgrown(length):
             self._slide(length)
         known = self.base + self.decoder.length
         rows = slice(None, None, 1 if self.decoder.forked else self.rows)
@@ -67,14 +70,15 @@ class Engine:
         self.hidden = self.decoder.read(ids[rows, known:], positions, mask)
         return self.hidden
 
+    def is_outgrown(self, length: int) -> bool:
+        """Tell whether texts of this length no longer fit into the context."""
+        return length - self.base > self.block_size
+
     def _scores(self, x: Tensor) -> Tensor:
         """(R, C) -> float32 (R, V). Raises FloatingPointError as next_scores does."""
         scores = self.decoder.logits(x).float()
         if not scores.amax(dim=1).isfinite().all():
-            raise FloatingPointError(
-                "the model's scores are not finite numbers: are its weights damaged, or its dtype "
-                "too narrow?"
-            )
+            raise FloatingPointError(NOT_FINITE)
         return scores
 
     def _slide(self, length: int) -> None:
