@@ -13,8 +13,9 @@ This file does not know the model.
 """
 
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -196,34 +197,39 @@ def sample(
     )
 
 
-# ---- one new token per row: the step that cuda/ replays. R rows; nothing here waits for the GPU
+# ---- one new token for each of R rows: the step that cuda/ replays. Nothing waits for the GPU
+
+
+def decode_scratch(rows: int, n_head: int, device: torch.device, kernels: str) -> Tensor | None:
+    """Return what Triton's kernels count their finished programs in, for `scratch` below."""
+    if kernels != "triton":
+        return None
+    from nanogpt2.kernels.decode_linear import ARRIVED
+
+    return torch.zeros(max(ARRIVED, rows * n_head), dtype=torch.int32, device=device)
 
 
 def decode_embedding(
-    tokens: Tensor,
-    lengths: Tensor,
-    start: Tensor,
-    wte: Tensor,
-    wpe: Tensor,
-    kernels: str = "torch",
+    tokens: Tensor, lengths: Tensor, start: Tensor, wte: Tensor, wpe: Tensor, kernels: str = "torch"
 ) -> Tensor:
-    """Embed a token at position lengths - start: int64 (R,), int32 (R,) twice -> (R, C)."""
+    """Embed tokens, int64 (R,), at positions lengths - start, both int32 (R,) -> (R, C)."""
     if kernels == "triton":
-        from nanogpt2.kernels import decode_rows
+        from nanogpt2.kernels import decode_linear as kernel
 
-        return decode_rows.embed(tokens, lengths, start, wte, wpe)
+        return kernel.decode_embed(tokens, lengths, wte, wpe, start)
     return F.embedding(tokens, wte) + F.embedding(lengths - start, wpe)
 
 
 def decode_linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     norm: tuple[Tensor, Tensor, float] | None = None,
     bends: bool = False,
     residual: Tensor | None = None,
     kernels: str = "torch",
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Compute gelu(layer_norm(x) W^T + b) + residual: (R, K) -> (R, N).
 
@@ -234,7 +240,8 @@ def decode_linear(
         from nanogpt2.kernels import decode_linear as kernel
 
         if len(x) <= kernel.MAX_ROWS:
-            return kernel.decode_linear(x, weight, bias, norm=norm, gelu=bends, residual=residual)
+            parts = {"norm": norm, "gelu": bends, "residual": residual}
+            return kernel.decode_linear(x, weight, bias, arrived=scratch, **parts)
     if norm is not None:
         x = layer_norm(x, *norm, kernels)
     y = F.linear(x, weight, bias)
@@ -251,21 +258,31 @@ def decode_attention(
     start: Tensor,
     ancestors: Tensor | None = None,
     kernels: str = "torch",
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Write a token's key and value at position `lengths`, and attend from `start` to there.
 
     qkv: (R, 3C); caches: (R, H, S, D), modified; lengths, start: int32 (R,). ancestors: int32
     (R, S), the cache's row that holds position t of row r, by default row r. -> (R, C).
     """
+    R, H, S, D = k_cache.shape
     if kernels == "triton":
         from nanogpt2.kernels import decode_attention as kernel
 
-        R, H, S, _ = k_cache.shape
-        splits = kernel.splits_for(R, H, S)
-        return kernel.decode_step(
-            qkv, k_cache, v_cache, lengths, start=start, ancestors=ancestors, splits=splits
+        cuda = qkv.is_cuda
+        processors = (
+            torch.cuda.get_device_properties(qkv.device).multi_processor_count if cuda else 1
         )
-    R, H, S, D = k_cache.shape
+        return kernel.decode_step(
+            qkv,
+            k_cache,
+            v_cache,
+            lengths,
+            start=start,
+            ancestors=ancestors,
+            splits=kernel.step_splits(R, H, S, processors),
+            arrived=scratch,
+        )
     q, k, v = qkv.view(R, 3, H, 1, D).unbind(1)  # each (R, H, 1, D)
     at = lengths.long()[:, None, None, None].expand_as(k)
     k_cache.scatter_(2, at, k)
@@ -277,6 +294,32 @@ def decode_attention(
         k_cache, v_cache = (x[rows, :, t].transpose(1, 2) for x in (k_cache, v_cache))
     y = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask[:, None, None])
     return y.reshape(R, H * D)
+
+
+def decode_draw(
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    options: Mapping[str, Any],
+    text: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Tensor:
+    """Choose each row's next token from the last block's output (R, C), in two kernels.
+
+    weight: (V, C), the head's, after the layer norm `norm`. options, text: the fields of
+    kernels/sampling.py's Options and Text. state: what its `draw` keeps. -> int64 (R,). Triton
+    only: generation/replay.py does the same in PyTorch.
+    """
+    from nanogpt2.kernels import sampling as kernel
+    from nanogpt2.kernels.decode_linear import MAX_ROWS
+
+    asked, written = kernel.Options(**options), kernel.Text(**text)
+    if len(x) <= MAX_ROWS:
+        found = kernel.head_candidates(x, weight, asked, written, norm=norm)
+    else:
+        logits = F.linear(layer_norm(x, *norm, "triton"), weight)
+        found = kernel.candidates(logits, asked, written)
+    return kernel.draw(*found, asked, written, **state)
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -58,13 +58,15 @@ class CUDADecoder:
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         """rows: those of each prompt."""
         N, device = prompts * rows, model.wte.weight.device
-        self._model, self._device = model, device
+        self._model = model
         self._cache = model.new_cache(N, max_length)
         # PyTorch's attention multiplies masked positions by 0, so they must hold numbers
         self._cache.k.zero_()
         self._cache.v.zero_()
         self._length = 0
         self._graphs = Graphs(device)
+        scratch = ops.decode_scratch(N, model.config.n_head, device, model.kernels)
+        self._how: dict[str, Any] = {"kernels": model.kernels, "scratch": scratch}
         self._hidden = torch.empty(N, model.config.n_embd, device=device, dtype=self._cache.k.dtype)
         self._own = torch.arange(N, dtype=torch.int32, device=device)[:, None]
         self.tokens = torch.zeros(N, dtype=torch.int64, device=device)
@@ -72,6 +74,11 @@ class CUDADecoder:
         self.start = torch.zeros(N, dtype=torch.int32, device=device)
         self.ancestors = self._own.repeat(1, max_length) if rows > 1 else None
         self.forked = rows == 1
+
+    @property
+    def kernels(self) -> str:
+        """The kernels that run: "torch" or "triton"."""
+        return self._model.kernels
 
     @property
     def length(self) -> int:
@@ -109,24 +116,40 @@ class CUDADecoder:
 
     def step(self, bucket: int) -> Tensor:
         """Read one token per row: buffers -> the last block's output, before ln_f: (N, C)."""
-        model, kernels = self._model, self._model.kernels
-        seen: dict[str, Any] = {"start": self.start, "kernels": kernels}
+        model, how, ancestors = self._model, self._how, None
+        blocks: Any = model.h
         if self.ancestors is not None:
             # a row's own new token
             self.ancestors.scatter_(1, self.lengths[:, None].long(), self._own)
-            seen["ancestors"] = self.ancestors[:, :bucket]
+            ancestors = self.ancestors[:, :bucket]
+        tables = model.wte.weight, model.wpe.weight
         x = ops.decode_embedding(
-            self.tokens, self.lengths, self.start, model.wte.weight, model.wpe.weight, kernels
+            self.tokens, self.lengths, self.start, *tables, model.kernels
         )  # (N, C)
-        for n, block in enumerate(model.h):
-            k, v = self._cache.k[n, :, :, :bucket], self._cache.v[n, :, :, :bucket]
-            qkv = _product(x, block.attn.c_attn, kernels, norm=block.ln_1)  # (N, 3C)
-            y = ops.decode_attention(qkv, k, v, self.lengths, **seen)  # (N, C)
-            x = _product(y, block.attn.c_proj, kernels, residual=x)
-            y = _product(x, block.mlp.c_fc, kernels, norm=block.ln_2, bends=True)  # (N, 4C)
-            x = _product(y, block.mlp.c_proj, kernels, residual=x)
+        for n, block in enumerate(blocks):
+            kv = self._cache.k[n, :, :, :bucket], self._cache.v[n, :, :, :bucket]
+            qkv = self._product(x, block.attn.c_attn, norm=_norm(block.ln_1))  # (N, 3C)
+            y = ops.decode_attention(
+                qkv, *kv, self.lengths, start=self.start, ancestors=ancestors, **how
+            )  # (N, C)
+            x = self._product(y, block.attn.c_proj, residual=x)
+            y = self._product(x, block.mlp.c_fc, norm=_norm(block.ln_2), bends=True)  # (N, 4C)
+            x = self._product(y, block.mlp.c_proj, residual=x)
         self.lengths += 1
         return x
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Score the next token by what `step` returns: (N, C) -> float32 (N, V)."""
+        weight, norm = self.head
+        return ops.decode_linear(x, weight, None, norm=norm, **self._how).float()
+
+    @property
+    def head(self) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
+        """The head's weight (V, C), and weight, bias and eps of the layer norm before it."""
+        return self._model.wte.weight, _norm(self._model.ln_f)
+
+    def _product(self, x: Tensor, layer: Any, **options: Any) -> Tensor:
+        return ops.decode_linear(x, layer.weight, layer.bias, **options, **self._how)
 
     def logits(self, x: Tensor) -> Tensor:
         """GPT.logits: (..., C) -> (..., V)."""
@@ -176,11 +199,8 @@ def bucket_of(length: int) -> int:
     return max(LEAST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _product(x: Tensor, layer: Any, kernels: str, norm: Any = None, **options: Any) -> Tensor:
-    """A linear layer of model.py, with its layer norm before and what follows it."""
-    if norm is not None:
-        options["norm"] = (norm.weight, norm.bias, norm.eps)
-    return ops.decode_linear(x, layer.weight, layer.bias, kernels=kernels, **options)
+def _norm(layer: Any) -> tuple[Tensor, Tensor, float]:
+    return layer.weight, layer.bias, layer.eps
 
 
 def _matrices(block: Any) -> tuple[nn.Module, ...]:

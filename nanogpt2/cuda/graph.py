@@ -14,6 +14,7 @@ always runs eagerly. This file does not know what the function computes.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Graphs:
         self._captures = device.type == "cuda"
         self._replays: dict[object, Callable[[], None]] = {}
         self._ran: set[object] = set()
-        self._pool: object = None
+        self._pool: Any = None
 
     def run(self, key: object, function: Callable[[], None]) -> None:
         """Run the function that this key stands for: eagerly, then by capture, then by replay."""

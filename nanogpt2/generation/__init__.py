@@ -23,8 +23,8 @@ from typing_extensions import override
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.devices import as_usual
-from nanogpt2.generation.beam import Beams, beam_search, best
 from nanogpt2.generation import replay
+from nanogpt2.generation.beam import Beams, beam_search, best
 from nanogpt2.generation.engine import check_memory
 from nanogpt2.generation.request import (
     PrefixAllowedTokens,

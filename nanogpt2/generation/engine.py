@@ -14,10 +14,6 @@ from nanogpt2.generation.decoder import decoder_for
 from nanogpt2.generation.request import Request
 from nanogpt2.model import GPT
 
-NOT_FINITE = (
-    "the model's scores are not finite numbers: are its weights damaged, or its dtype too narrow?"
-)
-
 
 class Engine:
     """Runs a model over rows of tokens that grow at their right end: N = B prompts x rows each.
@@ -78,7 +74,10 @@ class Engine:
         """(R, C) -> float32 (R, V). Raises FloatingPointError as next_scores does."""
         scores = self.decoder.logits(x).float()
         if not scores.amax(dim=1).isfinite().all():
-            raise FloatingPointError(NOT_FINITE)
+            raise FloatingPointError(
+                "the model's scores are not finite numbers: are its weights damaged, or its dtype "
+                "too narrow?"
+            )
         return scores
 
     def _slide(self, length: int) -> None:

@@ -16,12 +16,14 @@ This file does not know the model's inside, nor text.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
+from nanogpt2 import ops
 from nanogpt2.cuda.decoder import CUDADecoder, can_run
 from nanogpt2.generation.beam import (
     Beams,
@@ -33,10 +35,10 @@ from nanogpt2.generation.beam import (
     totals,
     width,
 )
-from nanogpt2.generation.engine import NOT_FINITE, Engine, evaluating
+from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.noise import CounterNoise, nothing_left
 from nanogpt2.generation.processors import INF, processors_for
-from nanogpt2.generation.request import Request
+from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.sampling import Step, filler_token, make_noise
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
@@ -45,6 +47,8 @@ EVERY = 16  # tokens from one look of the host to the next
 # processors that neither wait for the GPU nor read the texts
 OF_SCORES = ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "renormalize_logits")
 OF_TEXTS = ("repetition_penalty", "no_repeat_ngram_size")
+# those that Triton's kernels of the draw compute
+FUSED = (*OF_TEXTS, "temperature", "top_k", "top_p")
 # a processor of (texts (N, L), their length (1,), scores (N, V))
 BufferProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,7 +90,7 @@ def describe(model: GPT, request: Request) -> str:
 @torch.no_grad()
 def decode(model: GPT, request: Request, every: int = EVERY) -> Iterator[Step]:
     """Yield a Step for each token, as sampling.decode does, but on the CPU and without scores."""
-    engine, rows = Engine(model, request), Rows(model, request)
+    engine, rows = Engine(model, request), Rows(request)
     # the host ends the texts, by copies of their tokens
     stopping = Stopping(replace(request, eos=request.eos.cpu()))
     filler, nothing = filler_token(request), torch.empty(0)
@@ -96,7 +100,7 @@ def decode(model: GPT, request: Request, every: int = EVERY) -> Iterator[Step]:
         while running.any():
             length = rows.length
             rows.advance(engine, _every(request, every))
-            for at, tokens in enumerate(rows.fetch(length), start=length):
+            for at, tokens in enumerate(rows.fetch(engine, length), start=length):
                 tokens = tokens.where(running, filler)
                 ids[:, at] = tokens
                 yield Step(tokens, running, nothing)
@@ -108,12 +112,12 @@ def decode(model: GPT, request: Request, every: int = EVERY) -> Iterator[Step]:
 @torch.no_grad()
 def beam_search(model: GPT, request: Request, every: int = EVERY) -> Iterator[Beams]:
     """Yield the state after every `every` tokens, as beam.beam_search does after each."""
-    engine, search = Engine(model, request), Search(model, request)
+    engine, search = Engine(model, request), Search(request)
     stopping = Stopping(request)
     with evaluating(model):
         while not search.done:
             search.advance(engine, _every(request, every), stopping)
-            yield search.fetch()
+            yield search.fetch(engine)
 
 
 def _every(request: Request, every: int) -> int:
@@ -126,8 +130,8 @@ class Texts:
 
     NAME: ClassVar[str]
 
-    def __init__(self, model: GPT, request: Request) -> None:
-        self._model, self._request, self._eos = model, request, request.eos
+    def __init__(self, request: Request) -> None:
+        self._request, self._eos = request, request.eos
         self._processors = buffer_processors(request)
         noise = make_noise(request) if request.config.samples else None
         assert noise is None or isinstance(noise, CounterNoise)
@@ -136,11 +140,13 @@ class Texts:
         ids = request.ids.repeat_interleave(request.rows, dim=0)
         # int64 (N, L); 0 past the texts
         self.ids = F.pad(ids, (0, request.max_length - T))
-        # the tokens of the texts, and those that are new, on the device; counted there together
-        self._counts = torch.tensor([T, 0], device=device)
-        self._at, self._step = self._counts[:1], self._counts[1]
-        # int64 (L,): at each token 1 if the model's scores were not finite, 2 if no token was left
-        self._faults = torch.zeros(request.max_length, dtype=torch.int64, device=device)
+        # int64 (2, N): the tokens of each text, and how many of them are new. Of a step all texts
+        # have equally many
+        self._counts = torch.tensor([[T], [0]], device=device).repeat(1, len(ids))
+        self._at, self._step = self._counts[0, :1], self._counts[1, 0]
+        # int32 (L + 1,): [t] is 1 if the model's scores were not finite for token t - 1, or no
+        # token was left to choose
+        self._faults = torch.zeros(request.max_length + 1, dtype=torch.int32, device=device)
         self.length = T  # the host's count
         self._decoder: CUDADecoder
 
@@ -168,22 +174,22 @@ class Texts:
 
     def _choose_from(self, x: Tensor) -> None:
         """Choose by the last block's output, (N, C)."""
-        scores = self._decoder.logits(self._model.ln_f(x)).float()
-        self.choose(scores)
+        self.choose(self._decoder.scores(x))
 
     def _note_fault(self, scores: Tensor, probabilities: Tensor | None) -> None:
         """Note at the present token whether the scores, or the draw's probabilities, are unfit."""
-        fault = (~scores.amax(dim=1).isfinite().all()).long()
+        fault = ~scores.amax(dim=1).isfinite().all()
         if probabilities is not None:
-            fault = fault.where(fault > 0, 2 * probabilities.isnan().any().long())
-        self._faults.index_copy_(0, self._at, fault[None])
+            fault |= probabilities.isnan().any()
+        self._faults.index_copy_(0, self._at + 1, fault.int()[None])
 
-    def _raise_faults(self, first: int, length: int) -> Iterator[int]:
-        """Yield the tokens [first, length) without fault; raise at the first one with a fault."""
-        for at, fault in enumerate(self._faults[first:length].tolist(), start=first):
-            if fault == 1:
-                raise FloatingPointError(NOT_FINITE)
-            if fault == 2:
+    def without_fault(self, engine: Engine, first: int, length: int) -> Iterator[int]:
+        """Yield the tokens [first, length), up to one with a fault: there raise its error."""
+        for at, fault in enumerate(self._faults[first + 1 : length + 1].tolist(), start=first):
+            if fault:
+                # read the text anew: this raises where the scores are to blame
+                engine.decoder.forget()
+                engine.next_scores(self.ids[:, :at])
                 raise nothing_left(at - self._request.prompt_length)
             yield at
 
@@ -193,12 +199,15 @@ class Rows(Texts):
 
     NAME = "rows"
 
-    def __init__(self, model: GPT, request: Request) -> None:
-        super().__init__(model, request)
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
         self._filler = torch.tensor(filler_token(request), device=self.ids.device)
         # bool (N,), False in rows that an end token has ended
         self._running = torch.ones(len(self.ids), dtype=torch.bool, device=self.ids.device)
+        self._failed = torch.zeros(1, dtype=torch.int32, device=self.ids.device)
+        self._first = request.mask.int().argmax(dim=1).repeat_interleave(request.rows)
 
+    @override
     def choose(self, scores: Tensor) -> None:
         raw, p = scores, None
         for process in self._processors:
@@ -215,10 +224,38 @@ class Rows(Texts):
         self._decoder.tokens.copy_(tokens)
         self._counts += 1
 
-    def fetch(self, first: int) -> Iterator[Tensor]:
+    @override
+    def _choose_from(self, x: Tensor) -> None:
+        if not self._is_fused():
+            super()._choose_from(x)
+            return
+        c, noise = self._request.config, self._noise
+        options = {name: getattr(c, name) for name in (*FUSED, "do_sample")}
+        options |= {"top_k": c.top_k or 0, "do_sample": c.samples}
+        text = {"ids": self.ids, "lengths": self._counts[0], "first": self._first}
+        if noise is not None:
+            options["seed"] = noise.seed
+            text |= {"samples": noise.samples, "step": self._counts[1]}
+        state: dict[str, Any] = {"ends": self._eos, "running": self._running}
+        state |= {"failed": self._failed, "filler": filler_token(self._request)}
+        tokens = ops.decode_draw(x, *self._decoder.head, options, text, state)
+        self._decoder.tokens.copy_(tokens)
+        # the draw has counted the token
+        self._faults.index_copy_(0, self._at, self._failed)
+
+    def _is_fused(self) -> bool:
+        """Tell whether Triton's kernels choose as `choose` does."""
+        names = {name for name, _ in processors_for(self._request)}
+        c, request = self._request.config, self._request
+        # a greedy text without a token left goes on with token 0, which the kernel does not do
+        may_run_out = not c.samples and "no_repeat_ngram_size" in names
+        runs_out = may_run_out and request.max_length > request.vocab_size
+        return self._decoder.kernels == "triton" and names <= {*FUSED} and not runs_out
+
+    def fetch(self, engine: Engine, first: int) -> Iterator[Tensor]:
         """Yield the tokens from `first` on, each int64 (N,) on the CPU. Waits for the GPU."""
         tokens = self.ids[:, first : self.length].cpu()
-        for at in self._raise_faults(first, self.length):
+        for at in self.without_fault(engine, first, self.length):
             yield tokens[:, at - first]
 
 
@@ -227,8 +264,8 @@ class Search(Texts):
 
     NAME = "beams"
 
-    def __init__(self, model: GPT, request: Request) -> None:
-        super().__init__(model, request)
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
         K, device = request.config.num_beams, request.ids.device
         start, new = begin(request, K), request.max_length - request.prompt_length
         B = len(request.ids)
@@ -248,9 +285,11 @@ class Search(Texts):
         self._filler = filler_of(request)
         self.done = False
 
+    @override
     def end_now(self) -> None:
         self._last.fill_(True)
 
+    @override
     def choose(self, scores: Tensor) -> None:
         raw, old = scores, self._beams
         scores = scores.log_softmax(dim=1)  # (B * K, V)
@@ -304,11 +343,11 @@ class Search(Texts):
         for buffer, value in pairs:
             buffer.copy_(torch.where(self._done, buffer, value))
 
-    def fetch(self) -> Beams:
+    def fetch(self, engine: Engine) -> Beams:
         """Return the state of the search, cut to its length. Waits for the GPU."""
         done, length = torch.stack([self._done.long(), self._at[0]]).tolist()
         T = self._request.prompt_length
-        for _ in self._raise_faults(T, length):
+        for _ in self.without_fault(engine, T, length):
             pass
         self.done, state = bool(done), self._beams
         running, finished = (
@@ -329,10 +368,12 @@ def buffer_processors(request: Request) -> list[BufferProcessor]:
             first=first.repeat_interleave(request.rows),
         ),
     }
-    return [
-        of_texts.get(name, lambda ids, length, scores, process=process: process(ids, scores))
-        for name, process in processors_for(request)
-    ]
+    chain = processors_for(request)
+    return [of_texts.get(name, partial(_of_scores, process)) for name, process in chain]
+
+
+def _of_scores(process: Processor, ids: Tensor, length: Tensor, scores: Tensor) -> Tensor:
+    return process(ids, scores)
 
 
 def ban_repeated_ngrams(ids: Tensor, length: Tensor, scores: Tensor, n: int) -> Tensor:
@@ -358,4 +399,3 @@ def penalise_repetition(
     ids = ids.where(seen, ids.index_select(1, length - 1))
     score = scores.gather(1, ids)  # (N, L)
     return scores.scatter(1, ids, torch.where(score < 0, score * penalty, score / penalty))
-
