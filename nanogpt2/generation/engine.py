@@ -58,7 +58,7 @@ class Engine:
     def _read(self, ids: Tensor) -> Tensor:
         """Read the new tokens: int64 (N, T), all tokens so far -> (B or N, new, C)."""
         length = ids.size(1)
-        if self.is_outgrown(length):
+        if self.room(length) <= 0:
             self._slide(length)
         known = self.base + self.decoder.length
         rows = slice(None, None, 1 if self.decoder.forked else self.rows)
@@ -66,9 +66,9 @@ class Engine:
         self.hidden = self.decoder.read(ids[rows, known:], positions, mask)
         return self.hidden
 
-    def is_outgrown(self, length: int) -> bool:
-        """Tell whether texts of this length no longer fit into the context."""
-        return length - self.base > self.block_size
+    def room(self, length: int) -> int:
+        """Return how many tokens texts of this length can get before the context slides."""
+        return self.base + self.block_size + 1 - length
 
     def _scores(self, x: Tensor) -> Tensor:
         """(R, C) -> float32 (R, V). Raises FloatingPointError as next_scores does."""

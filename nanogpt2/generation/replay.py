@@ -84,7 +84,8 @@ def describe(model: GPT, request: Request) -> str:
         return ""
     if out:
         return f"decoding: the model is a CUDA graph; outside it: {', '.join(out)}"
-    return f"decoding: one CUDA graph a token; the host looks every {_every(request, EVERY)} tokens"
+    every = _every(request, EVERY)
+    return f"decoding: one CUDA graph a token; the host looks every {every} token{'s'[: every - 1]}"
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def decode(model: GPT, request: Request, every: int = EVERY) -> Iterator[Step]:
     # the host ends the texts, by copies of their tokens
     stopping = Stopping(replace(request, eos=request.eos.cpu()))
     filler, nothing = filler_token(request), torch.empty(0)
-    ids = rows.ids.cpu()  # (N, L)
+    ids = rows.ids.to("cpu", copy=True)  # (N, L)
     running = torch.ones(len(ids), dtype=torch.bool)  # (N,)
     with evaluating(model):
         while running.any():
@@ -151,16 +152,16 @@ class Texts:
         self._decoder: CUDADecoder
 
     def advance(self, engine: Engine, most: int, stopping: Stopping | None = None) -> None:
-        """Choose up to `most` tokens; fewer up to max_length, or up to a slide of the context."""
+        """Choose up to `most` tokens, but a single one where the texts must be read eagerly."""
         assert isinstance(engine.decoder, CUDADecoder)
         self._decoder = engine.decoder
-        for count in range(min(most, self._request.max_length - self.length)):
+        length, room = self.length, engine.room(self.length)
+        reads = length == self._request.prompt_length or room <= 0
+        for _ in range(1 if reads else min(most, room, self._request.max_length - length)):
             if stopping is not None and stopping.must_stop(self.length + 1):
                 self.end_now()
-            if self.length == self._request.prompt_length or engine.is_outgrown(self.length):
-                if count:
-                    break
-                self.choose(engine.next_scores(self.ids[:, : self.length]))
+            if reads:
+                self.choose(engine.next_scores(self.ids[:, :length]))
             else:
                 engine.decoder.replay(self.NAME, self._choose_from)
             self.length += 1
