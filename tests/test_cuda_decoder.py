@@ -19,11 +19,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt2.config import GPTConfig
+from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.cpu import decoder as cpu
 from nanogpt2.cuda import decoder as cuda
 from nanogpt2.cuda import graph
 from nanogpt2.generation import generate, replay
+from nanogpt2.generation.request import Request, prepare
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 
@@ -333,6 +334,36 @@ def test_a_step_neither_waits_nor_makes_a_tensor_on_the_host(watched, way):
     assert Watched.runs >= min(11, expected.size(1) - 7)
 
 
+class OnDevice(TorchDispatchMode):
+    """Raises at an operation whose result is on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, torch.Tensor) and each.device.type != "meta":
+                raise ForbiddenError(f"{function.name()} on {each.device}")
+        return out
+
+
+@torch.no_grad()
+def step_without_values(**options):
+    """Run one step on tensors of another device that hold no values: what reads them cannot run."""
+    with torch.device("meta"):
+        model, ids = GPT(SHAPE), torch.zeros(3, 6, dtype=torch.int64)
+    config = GenerationConfig(**options)
+    rows = max(config.num_beams, config.num_return_sequences)
+    request = Request(config, ids, ids == 0, ids[0, :2], 1, 20, SHAPE.vocab_size, rows)
+    texts = (replay.Search if config.num_beams > 1 else replay.Rows)(request)
+    texts._decoder = cuda.CUDADecoder(model, 3, rows, 20)
+    with OnDevice():
+        texts._choose_from(texts._decoder.step(16))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_stays_on_its_device(way):
+    step_without_values(**WAYS[way])
+
+
 # ---- each check finds its mistake
 
 
@@ -364,6 +395,24 @@ WAITS = {
     "tensor": lambda x: x + torch.tensor(1.0),
     "new_tensor": lambda x: x + x.new_tensor(1.0),
 }
+ELSEWHERE = {
+    "item": (lambda x: x.sum().item(), "meta tensors"),
+    "cpu": (lambda x: x.cpu(), "meta tensor"),
+    "arange": (lambda x: x + torch.arange(61), "arange.* on cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_a_step_that_leaves_its_device_is_found(monkeypatch, kind):
+    scores, (leave, message) = cuda.CUDADecoder.scores, ELSEWHERE[kind]
+
+    def leaving(self, x):
+        leave(scores(self, x))
+        return scores(self, x)
+
+    monkeypatch.setattr(cuda.CUDADecoder, "scores", leaving)
+    with pytest.raises((ForbiddenError, RuntimeError, NotImplementedError), match=message):
+        step_without_values()
 
 
 @pytest.mark.parametrize("kind", WAITS)
@@ -412,9 +461,6 @@ def test_without_a_graph_decoding_goes_on_and_says_so_once(on_cpu, monkeypatch, 
 
 
 def test_the_note_names_what_is_outside_the_graph(on_cpu):
-    from nanogpt2.config import GenerationConfig
-    from nanogpt2.generation.request import prepare
-
     model = sharp(n_layer=1)
 
     def note(**options):

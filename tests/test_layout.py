@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "model": ["config", "ops", "kv_cache"],
     "classifier": ["devices", "ops", "model"],
     "cpu": ["config", "model", "ops", "kv_cache", "chunked_loss", "classifier", "cpu"],
+    "cuda": ["cuda", "kv_cache", "model", "ops", "terminal"],
     "checkpoints": [
         "atomic",
         "checkpoints",
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "generation": [
         "config",
         "cpu",
+        "cuda",
         "devices",
         "generation",
         "kv_cache",
