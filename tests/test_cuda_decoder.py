@@ -10,6 +10,7 @@ that waits for the GPU. Both are shown on the CPU:
 Each check is tried on a mistake that it must find.
 """
 
+import copy
 import warnings
 
 import pytest
@@ -486,3 +487,18 @@ def test_the_note_names_what_is_outside_the_graph(on_cpu):
         assert name in note(**options)
     model.use_kernels("reference")
     assert note() == ""
+
+
+# ---- by Triton's kernels, interpreted without a GPU
+
+
+@pytest.mark.parametrize("end", [None, (3, 5, 11)], ids=["endless", "early ends"])
+@pytest.mark.parametrize("way", WAYS)
+def test_tritons_kernels_write_the_plain_paths_tokens(on_cpu, way, end):
+    model = sharp(n_layer=1)
+    ours = copy.deepcopy(model)
+    ours.use_kernels("triton")
+    ids, mask = left_padded(3, 6, vocab_size=61)
+    options = {"max_new_tokens": 6, "eos_token_id": end} | WAYS[way]
+    expected = plain(model, ids, mask, **options)
+    assert torch.equal(tokens(ours, ids, mask, **options), expected)

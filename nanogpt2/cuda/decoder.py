@@ -100,7 +100,10 @@ class CUDADecoder:
         if self._length == 0:
             self._begin(len(ids), mask)
         if isinstance(rows, SharedCache):
-            rows.start, mask = self.start[: len(ids)] if mask is not None else None, None
+            # the kernels know the padding by its end alone
+            each = len(self.start) // len(ids)
+            rows.start = None if mask is None else self.start[::each].contiguous()
+            mask = None
         hidden = self._model.hidden_states(ids, positions, mask, rows)
         self._fill(rows.length)
         return hidden
