@@ -304,7 +304,7 @@ def decode_draw(
     text: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Tensor:
-    """Choose each row's next token from the last block's output (R, C), in two kernels.
+    """Choose each row's next token from the last block's output (R, C), in three kernels.
 
     weight: (V, C), the head's, after the layer norm `norm`. options, text: the fields of
     kernels/sampling.py's Options and Text. state: what its `draw` keeps. -> int64 (R,). Triton
@@ -314,11 +314,11 @@ def decode_draw(
     from nanogpt2.kernels.decode_linear import MAX_ROWS
 
     asked, written = kernel.Options(**options), kernel.Text(**text)
+    x = layer_norm(x, *norm, "triton")
     if len(x) <= MAX_ROWS:
-        found = kernel.head_candidates(x, weight, asked, written, norm=norm)
+        found = kernel.head_candidates(x, weight, asked, written)
     else:
-        logits = F.linear(layer_norm(x, *norm, "triton"), weight)
-        found = kernel.candidates(logits, asked, written)
+        found = kernel.candidates(F.linear(x, weight), asked, written)
     return kernel.draw(*found, asked, written, **state)
 
 

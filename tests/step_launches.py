@@ -3,23 +3,23 @@
     python tests/step_launches.py [--mistake]
 
 No GPU is needed: Triton's launches are recorded and not run, as in kernel_table.py. The table goes
-to stdout as one JSON object. --mistake: let the splits depend on a text's length.
+to stdout as one JSON object. --mistake: let the splits change from token to token.
 """
 
 import argparse
 import json
 from collections import Counter
+from itertools import count
 
 import torch
 from kernel_reference import record_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanogpt2 import ops
 from nanogpt2.config import PRESETS, GenerationConfig, GPTConfig
 from nanogpt2.cuda.decoder import CUDADecoder
 from nanogpt2.generation.replay import Rows
 from nanogpt2.generation.request import Request
-from nanogpt2.kernels import decode_attention, decode_linear, sampling
+from nanogpt2.kernels import decode_attention, decode_linear, layer_norm, sampling
 from nanogpt2.model import GPT
 
 SAMPLED = {"do_sample": True, "noise": "counter", "seed": 3}
@@ -31,6 +31,8 @@ WAYS = {
 }
 NEW_TOKENS = 300
 PROMPTS = (7, 23)
+# SMs of an H100 or H200
+PROCESSORS = 132
 
 
 class Operations(TorchDispatchMode):
@@ -38,14 +40,14 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = Counter()
+        self.launched = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         reads = [each.alias_info for each in function._schema.returns]
         is_view = any(info is not None and not info.is_write for info in reads)
         allocates = "empty" in function.name()
         if not (is_view or allocates or function.namespace == "nanogpt2"):
-            self.count[function.name()] += 1
+            self.launched[function.name()] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -82,11 +84,11 @@ def launches(options):
         mode, found[:] = len(found), []
         step(rows)
     assert mode == len(found), "a dispatch mode changes the launches"
-    return Counter(launch.kernel.__name__ for launch in found) + operations.count
+    return Counter(launch.kernel.__name__ for launch in found) + operations.launched
 
 
 def variants(options):
-    """For two texts: [step, kernel] of each variant not met before; and the bucket of each step."""
+    """For each of two texts: [tokens in the cache, kernel] of every variant not met before."""
     config = GPTConfig(977, 512, 2, 2, 32, bos_token_id=0, eos_token_id=0)
     known, found = set(), []
     for prompt in PROMPTS:
@@ -98,31 +100,30 @@ def variants(options):
                 key = repr((launch.kernel.__name__, launch.signature, launch.constexprs))
                 key += repr((launch.attrs, launch.options))
                 if key not in known:
-                    new.append([number, launch.kernel.__name__])
+                    new.append([prompt + number, launch.kernel.__name__])
                 known.add(key)
         found.append(new)
     return found
 
 
-def mistake():
-    """Let the splits, which a kernel is compiled for, follow a text's length."""
-    right, count = ops.decode_attention, iter(range(10**6))
+def prepare(mistake):
+    """Let the CPU's tensors stand for a GPU's, and its one processor for a GPU's many."""
+    for room in (decode_attention, decode_linear, layer_norm, sampling):
+        room.INTERPRETED = True
+    right, calls = decode_attention.step_splits, count()
 
-    def wrong(*args, **kwargs):
-        decode_attention.step_splits = lambda *_: 1 << next(count) % 3
-        return right(*args, **kwargs)
+    def splits(rows, n_head, positions, processors):
+        if mistake:
+            return 1 << next(calls) % 3
+        return right(rows, n_head, positions, PROCESSORS)
 
-    ops.decode_attention = wrong
+    decode_attention.step_splits = splits
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mistake", action="store_true", help="make the check fail")
-    if parser.parse_args().mistake:
-        mistake()
-    for room in (decode_attention, decode_linear, sampling):
-        # tensors of the CPU stand for a GPU's
-        room.INTERPRETED = True
+    prepare(parser.parse_args().mistake)
     table = {
         name: {"launches": launches(options), "variants": variants(options)}
         for name, options in WAYS.items()

@@ -11,11 +11,16 @@ Each check is tried on a mistake that it must find.
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from reference import left_padded
+from reference import ROOT, left_padded
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -491,14 +496,76 @@ def test_the_note_names_what_is_outside_the_graph(on_cpu):
 
 # ---- by Triton's kernels, interpreted without a GPU
 
+# head, ban, penalty and draw by kernels; top_p; what they do not know; beams
+BY_TRITON = ["greedy, penalties", "sampled, top_p", "sampled, other shapes", "sampled beams"]
 
-@pytest.mark.parametrize("end", [None, (3, 5, 11)], ids=["endless", "early ends"])
-@pytest.mark.parametrize("way", WAYS)
-def test_tritons_kernels_write_the_plain_paths_tokens(on_cpu, way, end):
-    model = sharp(n_layer=1)
+
+@pytest.mark.parametrize("way", BY_TRITON)
+def test_tritons_kernels_write_the_plain_paths_tokens(watched, way):
+    """Also when the step is watched: nothing waits."""
+    model = sharp(n_layer=1, n_head=1, n_embd=16)
     ours = copy.deepcopy(model)
     ours.use_kernels("triton")
-    ids, mask = left_padded(3, 6, vocab_size=61)
-    options = {"max_new_tokens": 6, "eos_token_id": end} | WAYS[way]
-    expected = plain(model, ids, mask, **options)
-    assert torch.equal(tokens(ours, ids, mask, **options), expected)
+    ids, mask = left_padded(1 if "beams" in way else 2, 6, vocab_size=61)
+    options = {"max_new_tokens": 4, "eos_token_id": (3, 5, 11)} | WAYS[way]
+    assert torch.equal(tokens(ours, ids, mask, **options), plain(model, ids, mask, **options))
+    assert Watched.runs >= 2
+
+
+def test_scores_of_tritons_kernels_that_are_not_finite_are_an_error(on_cpu):
+    model, (ids, _) = sharp(n_layer=1, n_head=1, n_embd=16), left_padded(1, 8, vocab_size=61)
+    damage(model)
+    model.use_kernels("triton")
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="not finite numbers"):
+        generate(model, ids, max_new_tokens=4, eos_token_id=None)
+
+
+# ---- launches, recorded without a GPU
+
+
+def step_launches(*arguments):
+    """The table of tests/step_launches.py, from a process that does not interpret its kernels."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, "-W", "error", str(ROOT / "tests/step_launches.py"), *arguments]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def launched():
+    return step_launches()
+
+
+def test_a_token_of_the_124m_takes_66_launches(launched):
+    """The layers' five each, and six more."""
+    for name, found in launched.items():
+        counts = found["launches"]
+        assert counts["_decode_linear_kernel"] == 4 * 12, name
+        assert counts["_decode_step_kernel"] == 12, name
+        assert sum(counts.values()) <= 66, (name, counts)
+
+
+def compiled_within_a_text(table):
+    """The variants that a text meets after its first token, but for those of a new bucket."""
+    return [
+        (name, length, kernel)
+        for name, found in table.items()
+        for prompt, new in zip((7, 23), found["variants"], strict=True)
+        for length, kernel in new
+        if length > prompt and cuda.bucket_of(length + 1) == cuda.bucket_of(length)
+    ]
+
+
+def test_no_kernel_is_compiled_within_a_bucket(launched):
+    assert not compiled_within_a_text(launched)
+    for name, found in launched.items():
+        first, second = found["variants"]
+        assert len(first) >= 7, name
+        # another length, another start: the same kernels
+        assert not second, name
+
+
+def test_a_kernel_that_is_compiled_for_a_length_is_found():
+    assert compiled_within_a_text(step_launches("--mistake"))

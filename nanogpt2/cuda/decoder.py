@@ -111,7 +111,8 @@ class CUDADecoder:
     def replay(self, name: str, then: Callable[[Tensor], None]) -> None:
         """Read `tokens`, then call `then` with the last block's output (N, C): both in one graph.
 
-        then: a function of static buffers, always the same one under this name.
+        then: a function of static buffers, always the same one under this name; it adds 1 to
+        `lengths`.
         """
         bucket = min(bucket_of(self._length + 1), self._cache.max_length)
         self._graphs.run((name, bucket), lambda: then(self.step(bucket)))
@@ -138,7 +139,6 @@ class CUDADecoder:
             x = self._product(y, block.attn.c_proj, residual=x)
             y = self._product(x, block.mlp.c_fc, norm=_norm(block.ln_2), bends=True)  # (N, 4C)
             x = self._product(y, block.mlp.c_proj, residual=x)
-        self.lengths += 1
         return x
 
     def scores(self, x: Tensor) -> Tensor:
@@ -195,6 +195,7 @@ class CUDADecoder:
 
     def _keep(self, x: Tensor) -> None:
         self._hidden.copy_(self._model.ln_f(x))
+        self.lengths += 1
 
 
 def bucket_of(length: int) -> int:

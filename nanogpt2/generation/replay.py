@@ -16,7 +16,7 @@ This file does not know the model's inside, nor text.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ class Texts:
 
     def __init__(self, request: Request) -> None:
         self._request, self._eos = request, request.eos
+        self._names = {name for name, _ in processors_for(request)}
         self._processors = buffer_processors(request)
         noise = make_noise(request) if request.config.samples else None
         assert noise is None or isinstance(noise, CounterNoise)
@@ -174,8 +175,9 @@ class Texts:
         raise NotImplementedError
 
     def _choose_from(self, x: Tensor) -> None:
-        """Choose by the last block's output, (N, C)."""
+        """Choose by the last block's output, (N, C), and count the token in the cache."""
         self.choose(self._decoder.scores(x))
+        self._decoder.lengths += 1
 
     def _note_fault(self, scores: Tensor, probabilities: Tensor | None) -> None:
         """Note at the present token whether the scores, or the draw's probabilities, are unfit."""
@@ -202,7 +204,7 @@ class Rows(Texts):
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        self._filler = torch.tensor(filler_token(request), device=self.ids.device)
+        self._filler = filler_token(request)
         # bool (N,), False in rows that an end token has ended
         self._running = torch.ones(len(self.ids), dtype=torch.bool, device=self.ids.device)
         self._failed = torch.zeros(1, dtype=torch.int32, device=self.ids.device)
@@ -231,14 +233,19 @@ class Rows(Texts):
             super()._choose_from(x)
             return
         c, noise = self._request.config, self._noise
-        options = {name: getattr(c, name) for name in (*FUSED, "do_sample")}
-        options |= {"top_k": c.top_k or 0, "do_sample": c.samples}
-        text = {"ids": self.ids, "lengths": self._counts[0], "first": self._first}
+        options = {name: getattr(c, name) for name in (FUSED if c.samples else OF_TEXTS)}
+        text = {"ids": self.ids, "first": self._first}
+        text |= {"lengths": self._counts[0], "step": self._counts[1]}
         if noise is not None:
-            options["seed"] = noise.seed
-            text |= {"samples": noise.samples, "step": self._counts[1]}
-        state: dict[str, Any] = {"ends": self._eos, "running": self._running}
-        state |= {"failed": self._failed, "filler": filler_token(self._request)}
+            options |= {"do_sample": True, "top_k": c.top_k or 0, "seed": noise.seed}
+            text["samples"] = noise.samples
+        state = {
+            "running": self._running,
+            "ends": self._eos if len(self._eos) else None,
+            "filler": self._filler,
+            "cache_lengths": self._decoder.lengths,
+            "failed": self._failed,
+        }
         tokens = ops.decode_draw(x, *self._decoder.head, options, text, state)
         self._decoder.tokens.copy_(tokens)
         # the draw has counted the token
@@ -246,10 +253,9 @@ class Rows(Texts):
 
     def _is_fused(self) -> bool:
         """Tell whether Triton's kernels choose as `choose` does."""
-        names = {name for name, _ in processors_for(self._request)}
-        c, request = self._request.config, self._request
+        names, request = self._names, self._request
         # a greedy text without a token left goes on with token 0, which the kernel does not do
-        may_run_out = not c.samples and "no_repeat_ngram_size" in names
+        may_run_out = not request.config.samples and "no_repeat_ngram_size" in names
         runs_out = may_run_out and request.max_length > request.vocab_size
         return self._decoder.kernels == "triton" and names <= {*FUSED} and not runs_out
 
