@@ -123,9 +123,10 @@ def prepare(mistake):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mistake", action="store_true", help="make the check fail")
-    prepare(parser.parse_args().mistake)
+    is_mistaken = parser.parse_args().mistake
+    prepare(is_mistaken)
     table = {
         name: {"launches": launches(options), "variants": variants(options)}
-        for name, options in WAYS.items()
+        for name, options in [*WAYS.items()][: 1 if is_mistaken else None]
     }
     print(json.dumps(table))
