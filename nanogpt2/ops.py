@@ -234,14 +234,15 @@ def decode_linear(
     """Compute gelu(layer_norm(x) W^T + b) + residual: (R, K) -> (R, N).
 
     norm: weight and bias (K,), and eps. Without norm, bends or residual (R, N) that part is left
-    out. Triton's kernel takes few rows; PyTorch multiplies more of them.
+    out. Triton's kernel takes few rows of some thousand columns; PyTorch multiplies larger ones.
     """
     if kernels == "triton":
         from nanogpt2.kernels import decode_linear as kernel
 
-        if len(x) <= kernel.MAX_ROWS:
-            parts = {"norm": norm, "gelu": bends, "residual": residual}
-            return kernel.decode_linear(x, weight, bias, arrived=scratch, **parts)
+        if len(x) <= kernel.MAX_ROWS and x.size(1) <= kernel.MAX_COLUMNS:
+            return kernel.decode_linear(
+                x, weight, bias, norm=norm, gelu=bends, residual=residual, arrived=scratch
+            )
     if norm is not None:
         x = layer_norm(x, *norm, kernels)
     y = F.linear(x, weight, bias)
@@ -311,11 +312,11 @@ def decode_draw(
     only: generation/replay.py does the same in PyTorch.
     """
     from nanogpt2.kernels import sampling as kernel
-    from nanogpt2.kernels.decode_linear import MAX_ROWS
+    from nanogpt2.kernels.decode_linear import MAX_COLUMNS, MAX_ROWS
 
     asked, written = kernel.Options(**options), kernel.Text(**text)
     x = layer_norm(x, *norm, "triton")
-    if len(x) <= MAX_ROWS:
+    if len(x) <= MAX_ROWS and x.size(1) <= MAX_COLUMNS:
         found = kernel.head_candidates(x, weight, asked, written)
     else:
         found = kernel.candidates(F.linear(x, weight), asked, written)

@@ -25,10 +25,10 @@ class Graphs:
     """The graphs of one decoder. They share their memory, because they never run at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self._captures = device.type == "cuda"
+        self._device, self._captures = device, device.type == "cuda"
         self._replays: dict[object, Callable[[], None]] = {}
         self._ran: set[object] = set()
-        self._pool: Any = None
+        self._memory: Any = None
 
     def run(self, key: object, function: Callable[[], None]) -> None:
         """Run the function that this key stands for: eagerly, then by capture, then by replay."""
@@ -51,11 +51,16 @@ class Graphs:
 
         Raises RuntimeError where CUDA cannot capture it.
         """
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # thread_local: other threads may use the GPU meanwhile
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            function()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # thread_local: other threads may use the GPU meanwhile
+            with torch.cuda.graph(graph, *self._memory, capture_error_mode="thread_local"):
+                function()
+        finally:
+            # a capture that fails leaves its own stream behind
+            torch.cuda.set_stream(before)
         return graph.replay
 
 

@@ -7,6 +7,7 @@ Start with plain.py: greedy decoding and sampling in 25 lines. This package adds
 - processors.py changes the scores.
 - sampling.py or beam.py chooses tokens, with random numbers from noise.py.
 - stopping.py ends a text.
+- replay.py does all of this in one CUDA graph a token, where there is a GPU.
 
 lookup.py reads several tokens at once. search/contrastive.py replaces sampling.py; diverse.py,
 constrained.py and stochastic.py in search/ replace beam.py. No file here knows training.
