@@ -28,7 +28,8 @@ class Graphs:
         self._device, self._captures = device, device.type == "cuda"
         self._replays: dict[object, Callable[[], None]] = {}
         self._ran: set[object] = set()
-        self._memory: Any = None
+        self._pool: Any = None
+        self._stream: Any = None
 
     def run(self, key: object, function: Callable[[], None]) -> None:
         """Run the function that this key stands for: eagerly, then by capture, then by replay."""
@@ -51,16 +52,18 @@ class Graphs:
 
         Raises RuntimeError where CUDA cannot capture it.
         """
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        try:
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # thread_local: other threads may use the GPU meanwhile
-            with torch.cuda.graph(graph, *self._memory, capture_error_mode="thread_local"):
-                function()
-        finally:
-            # a capture that fails leaves its own stream behind
-            torch.cuda.set_stream(before)
+            mode = "thread_local"
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                    function()
+            finally:
+                # a capture that fails leaves its own stream behind
+                torch.cuda.set_stream(before)
         return graph.replay
 
 
