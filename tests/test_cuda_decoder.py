@@ -10,12 +10,15 @@ that waits for the GPU. Both are shown on the CPU:
 Each check is tried on a mistake that it must find.
 """
 
+import contextlib
 import copy
+import inspect
 import json
 import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -463,6 +466,41 @@ def test_without_a_graph_decoding_goes_on_and_says_so_once(on_cpu, monkeypatch, 
     )
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_asks_torch_for_what_it_has(monkeypatch, fails):
+    """By a stand-in for torch.cuda: the arguments exist, and a failure leaves no stream behind."""
+    calls, signature = [], inspect.signature(torch.cuda.graph.__init__)
+
+    @contextlib.contextmanager
+    def capture(*args, **kwargs):
+        bound = signature.bind(None, *args, **kwargs).arguments
+        assert (bound["pool"], bound["stream"]) == ("pool", "stream")
+        calls.append(bound["capture_error_mode"])
+        yield
+
+    def step():
+        calls.append("step")
+        if fails and calls.count("step") == 2:
+            raise RuntimeError("out of memory")
+
+    stand_ins = {
+        "device": lambda device: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: "pool",
+        "Stream": lambda: "stream",
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: calls.append("replay")),
+        "current_stream": lambda: "before",
+        "set_stream": calls.append,
+        "graph": capture,
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = graph.Graphs(torch.device("cuda"))
+    for _ in range(3):
+        graphs.run("key", step)
+    captured = ["step", "thread_local", "step", "before"]
+    assert calls == captured + (["step", "step"] if fails else ["replay", "replay"])
+
+
 # ---- what is said
 
 
@@ -500,6 +538,7 @@ def test_the_note_names_what_is_outside_the_graph(on_cpu):
 BY_TRITON = ["greedy, penalties", "sampled, top_p", "sampled, other shapes", "sampled beams"]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("way", BY_TRITON)
 def test_tritons_kernels_write_the_plain_paths_tokens(watched, way):
     """Also when the step is watched: nothing waits."""
@@ -512,12 +551,32 @@ def test_tritons_kernels_write_the_plain_paths_tokens(watched, way):
     assert Watched.runs >= 2
 
 
+@pytest.mark.interpreted
 def test_scores_of_tritons_kernels_that_are_not_finite_are_an_error(on_cpu):
     model, (ids, _) = sharp(n_layer=1, n_head=1, n_embd=16), left_padded(1, 8, vocab_size=61)
     damage(model)
     model.use_kernels("triton")
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="not finite numbers"):
         generate(model, ids, max_new_tokens=4, eos_token_id=None)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gpus_graph_writes_the_plain_paths_tokens(monkeypatch, capsys, way, kernels):
+    monkeypatch.setattr(cuda, "LEAST_BUCKET", 16)
+    monkeypatch.setattr(graph, "_warned", False)
+    model, (ids, mask) = sharp(), left_padded(2, 6, vocab_size=61)
+    options = {"max_new_tokens": 40, "eos_token_id": (3, 5, 11)} | WAYS[way]
+    expected = plain(model, ids, mask, **options)
+    ours = model.cuda()
+    ours.use_kernels(kernels)
+    assert torch.equal(tokens(ours, ids, mask, **options), expected)
+    # no capture has failed
+    assert capsys.readouterr().err == ""
 
 
 # ---- launches, recorded without a GPU
