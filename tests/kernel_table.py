@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -274,6 +275,38 @@ def ones_cases():
         yield name, decode_attention._decode_step_fwd, inputs, targets
 
 
+def growing_cases():
+    """A step's launches, for texts and caches of unlike lengths: no length is a constant."""
+    H, D, V = 12, 64, 50257
+    everything = sampling.Options(True, 0.7, 50, 0.9, 1.3, 2, 5)
+    first = sampling._first_options(everything)
+    for T in (2, 15, 16, 17, 1023, 1024):
+        yield "head", sampling._head_fwd, (new(1, 768), new(V, 768), *texts(1, T), *first)
+        yield "candidates", sampling._candidates_fwd, (new(1, V), *texts(1, T), *first, V)
+        scores, best, *chosen = drawn(V, 99, everything, False, True)
+        chosen[-4] = new(1, T, dtype=torch.int64)
+        yield "draw", sampling._draw_fwd, (scores, best, *chosen)
+        rows, table = new(1, dtype=torch.int32), new(1, T, dtype=torch.int32)
+        cache = new(1, H, T, D)
+        inputs = (new(1, 3 * H * D), cache, cache, rows, rows, table, 4, None)
+        yield "decode_step", decode_attention._decode_step_fwd, inputs
+        q = new(1, H, 1, D)
+        inputs = (q, cache, cache, q, rows, rows, table, 0.125, 4)
+        yield "decode_attention", decode_attention._decode_attention_fwd, inputs
+
+
+def variants(cases):
+    """{kernel: how many variants the cases' launches make Triton compile}."""
+    found = {}
+    for _, launcher, arguments in cases:
+        with record_launches() as launches:
+            launcher(*arguments)
+        for launch in launches:
+            variant = str((launch.signature, launch.constexprs, launch.attrs, launch.options))
+            found.setdefault(launch.kernel.__name__, set()).add(variant)
+    return {kernel: len(seen) for kernel, seen in found.items()}
+
+
 CASES = [
     ones_cases,
     softmax_cases,
@@ -358,7 +391,11 @@ if __name__ == "__main__":
     parser.add_argument("words", nargs="*", metavar="WORD", help="only cases with one of these")
     parser.add_argument("--chips", default=",".join(TARGETS), help="by default %(default)s")
     parser.add_argument("--json", action="store_true", help="the rows as one JSON list")
+    parser.add_argument("--growing", action="store_true", help="only count variants, as JSON")
     arguments = parser.parse_args()
+    if arguments.growing:
+        print(json.dumps(variants(growing_cases())))
+        sys.exit()
     rows = table(arguments.words, arguments.chips.split(","))
     if arguments.json:
         print(json.dumps(rows))
