@@ -427,8 +427,6 @@ def _nucleus(s_row, m, n, rest, BLOCK_V):
     for i in range(32):
         higher = border | (tl.full((), 1, tl.uint32) << (31 - i))
         border = tl.where(_mass_below(s_row, higher, m, n, BLOCK_V) <= limit, higher, border)
-    # no border lies above the largest score, which stays even at p = 0
-    border = tl.minimum(border, _order(m))
     bits = tl.where(border >= 0x80000000, border ^ 0x80000000, border ^ 0xFFFFFFFF)
     each = tl.exp(bits.to(tl.float32, bitcast=True) - m).to(tl.float64)
     left = limit - _mass_below(s_row, border, m, n, BLOCK_V)
@@ -657,13 +655,15 @@ def _draw_fwd(
     found = scores.new_empty(R, 2, blocks * block)
     listed = torch.empty(R, blocks * (block + 1), dtype=torch.int32, device=scores.device)
     width = triton.next_power_of_2(max(blocks, 4 * block))
+    # below 1, so that the likeliest token stays even at top_p = 0
+    rest = min(1 - top_p, 1 - 2**-24)
     with torch.cuda.device_of(scores):
         _draw_kernel[(R,)](
             scores, best, samples if do_sample else None,
             step if do_sample or running is not None else None, found, listed, tokens,
             running, ends, *((ids, lengths) if running is not None else (None, None)),
             cache_lengths, failed, _stride(step), 0 if ids is None else ids.size(1), V, blocks,
-            seed, min(top_k, V), 1 - top_p, filler, GREEDY=not do_sample,
+            seed, min(top_k, V), rest, filler, GREEDY=not do_sample,
             TOP_K=do_sample and top_k > 0, TOP_P=do_sample and top_p < 1, MASK=mask,
             ENDS=0 if ends is None else len(ends), BLOCK=block, BLOCK_V=min(width, BLOCK_V),
             BLOCK_S=32 * NUM_WARPS, num_warps=NUM_WARPS, **FUSED,
