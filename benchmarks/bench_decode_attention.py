@@ -4,7 +4,8 @@
 
 R rows, 12 heads of 64, L tokens in a cache of 1024: 4 R H L D bytes in bf16 (each key and value
 once) and 4 R H L D operations. With five beams the peers first copy their parents' cache rows, as a
-reordered cache does (8 R H L D bytes more). Ours follows the table of ancestors.
+reordered cache does (8 R H L D bytes more). Ours follows the table of ancestors. "ours, step" also
+writes the new key and value into the cache, and joins its shares in the same launch.
 """
 
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu
-from nanogpt2.kernels.decode_attention import decode_attention, decode_attention_ref
+from nanogpt2.kernels.decode_attention import (
+    decode_attention,
+    decode_attention_ref,
+    decode_step,
+    step_splits,
+)
 
 # rows, tokens so far, cache length, heads, D, whether the rows are beams
 SHAPES = {
@@ -51,10 +57,25 @@ def cases(R: int, L: int, S: int, H: int, D: int, beams: bool):
             k, v = k[parents], v[parents]
         return (q @ k.transpose(-1, -2) * D**-0.5).softmax(dim=-1) @ v
 
+    # the token that decode_step writes is the one that the cache ends with
+    before, arrived = lengths - 1, torch.zeros(R * H, dtype=torch.int32, device=gpu.DEVICE)
+    chip = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    splits = step_splits(R, H, S, chip.multi_processor_count if chip else 1)
+    own = torch.arange(R, device=gpu.DEVICE), slice(None), L - 1
+    if beams:
+        ancestors[:, L - 1] = own[0]
+    qkv = torch.stack([q[:, :, 0], k[own], v[own]], dim=1).flatten(1)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        qkv[:, : H * D] = q.flatten(1)
+        options = {"ancestors": ancestors, "splits": splits, "arrived": arrived}
+        return decode_step(qkv, k, v, before, **options).view(q.shape)
+
     functions = {
         "ours": lambda q, k, v: decode_attention(
             q, k, v, lengths, ancestors=ancestors, trusted=True
         ),
+        "ours, step": step,
         "SDPA flash": by(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION),
         "eager": eager,

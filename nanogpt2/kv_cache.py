@@ -5,7 +5,8 @@ the keys and values they have in common: a SharedCache copies rows of a table in
 does not know what attention does with keys and values.
 """
 
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ class KVCache:
     def max_length(self) -> int:
         """Positions that fit."""
         return self.k.size(3)
+
+    def first_rows(self, count: int) -> Self:
+        """Return a cache of the first `count` rows of these buffers, with its own `length`."""
+        part = copy(self)
+        part.k, part.v = self.k[:, :count], self.v[:, :count]
+        return part
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's k, v (B, H, T, D) of new tokens; return all, (B, H, length + T, D).

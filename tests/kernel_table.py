@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,6 +21,7 @@ from nanogpt2.kernels import (
     attention,
     cross_entropy,
     decode_attention,
+    decode_linear,
     gelu,
     layer_norm,
     sampling,
@@ -28,7 +30,7 @@ from nanogpt2.kernels import (
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # counts that switch something off
-OFF = {"SPLITS": 1, "NGRAM": 0}
+OFF = {"SPLITS": 1, "NGRAM": 0, "ENDS": 0}
 
 
 def new(*shape, dtype=BF16):
@@ -87,16 +89,86 @@ def cross_entropy_cases():
     yield f"cross_entropy in place N={N}{padded} {dtype}", cross_entropy._losses, inputs
 
 
+def texts(R, T=1024):
+    """Ids and, for each row, one of every number that sampling reads."""
+    one = new(R, dtype=torch.int64)
+    return new(R, T, dtype=torch.int64), one, one, one, one
+
+
 def sampling_cases():
-    one, ids = new(4, dtype=torch.int64), new(4, 100, dtype=torch.int64)
-    for name, dtype, top_k, n, lengths in (
-        (" top-k, n-gram ban", FP32, 50, 2, one),
-        (" n-gram ban, texts of one length", FP32, 0, 3, None),
-        ("", BF16, 0, 0, None),
+    """One row and eight of the head, a batch of logits, and every way to choose."""
+    V = 50257
+    everything = sampling.Options(True, 0.7, 50, 0.9, 1.3, 2, 5)
+    top_k, top_p = sampling.Options(True, 0.7, 50), sampling.Options(True, top_p=0.9)
+    greedy, noise = sampling.Options(), sampling.Options(True)
+    for name, R, dtype, options in (
+        (" greedy", 1, BF16, greedy),
+        (" noise", 1, BF16, noise),
+        (" penalty, n-gram ban", 1, BF16, everything),
+        (" penalty, n-gram ban", 8, BF16, everything),
+        (" greedy", 5, FP32, greedy),
     ):
-        inputs = (new(4, 50257, dtype=dtype), ids if n else None, lengths, one, one[0])
-        name = f"sampling V=50257{name} {dtype}"
-        yield name, sampling._sample, (*inputs, 5, 0.7, top_k, n, 50257)
+        inputs = (new(R, 768, dtype=dtype), new(V, 768, dtype=dtype), *texts(R))
+        name = f"sampling head V={V} R={R}{name} {dtype}"
+        yield name, sampling._head_fwd, (*inputs, *sampling._first_options(options))
+    for name, dtype, options in (
+        (" penalty, n-gram ban", FP32, everything),
+        (" noise", BF16, noise),
+    ):
+        inputs = (new(4, V, dtype=dtype), *texts(4), *sampling._first_options(options), V)
+        yield f"sampling candidates V={V}{name} {dtype}", sampling._candidates_fwd, inputs
+    for name, options, mask, ends_step in (
+        (" greedy, end of a step", greedy, False, True),
+        (" top-k, end of a step", top_k, False, True),
+        (" noise", noise, False, False),
+        (" top-p", top_p, True, False),
+        (" top-k, top-p", everything, True, False),
+    ):
+        blocks = -(-V // sampling.HEAD_BLOCK)
+        yield (
+            f"sampling draw V={V}{name}",
+            sampling._draw_fwd,
+            drawn(V, blocks, options, mask, ends_step),
+        )
+
+
+def drawn(V, blocks, options, mask, ends_step):
+    """Arguments of _draw_fwd for one row."""
+    ids, one, *_ = texts(1)
+    o = options
+    chosen = (one, one, o.seed, o.do_sample, o.top_k, o.top_p, mask)
+    rest = (None, None, 0, None, None, None, None)
+    if ends_step:
+        whole = new(1, dtype=torch.int32)
+        rest = (new(1, dtype=torch.bool), one, 0, ids, one, whole, whole)
+    return new(1, V, dtype=FP32), new(1, blocks, dtype=FP32), *chosen, *rest
+
+
+def decode_linear_cases():
+    """The products of a step of the 124M, one row and eight; of the XL, whose K is longer."""
+    every = [BF16, FP32]
+    for R, N, K, normed, dtypes in (
+        (1, 2304, 768, True, every),
+        (1, 768, 768, False, every),
+        (1, 3072, 768, True, every),
+        (1, 768, 3072, False, every),
+        (8, 2304, 768, True, every),
+        (8, 768, 3072, False, every),
+        (1, 4800, 1600, True, [BF16]),
+        (8, 1600, 6400, False, [BF16]),
+    ):
+        for dtype in dtypes:
+            norm = new(K, dtype=dtype) if normed else None
+            bias, residual = new(N, dtype=dtype), None if normed else new(R, N, dtype=dtype)
+            inputs = (new(R, K, dtype=dtype), new(N, K, dtype=dtype), bias, norm, norm, 1e-5)
+            name = f"decode_linear N={N} K={K} R={R}{' norm' if normed else ''} {dtype}"
+            yield name, decode_linear._decode_linear_fwd, (*inputs, N == 3072, residual, None)
+    inputs = (new(2, 40), new(30, 40), None, None, None, 1e-5, False, None, None)
+    yield "decode_linear without bias", decode_linear._decode_linear_fwd, inputs
+    tokens, table = new(2, dtype=torch.int64), new(1024, 768)
+    for start in (None, tokens):
+        name = f"decode_embed{' padded' if start is not None else ''}"
+        yield name, decode_linear._decode_embed_fwd, (tokens, tokens, table, table, start)
 
 
 def attention_cases():
@@ -145,6 +217,25 @@ def decode_attention_cases():
         yield name, decode_attention._decode_attention_fwd, inputs, targets
 
 
+def decode_step_cases():
+    """One row of the 124M, in one share and in more, and five beams."""
+    H, S = 12, 1024
+    for D, dtype, R, splits, beams, targets in (
+        (64, BF16, 1, 1, False, TARGETS),
+        (64, BF16, 1, 16, False, TARGETS),
+        (64, BF16, 5, 4, True, TARGETS),
+        (64, FP32, 5, 4, True, TARGETS),
+        (128, BF16, 1, 64, True, ["sm_90"]),
+        (32, BF16, 1, 8, True, ["sm_90"]),
+        (16, BF16, 1, 8, True, ["sm_90"]),
+    ):
+        rows, cache = torch.zeros(R, dtype=torch.int32), new(R, H, S, D, dtype=dtype)
+        start, table = (rows, torch.zeros(R, S, dtype=torch.int32)) if beams else (None, None)
+        inputs = (new(R, 3 * H * D, dtype=dtype), cache, cache, rows, start, table, splits, None)
+        name = f"decode_step D={D} R={R} splits={splits}{' beams' if beams else ''} {dtype}"
+        yield name, decode_attention._decode_step_fwd, inputs, targets
+
+
 def ones_cases():
     """Sizes of 1, which Triton takes for constants: what the interpreter cannot show."""
     targets, name = ["sm_90"], "sizes of 1"
@@ -158,9 +249,18 @@ def ones_cases():
     yield name, cross_entropy._losses, (x, one, -100, 1, True), targets
     inputs = (statistic[0], x, one, new(1, 2, dtype=FP32), 1, 1)
     yield name, cross_entropy._cross_entropy_bwd, inputs, targets
-    for V, T in ((1, 1), (50257, 3)):
-        inputs = (new(1, V), new(1, T, dtype=torch.int64), one, one, one[0], 1, 1.0, 1, 1, V)
-        yield name, sampling._sample, inputs, targets
+    options = sampling.Options(True, 1.0, 1, 0.5, 2.0, 1, 1)
+    first = (*texts(1, 1), *sampling._first_options(options))
+    yield name, sampling._candidates_fwd, (x, *first, 1), targets
+    yield name, sampling._head_fwd, (x, x, *first), targets
+    yield name, sampling._draw_fwd, drawn(1, 1, options, True, True), targets
+    yield (
+        name,
+        decode_linear._decode_linear_fwd,
+        (x, x, x[0], x[0], x[0], 1e-5, True, x, None),
+        targets,
+    )
+    yield name, decode_linear._decode_embed_fwd, (one, one, x, x, one), targets
     q = new(1, 1, 1, 16)
     for start, causal in ((None, True), (one, False)):
         options, lse = (start, None, causal, 1.0, 0.0), new(1, 1, 1, dtype=FP32)
@@ -171,6 +271,40 @@ def ones_cases():
     for splits in (1, 2):
         inputs = (q, q, q, q, one, one, one[None], 1.0, splits)
         yield name, decode_attention._decode_attention_fwd, inputs, targets
+        inputs = (new(1, 48), q, q, one, one, one[None], splits, None)
+        yield name, decode_attention._decode_step_fwd, inputs, targets
+
+
+def growing_cases():
+    """A step's launches, for texts and caches of unlike lengths: no length is a constant."""
+    H, D, V = 12, 64, 50257
+    everything = sampling.Options(True, 0.7, 50, 0.9, 1.3, 2, 5)
+    first = sampling._first_options(everything)
+    for T in (2, 15, 16, 17, 1023, 1024):
+        yield "head", sampling._head_fwd, (new(1, 768), new(V, 768), *texts(1, T), *first)
+        yield "candidates", sampling._candidates_fwd, (new(1, V), *texts(1, T), *first, V)
+        scores, best, *chosen = drawn(V, 99, everything, False, True)
+        chosen[-4] = new(1, T, dtype=torch.int64)
+        yield "draw", sampling._draw_fwd, (scores, best, *chosen)
+        rows, table = new(1, dtype=torch.int32), new(1, T, dtype=torch.int32)
+        cache = new(1, H, T, D)
+        inputs = (new(1, 3 * H * D), cache, cache, rows, rows, table, 4, None)
+        yield "decode_step", decode_attention._decode_step_fwd, inputs
+        q = new(1, H, 1, D)
+        inputs = (q, cache, cache, q, rows, rows, table, 0.125, 4)
+        yield "decode_attention", decode_attention._decode_attention_fwd, inputs
+
+
+def variants(cases):
+    """{kernel: how many variants the cases' launches make Triton compile}."""
+    found = {}
+    for _, launcher, arguments in cases:
+        with record_launches() as launches:
+            launcher(*arguments)
+        for launch in launches:
+            variant = str((launch.signature, launch.constexprs, launch.attrs, launch.options))
+            found.setdefault(launch.kernel.__name__, set()).add(variant)
+    return {kernel: len(seen) for kernel, seen in found.items()}
 
 
 CASES = [
@@ -182,6 +316,8 @@ CASES = [
     sampling_cases,
     attention_cases,
     decode_attention_cases,
+    decode_step_cases,
+    decode_linear_cases,
 ]
 
 
@@ -255,7 +391,11 @@ if __name__ == "__main__":
     parser.add_argument("words", nargs="*", metavar="WORD", help="only cases with one of these")
     parser.add_argument("--chips", default=",".join(TARGETS), help="by default %(default)s")
     parser.add_argument("--json", action="store_true", help="the rows as one JSON list")
+    parser.add_argument("--growing", action="store_true", help="only count variants, as JSON")
     arguments = parser.parse_args()
+    if arguments.growing:
+        print(json.dumps(variants(growing_cases())))
+        sys.exit()
     rows = table(arguments.words, arguments.chips.split(","))
     if arguments.json:
         print(json.dumps(rows))

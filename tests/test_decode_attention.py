@@ -10,7 +10,13 @@ from torch.library import opcheck
 from triton.runtime import interpreter
 
 from nanogpt2.kernels import decode_attention as room
-from nanogpt2.kernels.decode_attention import decode_attention, decode_attention_ref
+from nanogpt2.kernels.decode_attention import (
+    decode_attention,
+    decode_attention_ref,
+    decode_step,
+    decode_step_ref,
+    step_splits,
+)
 
 pytestmark = pytest.mark.usefixtures("bf16_dots", "poisoned")
 FP32 = torch.float32
@@ -162,11 +168,12 @@ def test_the_number_of_splits(monkeypatch):
     assert splits(1, 1, room.LEAST_TO_SPLIT) == 1
     if DEVICE == "cuda":
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert splits(1, 12, 1024) == min(2 * processors // 12, 8)
+        assert splits(1, 12, 1024) == min(2 ** (2 * processors // 12).bit_length() // 2, 8)
         assert splits(64, 12, 1024) == 1
     else:
         # one processor is worth two programs
         assert splits(1, 1, 1024) == 2
+        assert splits(1, 1, 1000) == 2
         assert splits(3, 1, 1024) == 1
 
 
@@ -282,6 +289,175 @@ def test_wrong_dtype_and_device():
         decode_attention(q, k, v, lengths.float())
 
 
+# ---- a step: one token a row, written and attended from in one launch
+
+
+def step_inputs(R, H, S, D, dtype=FP32, cache_rows=None):
+    caches = (random(cache_rows or R, H, S, D, dtype=dtype) for _ in range(2))
+    return random(R, 3 * H * D, dtype=dtype), *caches
+
+
+def check_step(qkv, k, v, lengths, splits=1, **options):
+    """The result, and the caches with the new token in place and nothing else changed."""
+    copies = k.clone(), v.clone()
+    arrived = torch.zeros(99, dtype=torch.int32, device=DEVICE)
+    found = decode_step(qkv, k, v, lengths, splits=splits, arrived=arrived, **options)
+    expected = decode_step_ref(qkv, *copies, lengths, **options)
+    assert found.dtype == qkv.dtype
+    assert_close(found, expected)
+    for cache, copy in zip((k, v), copies, strict=True):
+        assert torch.equal(cache.nan_to_num(7), copy.nan_to_num(7))
+    assert not arrived.any()
+    return found
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_step_lengths(splits):
+    """None before, less than a block, whole blocks, and the last place of the cache."""
+    lengths = whole(0, 1, 63, 64, 65, 128, 299, dtype=torch.int32)
+    qkv, k, v = step_inputs(7, 2, 300, 32)
+    poison(k, lengths)
+    poison(v, lengths)
+    check_step(qkv, k, v, lengths, splits)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [16, 32, 64, 128])
+def test_step_head_sizes(D, dtype):
+    check_step(*step_inputs(1, 2, 80, D, dtype), whole(70), splits=2)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_step_padding(splits):
+    """A row's first token may be its new one; a start behind it counts as the length."""
+    lengths, start = whole(100, 100, 100, 100), whole(0, 37, 100, 105)
+    qkv, k, v = step_inputs(4, 1, 140, 16)
+    for b, first in enumerate(start):
+        k[b, :, :first] = v[b, :, :first] = math.nan
+    found = decode_step(qkv, k, v, lengths, start=start, splits=splits)
+    expected = decode_step_ref(
+        qkv, k.nan_to_num(), v.nan_to_num(), lengths, start=start.clamp(max=100)
+    )
+    assert_close(found, expected)
+    assert_close(found[2], qkv[2, -16:])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_step_of_beams(splits):
+    """Steps of three beams over a shared prompt, by the table and by copies of the cache."""
+    R, H, S, D, prompt = 3, 1, 75, 16, 60
+    _, *copied = step_inputs(R, H, S, D)
+    shared = [torch.full_like(cache, math.nan) for cache in copied]
+    for cache, other in zip(copied, shared, strict=True):
+        cache[:, :, :prompt] = other[0, :, :prompt] = cache[0, :, :prompt]
+    ancestors = torch.zeros(R, S, dtype=torch.int32, device=DEVICE)
+    own = torch.arange(R, dtype=torch.int32, device=DEVICE)
+    for t in range(prompt, prompt + 4):
+        # entries from the length on are not read
+        ancestors[:, t:] = -(2**30)
+        qkv, lengths = random(R, 3 * H * D), torch.full((R,), t, device=DEVICE)
+        found = decode_step(qkv, *shared, lengths, ancestors=ancestors, splits=splits)
+        assert torch.equal(found, decode_step(qkv, *copied, lengths, splits=splits))
+        parents = torch.randint(R, (R,), device=DEVICE)
+        ancestors[:, t] = own
+        copied, ancestors = [cache[parents] for cache in copied], ancestors[parents]
+
+
+def test_step_of_a_layer_of_a_larger_cache():
+    """Any strides but along D, and qkv inside a wider tensor."""
+    caches = random(2, 3, 6, 2, 50, 16)
+    qkv = random(4, 3 * 32 + 9)[:, 5:-4]
+    check_step(qkv, caches[0, 1, :4], caches[1, 1, :4], whole(3, 49, 20, 7), splits=2)
+    k, v = (random(4, 50, 2, 16).transpose(1, 2) for _ in range(2))
+    check_step(qkv, k, v, whole(3, 49, 20, 7))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_step_of_a_full_row_writes_nothing(splits):
+    qkv, k, v = step_inputs(2, 1, 50, 16)
+    storage = [torch.cat([x.flatten(), torch.ones(99, device=DEVICE)]) for x in (k, v)]
+    inside = [x[:-99].view(2, 1, 50, 16) for x in storage]
+    found = decode_step(qkv, *inside, whole(50, 2**40), splits=splits)
+    for x, cache in zip(storage, (k, v), strict=True):
+        assert torch.equal(x, torch.cat([cache.flatten(), torch.ones(99, device=DEVICE)]))
+    wide = [torch.cat([cache, cache[:, :, :1]], dim=2) for cache in (k, v)]
+    assert_close(found, decode_step_ref(qkv, *wide, whole(50, 50)))
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_step_of_extreme_scores(splits):
+    """Scores of some thousands, and keys of -inf: no nan, no overflow."""
+    qkv, k, v = step_inputs(2, 2, 200, 16)
+    check_large = decode_step(30 * qkv, 30 * k, v.clone(), whole(190, 90), splits=splits)
+    expected = decode_step_ref(30 * qkv, 30 * k, v.clone(), whole(190, 90))
+    assert_close(check_large, expected, factor=1000)
+    k[:, :, 1:180, 0] = -math.inf
+    qkv[:, ::16] = qkv[:, ::16].abs()
+    assert not check_step(qkv, k, v, whole(190, 90), splits).isnan().any()
+
+
+def test_step_splits():
+    """Powers of two, two programs an SM at most, shares of 64 positions at least."""
+    for rows, positions, expected in (
+        (1, 1024, 16),
+        (1, 512, 8),
+        (1, 64, 1),
+        (1, 1, 1),
+        (5, 1024, 4),
+        (8, 1024, 2),
+        (64, 1024, 1),
+    ):
+        assert step_splits(rows, 12, positions, 132) == expected
+    assert step_splits(1, 1, 2**20, 132) == 64
+
+
+def test_step_library():
+    qkv, k, v = step_inputs(2, 2, 9, 16)
+    arguments = (qkv, k, v, whole(8, 4), whole(0, 1), torch.zeros_like(whole(0)).expand(2, 9))
+    opcheck(torch.ops.nanogpt2.decode_step.default, (*arguments, 2, None))
+    compiled = torch.compile(
+        lambda x: decode_step(2 * x, k, v, whole(3, 7)).sin(), fullgraph=True, backend="aot_eager"
+    )
+    copies = k.clone(), v.clone()
+    assert_close(compiled(qkv), decode_step_ref(2 * qkv, *copies, whole(3, 7)).sin())
+    assert torch.equal(k, copies[0])
+
+
+def test_launched_directly_where_nothing_records(monkeypatch):
+    def dispatched(*_):
+        raise AssertionError("the dispatcher ran")
+
+    monkeypatch.setattr(room, "_attention_op", dispatched)
+    monkeypatch.setattr(room, "_step_op", dispatched)
+    decode_attention(*inputs(2, 1, 1, 20, 16), whole(20, 7))
+    decode_step(*step_inputs(2, 1, 20, 16), whole(19, 7))
+
+
+def test_step_wrong_use():
+    qkv, k, v = step_inputs(2, 3, 20, 16)
+    good = {"qkv": qkv, "k_cache": k, "v_cache": v, "lengths": whole(3, 4)}
+    for message, change in {
+        r"qkv and k_cache must be \(R, 3 H D\) and": {"qkv": qkv[:, :-1]},
+        "q must be float32, float16 or bfloat16": {"qkv": qkv.double()},
+        "v_cache must be": {"v_cache": v[:, :, :-1]},
+        "k_cache must have the dtype and device of q": {"k_cache": k.half()},
+        "lengths must be int32 or int64": {"lengths": whole(3)},
+        "start must be int32 or int64": {"start": whole(3, 4).float()},
+        r"ancestors must be int32 or int64 \(2, 20\)": {"ancestors": whole(3, 4)},
+        "k_cache and v_cache must have 2 rows or more and stride 1 along D": {
+            "k_cache": k.transpose(2, 3).contiguous().transpose(2, 3)
+        },
+        "splits must be a power of two up to 64, not 3": {"splits": 3},
+        r"arrived must be int32 \(6,\) or more": {"arrived": whole(0, 0, 0)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            decode_step(**(good | change))
+    with pytest.raises(ValueError, match="must have 2 rows or more"):
+        decode_step(
+            qkv, k[:1], v[:1], whole(3, 4), ancestors=torch.zeros_like(whole(0)).expand(2, 20)
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FP32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("D", [16, 32, 64, 128])
@@ -313,3 +489,33 @@ def test_in_a_graph():
         graph.replay()
         expected = decode_attention(q, k, v, lengths, ancestors=ancestors)
         assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("splits", [1, 2, 16])
+def test_step_natively(splits, dtype):
+    qkv, k, v = step_inputs(5, 12, 1024, 64, dtype)
+    lengths = whole(0, 100, 513, 1000, 1023)
+    check_step(qkv, k, v, lengths, splits)
+    ancestors = torch.randint(5, (5, 1024), device=DEVICE, dtype=torch.int32)
+    check_step(qkv, k, v, lengths, splits, ancestors=ancestors, start=whole(0, 7, 500, 0, 77))
+
+
+@pytest.mark.gpu
+def test_step_in_a_graph():
+    """A replay follows the lengths and the table; the counters are 0 after each."""
+    qkv, k, v = step_inputs(5, 12, 1024, 64, torch.bfloat16)
+    lengths, ancestors = whole(1, 1, 1, 1, 1), torch.zeros(5, 1024, device=DEVICE).long()
+    arrived = torch.zeros(60, dtype=torch.int32, device=DEVICE)
+    options = {"ancestors": ancestors, "splits": 4, "arrived": arrived}
+    decode_step(qkv, k, v, lengths, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode_step(qkv, k, v, lengths, **options)
+    for length in (3, 700, 1023):
+        lengths.fill_(length)
+        ancestors.random_(5)
+        graph.replay()
+        assert torch.equal(captured, decode_step(qkv, k, v, lengths, **options))
+        assert not arrived.any()

@@ -289,6 +289,8 @@ WAYS = {
     "contrastive": {"penalty_alpha": 0.5, "top_k": 3},
 }
 FUSED = ("sampled", "sampled, all that is fused")
+# those whose draw is a kernel within a GPU's graph
+DRAWN = (*FUSED, "greedy", "sampled, more than is fused")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -308,8 +310,13 @@ def test_generate(device, way):
         torch.testing.assert_close(found.sequences_scores, expected.sequences_scores)
     steps = 7 if way == "contrastive" else 6
     assert calls.count["attention"] == 1, "the prompt, once"
-    assert calls.count["decode_attention"] == steps - 1
-    assert calls.count["sample"] == (6 if way in FUSED else 0)
+    if device == "cuda":
+        # a graph: run once, captured once, and replayed without a call
+        assert calls.count["decode_step"] == 2
+        assert calls.count["draw"] == (2 if way in DRAWN else 0)
+    else:
+        assert calls.count["decode_attention"] == steps - 1
+        assert calls.count["sample"] == (6 if way in FUSED else 0)
 
 
 def test_guesses_are_read_side_by_side(device):
@@ -410,7 +417,8 @@ def test_auto_on_a_gpu_is_triton():
     ids = torch.tensor([[1, 2, 3]])
     with Calls() as calls:
         generate(model, ids, max_new_tokens=3, do_sample=True, noise="counter", seed=1)
-    assert calls.count["decode_attention"] and calls.count["sample"] == 3
+    # the second token runs the step of four layers, the third captures it
+    assert calls.count["decode_step"] == 2 * 4 and calls.count["draw"] == 2
 
 
 def test_auto_goes_by_the_device_the_package_and_the_heads(monkeypatch):

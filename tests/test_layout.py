@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "ops",
         "threads",
     ],
+    "cuda": ["cuda", "kv_cache", "model", "ops", "terminal"],
     "checkpoints": [
         "atomic",
         "checkpoints",
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "generation": [
         "config",
         "cpu",
+        "cuda",
         "devices",
         "generation",
         "kv_cache",

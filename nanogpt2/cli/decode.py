@@ -18,6 +18,7 @@ from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
 from nanogpt2.generation.engine import check_memory, context_start
 from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.replay import EVERY
 from nanogpt2.generation.request import Request, check_least, prepare
 from nanogpt2.generation.search.diverse import avoided
 from nanogpt2.generation.stopping import stop_bytes
@@ -189,7 +190,9 @@ def _beams(
 ) -> list[list[Text]]:
     shown, agreed = _completions(tokenizer, request, 1, sink)[0][0], 0
     sink.completion = shown
-    for beams in search(model, request):
+    # the tree draws each step
+    every = EVERY if sink.tree is None else 1
+    for beams in search(model, request, every):
         if sink.tree is not None:
             sink.tree.record(beams)
         if sink.wants_text:

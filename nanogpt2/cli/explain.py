@@ -16,6 +16,7 @@ from torch import Tensor
 from nanogpt2 import terminal
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.replay import describe
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.search.diverse import Diversity, chain_with
 from nanogpt2.model import GPT
@@ -58,9 +59,12 @@ def explain(
 ) -> Iterator[Explanation]:
     """Explain the new tokens of a request's first prompt, one by one.
 
+    On a GPU a note says first which part of a step was a CUDA graph.
+
     avoided: diverse beam search only: for each new token, the tokens that earlier groups chose.
     alternatives: how many other tokens to show beside each chosen one.
     """
+    terminal.note_once(describe(model, request))
     request = replace(request, ids=request.ids[:1], mask=request.mask[:1], rows=1)
     engine, chain = Engine(model, request), processors_for(request)
     diversity = Diversity(request)

@@ -7,6 +7,7 @@ Start with plain.py: greedy decoding and sampling in 25 lines. This package adds
 - processors.py changes the scores.
 - sampling.py or beam.py chooses tokens, with random numbers from noise.py.
 - stopping.py ends a text.
+- replay.py does all of this in one CUDA graph a token, where there is a GPU.
 
 lookup.py reads several tokens at once. search/contrastive.py replaces sampling.py; diverse.py,
 constrained.py and stochastic.py in search/ replace beam.py. No file here knows training.
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from nanogpt2.config import GenerationConfig
 from nanogpt2.devices import as_usual
+from nanogpt2.generation import replay
 from nanogpt2.generation.beam import Beams, beam_search, best
 from nanogpt2.generation.engine import check_memory
 from nanogpt2.generation.request import (
@@ -164,13 +166,20 @@ def _texts(request: Request, length: int, sequences: Tensor) -> tuple[str, ...]:
 
 def steps(model: GPT, request: Request) -> Iterator[Step]:
     """Decode row by row: contrastive search, greedy decoding or sampling."""
+    if replay.left_out(model, request) == []:
+        return replay.decode(model, request)
     contrastive = request.config.penalty_alpha is not None
     return contrastive_search(model, request) if contrastive else decode(model, request)
 
 
-def search(model: GPT, request: Request) -> Iterator[Beams]:
-    """Decode with beams, by the search that the request names."""
+def search(model: GPT, request: Request, every: int = replay.EVERY) -> Iterator[Beams]:
+    """Decode with beams, by the search that the request names.
+
+    every: at most so many tokens from one state to the next; only CUDA graphs take several.
+    """
     config = request.config
+    if replay.left_out(model, request) == []:
+        return replay.beam_search(model, request, every)
     if config.num_beam_groups > 1:
         return diverse_search(model, request)
     if config.force_words_ids is not None:
@@ -184,12 +193,13 @@ def _run_rows(
     model: GPT, request: Request, device: torch.device, streamer: Streamer | None
 ) -> GenerationOutput:
     put: Callable[[Tensor], object] = streamer.put if streamer is not None else lambda _: None
-    columns = [request.ids.repeat_interleave(request.rows, dim=0)]
+    columns = [request.ids.repeat_interleave(request.rows, dim=0).cpu()]
     scores = []
-    put(columns[0].cpu())
+    put(columns[0])
     for step in steps(model, request):
-        put(step.tokens.cpu())
-        columns.append(step.tokens[:, None])
+        tokens = step.tokens.cpu()
+        put(tokens)
+        columns.append(tokens[:, None])
         if request.config.output_scores:
             scores.append(step.scores)
     if streamer is not None:

@@ -80,7 +80,7 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
     config, K = request.config, request.config.num_beams
     engine, stopping = Engine(model, request), Stopping(request)
     chain = [process for _, process in processors_for(request)]
-    noise, filler = make_noise(request), _filler(request)
+    noise, filler = make_noise(request), filler_of(request)
     beams = begin(request, K)
     rows = torch.arange(beams.running.scores.numel(), device=request.ids.device).view(-1, K)
     with evaluating(model):
@@ -96,8 +96,10 @@ def beam_search(model: GPT, request: Request) -> Iterator[Beams]:
             ended = stopping.ended(candidates.ids.flatten(0, 1), beams.scores)
             ended = ended.view(candidates.scores.shape)
             beams.finished = beams.finished.extend(filler, -1)
-            _finish(request, beams, candidates, ended)
-            _run_on(request, beams, candidates, ended)
+            new_tokens = candidates.ids.size(2) - request.prompt_length
+            norm = new_tokens**config.length_penalty
+            finish(request, beams, candidates, ended, norm)
+            beams.done = bool(run_on(request, beams, candidates, ended, norm))
             parents = beams.running.beams[:, :, -1].flatten().long()  # (B * K,)
             if K > 1:
                 engine.reorder(parents)
@@ -174,13 +176,17 @@ def continuations(running: Group, total: Tensor, places: Tensor, rows: Tensor) -
     return Group(texts.ids, total.gather(1, places), texts.beams)
 
 
-def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
-    """Let those of the first K candidates that ended compete for the finished places."""
+def finish(
+    request: Request, beams: Beams, candidates: Group, ended: Tensor, norm: float | Tensor
+) -> None:
+    """Let those of the first K candidates that ended compete for the finished places.
+
+    norm: (new tokens) ^ length_penalty.
+    """
     config, K = request.config, request.config.num_beams
-    length = candidates.ids.size(2) - request.prompt_length
     now = ended.clone()
     now[:, K:] = False
-    scores = candidates.scores / length**config.length_penalty
+    scores = candidates.scores / norm
     full = beams.is_finished.all(dim=1, keepdim=True) & (config.early_stopping is True)
     for barred in (full, ~beams.improvable, ~now):
         scores = scores + barred * OUT
@@ -190,22 +196,23 @@ def _finish(request: Request, beams: Beams, candidates: Group, ended: Tensor) ->
     beams.is_finished = pick(torch.cat([beams.is_finished, now], dim=1), places)
 
 
-def _run_on(request: Request, beams: Beams, candidates: Group, ended: Tensor) -> None:
-    """Let the best candidates that did not end run on; decide whether the search is done."""
+def run_on(
+    request: Request, beams: Beams, candidates: Group, ended: Tensor, norm: float | Tensor
+) -> Tensor:
+    """Let the best candidates that did not end run on; return whether the search is done, ()."""
     config = request.config
     scores = candidates.scores + ended * OUT
     places = scores.topk(config.num_beams)[1]
     beams.running = Group(candidates.ids, scores, candidates.beams).pick(places)
 
-    length = candidates.ids.size(2) - request.prompt_length
     if config.early_stopping == "never" and config.length_penalty > 0:
-        length = request.max_length - request.prompt_length
-    best_possible = beams.running.scores[:, :1] / length**config.length_penalty  # (B, 1)
+        norm = (request.max_length - request.prompt_length) ** config.length_penalty
+    best_possible = beams.running.scores[:, :1] / norm  # (B, 1)
     worst = beams.finished.scores.amin(dim=1, keepdim=True)
     worst = torch.where(beams.is_finished, worst, OUT)  # (B, K)
     beams.improvable = beams.improvable & (best_possible > worst).any(dim=1, keepdim=True)
-    full = config.early_stopping is True and bool(beams.is_finished.all())
-    beams.done = full or not beams.improvable.any() or bool(ended.all())
+    done = ~beams.improvable.any() | ended.all()
+    return done | beams.is_finished.all() if config.early_stopping is True else done
 
 
 def best(request: Request, beams: Beams) -> Group:
@@ -218,7 +225,7 @@ def best(request: Request, beams: Beams) -> Group:
     return Group(ids, group.scores[:, :R], group.beams[:, :R, :new])
 
 
-def _filler(request: Request) -> int:
+def filler_of(request: Request) -> int:
     """transformers' filler of short texts: never a pad of 0, and -1 without an end token."""
     if len(request.eos) == 0:
         return -1

@@ -1,9 +1,10 @@
-"""Who runs the model while a text is generated: model.py itself, or the CPU's decoder.
+"""Who runs the model while a text is generated: model.py itself, or the decoder of a device.
 
-Both keep what they have read, share a prompt among its rows, and agree but for rounding:
+All keep what they have read, share a prompt among its rows, and agree but for rounding:
 
 - `ModelDecoder`, below, runs model.py with its cache, on any device, with any kernels.
 - `CPUDecoder`, in cpu/decoder.py, is faster for a few rows on a CPU.
+- `CUDADecoder`, in cuda/decoder.py, replays the reading of a token as a CUDA graph.
 
 Axes: B prompts, N rows in all, T new tokens. This file does not know how a token is chosen, nor
 what positions mean.
@@ -15,7 +16,10 @@ from typing import Any, Protocol
 from torch import Tensor
 from typing_extensions import override
 
-from nanogpt2.cpu.decoder import CPUDecoder, can_run
+from nanogpt2.cpu import decoder as cpu
+from nanogpt2.cpu.decoder import CPUDecoder
+from nanogpt2.cuda import decoder as cuda
+from nanogpt2.cuda.decoder import CUDADecoder
 from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT
 
@@ -62,8 +66,10 @@ def decoder_for(
 
     left_padded: masks will hide padding before the prompts' first tokens, and nothing else.
     """
-    if can_run(model):
+    if cpu.can_run(model):
         return CPUDecoder(model, prompts, rows, max_length)
+    if left_padded and cuda.can_run(model):
+        return CUDADecoder(model, prompts, rows, max_length)
     return ModelDecoder(model, prompts, rows, max_length, left_padded)
 
 

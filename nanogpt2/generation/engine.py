@@ -37,9 +37,8 @@ class Engine:
         self.starts: list[int] = mask.int().argmax(dim=1).tolist()
         self.base = 0
         length = min(self.block_size, self.max_length)
-        # whether the mask hides padding before the prompts' first tokens, and nothing else
-        left = request.mask[:, -1].all() and (request.mask[:, 1:] >= request.mask[:, :-1]).all()
-        self.decoder = decoder_for(model, len(request.ids), self.rows, length, bool(left))
+        left = request.is_left_padded
+        self.decoder = decoder_for(model, len(request.ids), self.rows, length, left)
         # the hidden states of the last reading: (B or N, T, C) for its T tokens
         self.hidden = torch.empty(0)
 
@@ -61,13 +60,17 @@ class Engine:
     def _read(self, ids: Tensor) -> Tensor:
         """Read the new tokens: int64 (N, T), all tokens so far -> (B or N, new, C)."""
         length = ids.size(1)
-        if length - self.base > self.block_size:
+        if self.room(length) <= 0:
             self._slide(length)
         known = self.base + self.decoder.length
         rows = slice(None, None, 1 if self.decoder.forked else self.rows)
         positions, mask = self._positions_and_mask(known, length, rows)
         self.hidden = self.decoder.read(ids[rows, known:], positions, mask)
         return self.hidden
+
+    def room(self, length: int) -> int:
+        """Return how many tokens texts of this length can get before the context slides."""
+        return self.base + self.block_size + 1 - length
 
     def _scores(self, x: Tensor) -> Tensor:
         """(R, C) -> float32 (R, V). Raises FloatingPointError as next_scores does."""

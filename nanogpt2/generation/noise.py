@@ -108,6 +108,7 @@ class CounterNoise(Noise):
             mixed = torch.tensor([_mix_int(each) for each in row_seeds], device=samples.device)
             samples = samples + mixed - _mix_int(seed)
         self.seed, self.samples = seed, samples
+        self._texts = _mix(samples + _mix_int(seed))  # (R,), a key for each text
 
     @override
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
@@ -117,8 +118,16 @@ class CounterNoise(Noise):
             return few.best(lambda rows, columns: _hashed(keys[rows] + columns), count)
         if probabilities.isnan().any():
             raise nothing_left(step)
+        return self.draw_unchecked(probabilities, count, step)
+
+    def draw_unchecked(self, probabilities: Tensor, count: int, step: int | Tensor) -> Tensor:
+        """Draw as `draw` does, without a look at the values: nothing waits for a GPU.
+
+        step: an int, or an int64 () that a CUDA graph reads.
+        """
+        columns = torch.arange(probabilities.size(1), device=probabilities.device)
         # 0 / q is 0, so a token of probability 0 never comes before a possible token
-        q = self.exponential((len(probabilities), probabilities.size(1)), step)
+        q = _hashed(self._keys(step)[:, None] + columns)
         return (probabilities.double() / q).topk(count, dim=1).indices
 
     @override
@@ -126,9 +135,9 @@ class CounterNoise(Noise):
         columns = torch.arange(shape[1], device=self.samples.device)
         return _hashed(self._keys(step)[:, None] + columns)
 
-    def _keys(self, step: int) -> Tensor:
+    def _keys(self, step: int | Tensor) -> Tensor:
         """A key for each row, int64 (R,), before a column is added."""
-        return _mix(_mix(self.samples + _mix_int(self.seed)) + step)
+        return _mix(self._texts + step)
 
 
 class _Possible:

@@ -45,6 +45,12 @@ class Request:
         """T, padding included."""
         return self.ids.size(1)
 
+    @property
+    def is_left_padded(self) -> bool:
+        """True if the mask hides padding before the prompts' first tokens, and nothing else."""
+        mask = self.mask
+        return bool(mask[:, -1].all() and (mask[:, 1:] >= mask[:, :-1]).all())
+
 
 def prepare(
     model_config: GPTConfig,

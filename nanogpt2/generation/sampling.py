@@ -40,7 +40,7 @@ class Step:
 
     tokens: Tensor  # int64 (N,), the filler in rows that ended before
     running: Tensor  # bool (N,), False in rows that ended before
-    scores: Tensor  # float32 (N, V), processed
+    scores: Tensor  # float32 (N, V), processed; empty where a CUDA graph chose the token
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Code for a GPU only: the decoding step as a CUDA graph."""
