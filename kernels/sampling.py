@@ -855,9 +855,10 @@ def sample(
 
     logits: (R, N) in float32, float16 or bfloat16, not modified. seed: 0 to 2^63 - 1. samples:
     int64 (R,), the number of each row's text. step: the number of tokens drawn before, an int or an
-    int64 () or (R,) on the device, which a CUDA graph can read. ids: int64 (R, T), the texts so far;
-    lengths: int64 (R,), the length of each text, by default T; first: int64 (R,), the first token
-    after the padding, by default 0. vocab_size: the first columns, which are tokens, by default N.
+    int64 () or (R,) on the device, which a CUDA graph can read. ids: int64 (R, T), the texts so
+    far; lengths: int64 (R,), the length of each text, by default T; first: int64 (R,), the first
+    token after the padding, by default 0. vocab_size: the first columns, which are tokens, by
+    default N.
     0 turns top_k or no_repeat_ngram_size off, 1 top_p or repetition_penalty.
     A token is -1 where every token is banned or a score is +inf or NaN. Raises ValueError for other
     arguments.
