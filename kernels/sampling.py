@@ -36,7 +36,7 @@ float64.
 
 Traffic: `head_candidates` reads V C s bytes of weights and writes 4 V a row, memory-bound;
 `candidates` reads a row and writes 4 V. `draw` is latency-bound: some 50 blocks of 32 for k = 50.
-Top-p alone sweeps a row 33 times in one program.
+Top-p alone sweeps a row some 35 times in one program.
 
 This file knows nothing of texts but their ids. Sources: Steele, Lea and Flood 2014, "Fast
 splittable pseudorandom number generators"; the draw by exponential variables is
