@@ -7,7 +7,7 @@ For a row of logits z over V tokens, in this order, which is transformers':
     temperature    s = z / temperature
     top-k          s_v = -inf where s_v is below the k-th largest; ties with it stay
     top-p          s_v = -inf for the least likely v, while they add up to at most 1 - p;
-                   of equally likely ones the first go first, and the likeliest v stays
+                   of equally likely ones the first go first, as in a stable sort; one v stays
     draw           argmax_v exp(s_v - max s) / q_v,  q_v = -log u_v; or, greedy, argmax_v s_v
 
 The draw picks v with probability softmax(s)_v. The noise u_v is a function of (seed, sample, step,
@@ -36,7 +36,7 @@ float64.
 
 Traffic: `head_candidates` reads V C s bytes of weights and writes 4 V a row, memory-bound;
 `candidates` reads a row and writes 4 V. `draw` is latency-bound: some 50 blocks of 32 for k = 50.
-Top-p alone sweeps a row 33 times in one program.
+Top-p alone sweeps a row some 35 times in one program.
 
 This file knows nothing of texts but their ids. Sources: Steele, Lea and Flood 2014, "Fast
 splittable pseudorandom number generators"; the draw by exponential variables is
@@ -410,27 +410,33 @@ def _survivors(found_row, list_row, s_row, token_row, least, n, BLOCK, BLOCK_V):
 
 
 @triton.jit
-def _mass_below(s_row, border, m, n, BLOCK_V):
-    # the sum of exp(s - m) of the scores below the border
-    cols, mass = tl.arange(0, BLOCK_V), tl.zeros((), tl.float64)
+def _below(s_row, border, m, n, BLOCK_V):
+    # the sum of exp(s - m) of the scores below the border, and how many there are
+    cols, mass, count = tl.arange(0, BLOCK_V), tl.zeros((), tl.float64), 0
     for start in range(0, n, BLOCK_V):
         s = tl.load(s_row + start + cols, mask=start + cols < n, other=-float("inf"))
-        mass += tl.sum(tl.where(_order(s) < border, tl.exp(s - m), 0.0), axis=0).to(tl.float64)
-    return mass
+        below = (start + cols < n) & (_order(s) < border)
+        mass += tl.sum(tl.where(below, tl.exp(s - m), 0.0), axis=0).to(tl.float64)
+        count += tl.sum(below.to(tl.int32), axis=0)
+    return mass, count
 
 
 @triton.jit
 def _nucleus(s_row, m, n, rest, BLOCK_V):
     # the order of the least score that top-p keeps, and how many of its equals it bans
-    limit = _mass_below(s_row, 0xFFFFFFFF, m, n, BLOCK_V) * rest
+    total, _ = _below(s_row, 0xFFFFFFFF, m, n, BLOCK_V)
+    limit = total * rest
     border = tl.zeros((), tl.uint32)
     for i in range(32):
         higher = border | (tl.full((), 1, tl.uint32) << (31 - i))
-        border = tl.where(_mass_below(s_row, higher, m, n, BLOCK_V) <= limit, higher, border)
+        mass, _ = _below(s_row, higher, m, n, BLOCK_V)
+        border = tl.where(mass <= limit, higher, border)
     bits = tl.where(border >= 0x80000000, border ^ 0x80000000, border ^ 0xFFFFFFFF)
     each = tl.exp(bits.to(tl.float32, bitcast=True) - m).to(tl.float64)
-    left = limit - _mass_below(s_row, border, m, n, BLOCK_V)
-    return border, (left / each).to(tl.int32)
+    mass, first = _below(s_row, border, m, n, BLOCK_V)
+    _, end = _below(s_row, border + 1, m, n, BLOCK_V)
+    # the last of the equals stays, whatever the sums' rounding
+    return border, tl.minimum(((limit - mass) / each).to(tl.int32), end - first - 1)
 
 
 @triton.jit
@@ -655,7 +661,7 @@ def _draw_fwd(
     found = scores.new_empty(R, 2, blocks * block)
     listed = torch.empty(R, blocks * (block + 1), dtype=torch.int32, device=scores.device)
     width = triton.next_power_of_2(max(blocks, 4 * block))
-    # below 1, so that the likeliest token stays even at top_p = 0
+    # below 1, so that a border exists at top_p = 0 as well
     rest = min(1 - top_p, 1 - 2**-24)
     with torch.cuda.device_of(scores):
         _draw_kernel[(R,)](
@@ -849,9 +855,10 @@ def sample(
 
     logits: (R, N) in float32, float16 or bfloat16, not modified. seed: 0 to 2^63 - 1. samples:
     int64 (R,), the number of each row's text. step: the number of tokens drawn before, an int or an
-    int64 () on the device, which a CUDA graph can read. ids: int64 (R, T), the texts so far;
-    lengths: int64 (R,), the length of each text, by default T; first: int64 (R,), the first token
-    after the padding, by default 0. vocab_size: the first columns, which are tokens, by default N.
+    int64 () or (R,) on the device, which a CUDA graph can read. ids: int64 (R, T), the texts so
+    far; lengths: int64 (R,), the length of each text, by default T; first: int64 (R,), the first
+    token after the padding, by default 0. vocab_size: the first columns, which are tokens, by
+    default N.
     0 turns top_k or no_repeat_ngram_size off, 1 top_p or repetition_penalty.
     A token is -1 where every token is banned or a score is +inf or NaN. Raises ValueError for other
     arguments.

@@ -50,7 +50,7 @@ def seeded():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What is allocated and not written is NaN, or the smallest whole number; for kernels.
+    """What is allocated and not written is NaN, True or the smallest whole number; for kernels.
 
     The interpreter computes with numpy, which would warn of what a GPU computes in silence.
     """
@@ -58,6 +58,8 @@ def poisoned(monkeypatch):
     def poison(allocate):
         def allocated(*args, **kwargs):
             x = allocate(*args, **kwargs)
+            if x.dtype is torch.bool:
+                return x.fill_(True)
             return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
         return allocated
