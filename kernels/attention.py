@@ -67,7 +67,7 @@ BACKWARD = {
     # half of forward's queries: two tiles of scores and two accumulators are live at once
     (2, 16): (64, 64, 4, 2),
     (2, 32): (64, 64, 4, 2),
-    (2, 64): (64, 64, 4, 2),
+    (2, 64): (64, 64, 4, 3),
     (2, 128): (64, 32, 8, 2),
     (4, 16): (32, 32, 8, 1),
     (4, 32): (32, 16, 8, 1),
@@ -275,15 +275,29 @@ def _attention_bwd_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, D)[None, :]
+    tile = tl.arange(0, BLOCK_M)
+    q_offsets = tile[:, None] * stride_qt + dims
+    do_offsets = tile[:, None] * stride_gt + dims
+    dq_offsets = tile[:, None] * D + dims
+    q_ptr += tl.cast(lo, tl.int64) * stride_qt
+    do_ptr += tl.cast(lo, tl.int64) * stride_gt
+    dq_ptr += lo * D
+    lse_ptr += lo
+    delta_ptr += lo
     for start_m in tl.range(lo, hi, BLOCK_M):
-        rows = start_m + tl.arange(0, BLOCK_M)
-        in_range = rows < T
-        offsets = rows.to(tl.int64)[:, None]
-        q = tl.load(q_ptr + offsets * stride_qt + dims, mask=in_range[:, None], other=0.0)
-        do = tl.load(do_ptr + offsets * stride_gt + dims, mask=in_range[:, None], other=0.0)
-        # past the end p = 2^(0 - inf) = 0
-        lse = tl.load(lse_ptr + rows, mask=in_range, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)
+        rows = start_m + tile
+        q_ptrs, do_ptrs, dq_ptrs = q_ptr + q_offsets, do_ptr + do_offsets, dq_ptr + dq_offsets
+        lse_ptrs, delta_ptrs = lse_ptr + tile, delta_ptr + tile
+        if MASKED:
+            in_range = rows < T
+            q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
+            do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
+            # past the end p = 2^(0 - inf) = 0
+            lse = tl.load(lse_ptrs, mask=in_range, other=float("inf"))
+            delta = tl.load(delta_ptrs, mask=in_range, other=0.0)
+        else:
+            q, do = tl.load(q_ptrs), tl.load(do_ptrs)
+            lse, delta = tl.load(lse_ptrs), tl.load(delta_ptrs)
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (N, M)
         if MASKED:
             seen = ((keys >= first_key) & (keys < T))[:, None]
@@ -302,8 +316,15 @@ def _attention_bwd_rows(
         dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
         if ATOMIC_DQ:
             dq = tl.dot(tl.trans(ds_t), k, input_precision=PRECISION)
-            dq_ptrs = dq_ptr + offsets * D + dims
-            tl.atomic_add(dq_ptrs, dq, mask=in_range[:, None], sem="relaxed")
+            if MASKED:
+                tl.atomic_add(dq_ptrs, dq, mask=in_range[:, None], sem="relaxed")
+            else:
+                tl.atomic_add(dq_ptrs, dq, sem="relaxed")
+        q_ptr += BLOCK_M * stride_qt
+        do_ptr += BLOCK_M * stride_gt
+        dq_ptr += BLOCK_M * D
+        lse_ptr += BLOCK_M
+        delta_ptr += BLOCK_M
     return dk, dv
 
 
@@ -362,17 +383,25 @@ def _attention_bwd_kernel(
         whole = T
     if start_n + BLOCK_N <= first_key:
         lo = T
+    whole = tl.minimum(tl.maximum(lo, whole), T)
+    last = tl.maximum(T // BLOCK_M * BLOCK_M, whole)
     dk, dv = _attention_bwd_rows(
         dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, lo, tl.minimum(whole, T), first_key, T,
+        keys, start_n, lo, whole, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
         CAUSAL, True, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dk, dv = _attention_bwd_rows(
         dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, tl.maximum(lo, whole), T, first_key, T,
+        keys, start_n, whole, last, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
         CAUSAL, False, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+    )  # fmt: skip
+    dk, dv = _attention_bwd_rows(
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
+        keys, start_n, last, T, first_key, T,
+        scale_log2, seed, head, keep_below, keep_scale,
+        CAUSAL, True, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
 
     places = b * stride_db + h * stride_dh + offsets * stride_dt + dims
