@@ -276,17 +276,16 @@ def _attention_bwd_rows(
 ):  # fmt: skip
     dims = tl.arange(0, D)[None, :]
     tile = tl.arange(0, BLOCK_M)
-    q_offsets = tile[:, None] * stride_qt + dims
-    do_offsets = tile[:, None] * stride_gt + dims
-    dq_offsets = tile[:, None] * D + dims
+    # step one address; the offsets of a tile from it stay the same and fit in 32 bits
     q_ptr += tl.cast(lo, tl.int64) * stride_qt
     do_ptr += tl.cast(lo, tl.int64) * stride_gt
-    dq_ptr += lo * D
     lse_ptr += lo
     delta_ptr += lo
+    if ATOMIC_DQ:
+        dq_ptr += lo * D
     for start_m in tl.range(lo, hi, BLOCK_M):
         rows = start_m + tile
-        q_ptrs, do_ptrs, dq_ptrs = q_ptr + q_offsets, do_ptr + do_offsets, dq_ptr + dq_offsets
+        q_ptrs, do_ptrs = q_ptr + (tile[:, None] * stride_qt + dims), do_ptr + (tile[:, None] * stride_gt + dims)
         lse_ptrs, delta_ptrs = lse_ptr + tile, delta_ptr + tile
         if MASKED:
             in_range = rows < T
@@ -316,13 +315,14 @@ def _attention_bwd_rows(
         dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
         if ATOMIC_DQ:
             dq = tl.dot(tl.trans(ds_t), k, input_precision=PRECISION)
+            dq_ptrs = dq_ptr + (tile[:, None] * D + dims)
             if MASKED:
                 tl.atomic_add(dq_ptrs, dq, mask=in_range[:, None], sem="relaxed")
             else:
                 tl.atomic_add(dq_ptrs, dq, sem="relaxed")
-        q_ptr += BLOCK_M * stride_qt
-        do_ptr += BLOCK_M * stride_gt
-        dq_ptr += BLOCK_M * D
+            dq_ptr += BLOCK_M * D
+        q_ptr += tl.cast(BLOCK_M, tl.int64) * stride_qt
+        do_ptr += tl.cast(BLOCK_M, tl.int64) * stride_gt
         lse_ptr += BLOCK_M
         delta_ptr += BLOCK_M
     return dk, dv
