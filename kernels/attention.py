@@ -40,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -127,30 +128,39 @@ def _attention_fwd_blocks(
     acc, l_i, m_i,  # (M, D), (M,), (M,) so far
     q,  # (M, D)
     k_ptr, v_ptr, stride_kt, stride_vt,  # this head's (T, D)
+    k_desc, v_desc, b, h,  # all heads' (B, H, T, D), or None; which head this is
     rows,  # (M,) queries
     lo, hi, first_key, T,  # walks keys [lo, hi); [first_key, T) exist
     scale_log2,
     seed, head, keep_below,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    dims = tl.arange(0, D)
+    tile, dims = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, D)[None, :]
+    # step one address; the offsets of a tile from it stay the same and fit in 32 bits
+    k_ptr += tl.cast(lo, tl.int64) * stride_kt
+    v_ptr += tl.cast(lo, tl.int64) * stride_vt
     for start_n in tl.range(lo, hi, BLOCK_N):
         keys = start_n + tl.arange(0, BLOCK_N)
-        k_ptrs = k_ptr + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :]
-        v_ptrs = v_ptr + keys.to(tl.int64)[:, None] * stride_vt + dims[None, :]
-        if MASKED:
-            real = (keys >= first_key) & (keys < T)
+        real = keys < T
+        if PADDED:
+            real = real & (keys >= first_key)
+        k_ptrs, v_ptrs = k_ptr + (tile * stride_kt + dims), v_ptr + (tile * stride_vt + dims)
+        if k_desc is not None:
+            # a descriptor gives 0 past the end
+            k = tl.reshape(k_desc.load([b, h, start_n, 0]), (BLOCK_N, D))
+            v = tl.reshape(v_desc.load([b, h, start_n, 0]), (BLOCK_N, D))
+        elif MASKED:
             k = tl.load(k_ptrs, mask=real[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=real[:, None], other=0.0)
         else:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N)
         if MASKED:
-            seen = real[None, :]
-            if CAUSAL:
-                seen = seen & (rows[:, None] >= keys[None, :])
+            # a row of the text sees no key past the end where causal
+            seen = rows[:, None] >= keys[None, :] if CAUSAL else real[None, :]
+            if PADDED:
+                seen = seen & (keys >= first_key)[None, :]
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
         # a row that has seen no key yet would get -inf - -inf = nan
@@ -162,12 +172,15 @@ def _attention_fwd_blocks(
             p = tl.where(_keep_tile(seed, head, rows, start_n, keep_below, BLOCK_N), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
+        k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kt
+        v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vt
     return acc, l_i, m_i
 
 
 @triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr,  # (B, H, T, D)
+    k_desc, v_desc,  # (B, H, T, D) in tiles (1, 1, BLOCK_N, D), or None
     lse_ptr,  # (B, H, T) fp32, base 2
     start_ptr, seed_ptr,  # (B,) int, (1,) int64
     stride_qb, stride_qh, stride_qt,
@@ -182,7 +195,8 @@ def _attention_fwd_kernel(
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b32, h32 = head // H, head % H
+    b, h = b32.to(tl.int64), h32.to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -212,21 +226,24 @@ def _attention_fwd_kernel(
         hi = tl.minimum(start_m + BLOCK_M, T)
         whole = start_m // BLOCK_N * BLOCK_N
     if HAS_START:
+        # by address: padding may hold anything, and 0 times nan is nan
         acc, l_i, m_i = _attention_fwd_blocks(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, rows,
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt,
+            None, None, b32, h32, rows,
             lo, tl.minimum(lo + BLOCK_N, hi), first_key, T, scale_log2, seed, head, keep_below,
-            CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+            CAUSAL, True, True, DROPOUT, BLOCK_N, D, PRECISION,
         )  # fmt: skip
         lo += BLOCK_N
     acc, l_i, m_i = _attention_fwd_blocks(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, rows,
-        lo, whole, first_key, T, scale_log2, seed, head, keep_below,
-        CAUSAL, False, DROPOUT, BLOCK_N, D, PRECISION,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt,
+        k_desc, v_desc, b32, h32, rows, lo, whole, first_key, T, scale_log2, seed, head, keep_below,
+        CAUSAL, False, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     acc, l_i, m_i = _attention_fwd_blocks(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, rows,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt,
+        k_desc, v_desc, b32, h32, rows,
         tl.maximum(lo, whole), hi, first_key, T, scale_log2, seed, head, keep_below,
-        CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+        CAUSAL, True, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
 
     # a row that saw no key: o = 0, and lse = inf makes backward's p = 2^(s - lse) zero too
@@ -267,11 +284,13 @@ def _attention_bwd_rows(
     dk, dv,  # (N, D) so far
     k, v,  # (N, D)
     q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,  # this head's (T, D)
+    q_desc, do_desc, b, h,  # all heads' (B, H, T, D), or None; which head this is
     lse_ptr, delta_ptr,  # this head's (T,)
     keys, start_n,  # (N,) and its first key
     lo, hi, first_key, T,  # walks queries [lo, hi)
     scale_log2, seed, head, keep_below, keep_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, ATOMIC_DQ: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_START: tl.constexpr,
+    DROPOUT: tl.constexpr, ATOMIC_DQ: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, D)[None, :]
@@ -285,23 +304,30 @@ def _attention_bwd_rows(
         dq_ptr += lo * D
     for start_m in tl.range(lo, hi, BLOCK_M):
         rows = start_m + tile
-        q_ptrs, do_ptrs = q_ptr + (tile[:, None] * stride_qt + dims), do_ptr + (tile[:, None] * stride_gt + dims)
-        lse_ptrs, delta_ptrs = lse_ptr + tile, delta_ptr + tile
-        if MASKED:
-            in_range = rows < T
+        in_range = rows < T
+        q_ptrs = q_ptr + (tile[:, None] * stride_qt + dims)
+        do_ptrs = do_ptr + (tile[:, None] * stride_gt + dims)
+        if q_desc is not None:
+            # a descriptor gives 0 past the end
+            q = tl.reshape(q_desc.load([b, h, start_m, 0]), (BLOCK_M, D))
+            do = tl.reshape(do_desc.load([b, h, start_m, 0]), (BLOCK_M, D))
+        elif MASKED:
             q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
             do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
-            # past the end p = 2^(0 - inf) = 0
-            lse = tl.load(lse_ptrs, mask=in_range, other=float("inf"))
-            delta = tl.load(delta_ptrs, mask=in_range, other=0.0)
         else:
             q, do = tl.load(q_ptrs), tl.load(do_ptrs)
-            lse, delta = tl.load(lse_ptrs), tl.load(delta_ptrs)
+        if MASKED:
+            # past the end p = 2^(0 - inf) = 0
+            lse = tl.load(lse_ptr + tile, mask=in_range, other=float("inf"))
+            delta = tl.load(delta_ptr + tile, mask=in_range, other=0.0)
+        else:
+            lse, delta = tl.load(lse_ptr + tile), tl.load(delta_ptr + tile)
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (N, M)
         if MASKED:
-            seen = ((keys >= first_key) & (keys < T))[:, None]
-            if CAUSAL:
-                seen = seen & (rows[None, :] >= keys[:, None])
+            # a row of the text sees no key past the end where causal
+            seen = rows[None, :] >= keys[:, None] if CAUSAL else (keys < T)[:, None]
+            if HAS_START:
+                seen = seen & (keys >= first_key)[:, None]
             s_t = tl.where(seen, s_t, float("-inf"))
         p_t = tl.exp2(s_t * scale_log2 - lse[None, :])
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -331,6 +357,7 @@ def _attention_bwd_rows(
 @triton.jit
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr,  # (B, H, T, D)
+    q_desc, do_desc,  # (B, H, T, D) in tiles (1, 1, BLOCK_M, D), or None
     lse_ptr, delta_ptr,  # (B, H, T) fp32
     dq_ptr,  # (B, H, T, D) fp32, contiguous, zeroed; gets dq / scale; only with ATOMIC_DQ
     dk_ptr, dv_ptr,  # (B, H, T, D)
@@ -348,7 +375,8 @@ def _attention_bwd_kernel(
     blocks = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // blocks
     start_n = tl.program_id(0) % blocks * BLOCK_N
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b32, h32 = head // H, head % H
+    b, h = b32.to(tl.int64), h32.to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     do_ptr += b * stride_gb + h * stride_gh
     lse_ptr += head.to(tl.int64) * T
@@ -386,22 +414,22 @@ def _attention_bwd_kernel(
     whole = tl.minimum(tl.maximum(lo, whole), T)
     last = tl.maximum(T // BLOCK_M * BLOCK_M, whole)
     dk, dv = _attention_bwd_rows(
-        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, lo, whole, first_key, T,
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,
+        q_desc, do_desc, b32, h32, lse_ptr, delta_ptr, keys, start_n, lo, whole, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, True, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+        CAUSAL, True, HAS_START, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dk, dv = _attention_bwd_rows(
-        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, whole, last, first_key, T,
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,
+        q_desc, do_desc, b32, h32, lse_ptr, delta_ptr, keys, start_n, whole, last, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, False, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+        CAUSAL, False, HAS_START, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dk, dv = _attention_bwd_rows(
-        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, last, T, first_key, T,
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,
+        q_desc, do_desc, b32, h32, lse_ptr, delta_ptr, keys, start_n, last, T, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, True, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+        CAUSAL, True, HAS_START, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
 
     places = b * stride_db + h * stride_dh + offsets * stride_dt + dims
@@ -418,21 +446,29 @@ def _attention_bwd_dq_blocks(
     rows,  # (M,) queries
     lo, hi, first_key, T,  # walks keys [lo, hi); [first_key, T) exist
     scale_log2, seed, head, keep_below, keep_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    dims = tl.arange(0, D)[None, :]
+    tile, dims = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, D)[None, :]
+    # addresses as in forward
+    k_ptr += tl.cast(lo, tl.int64) * stride_kt
+    v_ptr += tl.cast(lo, tl.int64) * stride_vt
     for start_n in tl.range(lo, hi, BLOCK_N):
         keys = start_n + tl.arange(0, BLOCK_N)
-        real = (keys >= first_key) & (keys < T)
-        offsets = keys.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + offsets * stride_kt + dims, mask=real[:, None], other=0.0)
-        v = tl.load(v_ptr + offsets * stride_vt + dims, mask=real[:, None], other=0.0)
+        real = keys < T
+        if PADDED:
+            real = real & (keys >= first_key)
+        k_ptrs, v_ptrs = k_ptr + (tile * stride_kt + dims), v_ptr + (tile * stride_vt + dims)
+        if MASKED:
+            k = tl.load(k_ptrs, mask=real[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=real[:, None], other=0.0)
+        else:
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N)
         if MASKED:
-            seen = real[None, :]
-            if CAUSAL:
-                seen = seen & (rows[:, None] >= keys[None, :])
+            seen = rows[:, None] >= keys[None, :] if CAUSAL else real[None, :]
+            if PADDED:
+                seen = seen & (keys >= first_key)[None, :]
             s = tl.where(seen, s, float("-inf"))
         p = tl.exp2(s * scale_log2 - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -441,6 +477,8 @@ def _attention_bwd_dq_blocks(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kt
+        v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vt
     return dq
 
 
@@ -497,19 +535,19 @@ def _attention_bwd_dq_kernel(
             dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows,
             lo, tl.minimum(lo + BLOCK_N, hi), first_key, T,
             scale_log2, seed, head, keep_below, keep_scale,
-            CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+            CAUSAL, True, True, DROPOUT, BLOCK_N, D, PRECISION,
         )  # fmt: skip
         lo += BLOCK_N
     dq = _attention_bwd_dq_blocks(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows,
         lo, whole, first_key, T, scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, False, DROPOUT, BLOCK_N, D, PRECISION,
+        CAUSAL, False, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dq = _attention_bwd_dq_blocks(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows,
         tl.maximum(lo, whole), hi, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+        CAUSAL, True, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dq_ptrs = dq_ptr + b * stride_db + h * stride_dh + offsets * stride_dt + dims
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_range[:, None])
@@ -518,6 +556,20 @@ def _attention_bwd_dq_kernel(
 def _numbers(H: int, T: int, scale: float, dropout: float) -> tuple[int, int, float, int, float]:
     """H, T, scale, keep_below (keeps a key with 31 random bits below it) and keep_scale."""
     return H, T, scale, round((1 - dropout) * 2**31) if dropout else 0, 1 / (1 - dropout)
+
+
+def _has_descriptors(x: Tensor) -> bool:
+    """Whether the chip loads tiles of x by descriptors (TMA, from Hopper on)."""
+    if torch.version.hip is not None or x.element_size() != 2:
+        return False
+    if not INTERPRETED and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return False
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """x (B, H, T, D) in tiles of that many rows of one head."""
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, x.size(3)])
 
 
 def _options(
@@ -562,9 +614,14 @@ def _attention_fwd(
     B, H, T, _ = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     options = _options(FORWARD, q, causal, start, dropout)
+    k_desc, v_desc = None, None
+    if _has_descriptors(k) and _has_descriptors(v):
+        if q.size(3) == 64:
+            options |= {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
+        k_desc, v_desc = (_descriptor(x, options["BLOCK_N"]) for x in (k, v))
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(triton.cdiv(T, options["BLOCK_M"]) * B * H,)](
-            *(q, k, v, o, lse, start, seed),
+            *(q, k, v, o, k_desc, v_desc, lse, start, seed),
             *_strides(q, k, v, o),
             *_numbers(H, T, scale, dropout),
             **options,
@@ -583,6 +640,9 @@ def _attention_bwd(
     by_queries = (triton.cdiv(T, options["BLOCK_M"]) * B * H,)
     by_keys = (triton.cdiv(T, options["BLOCK_N"]) * B * H,)
     numbers = _numbers(H, T, scale, dropout)
+    q_desc, do_desc = None, None
+    if _has_descriptors(q) and _has_descriptors(do):
+        q_desc, do_desc = (_descriptor(x, options["BLOCK_M"]) for x in (q, do))
     delta = torch.empty_like(lse)
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -590,7 +650,7 @@ def _attention_bwd(
             *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"], **FUSED
         )
         _attention_bwd_kernel[by_keys](
-            *(q, k, v, do, lse, delta, dq_sum, dk, dv, start, seed),
+            *(q, k, v, do, q_desc, do_desc, lse, delta, dq_sum, dk, dv, start, seed),
             *_strides(q, k, v, do, dk),
             *numbers,
             ATOMIC_DQ=dq_sum is not None,

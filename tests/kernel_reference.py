@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -116,6 +117,9 @@ def _kind(value):
     """The type Triton gives an argument, and whether it knows that 16 divides it."""
     if torch.is_tensor(value):
         return POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        dtype = POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{dtype}{value.block_shape}>".replace(" ", ""), False
     if value is None or type(value) in (bool, str) or (type(value) is int and value == 1):
         return "constexpr", False
     if type(value) is int:

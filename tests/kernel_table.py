@@ -187,13 +187,15 @@ CASES = [
 
 @contextlib.contextmanager
 def pytorch_for(target):
-    """Launchers ask torch.version.hip whose chip they launch on."""
-    original = torch.version.hip
+    """Launchers ask PyTorch which chip they launch on."""
+    original = torch.version.hip, torch.cuda.get_device_capability
     torch.version.hip = "6.4" if target.startswith("gfx") else None
+    arch = TARGETS[target][0].arch
+    torch.cuda.get_device_capability = lambda device: divmod(arch, 10)
     try:
         yield
     finally:
-        torch.version.hip = original
+        torch.version.hip, torch.cuda.get_device_capability = original
 
 
 def record(words=(), chips=tuple(TARGETS)):
