@@ -172,8 +172,8 @@ def _attention_fwd_blocks(
             p = tl.where(_keep_tile(seed, head, rows, start_n, keep_below, BLOCK_N), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
-        k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kt
-        v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vt
+        k_ptr += BLOCK_N * stride_kt
+        v_ptr += BLOCK_N * stride_vt
     return acc, l_i, m_i
 
 
@@ -347,8 +347,8 @@ def _attention_bwd_rows(
             else:
                 tl.atomic_add(dq_ptrs, dq, sem="relaxed")
             dq_ptr += BLOCK_M * D
-        q_ptr += tl.cast(BLOCK_M, tl.int64) * stride_qt
-        do_ptr += tl.cast(BLOCK_M, tl.int64) * stride_gt
+        q_ptr += BLOCK_M * stride_qt
+        do_ptr += BLOCK_M * stride_gt
         lse_ptr += BLOCK_M
         delta_ptr += BLOCK_M
     return dk, dv
@@ -477,8 +477,8 @@ def _attention_bwd_dq_blocks(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kt
-        v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vt
+        k_ptr += BLOCK_N * stride_kt
+        v_ptr += BLOCK_N * stride_vt
     return dq
 
 
