@@ -52,11 +52,11 @@ FUSED = {"enable_fp_fusion": True}
 # (bytes an element, D) -> (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages). GPT-2's D = 64
 # spills no register, as tests/kernel_table.py shows; other D may spill a few bytes. Not timed yet
 FORWARD = {
-    # D = 64: scores and probabilities fit in registers beside acc. 8 warps at 128 registers leave
-    # room on sm_90 for two programs: one exponentiates while the other multiplies
+    # D = 64: one warpgroup a program and room for two programs on an SM, which share no barrier: one
+    # exponentiates while the other multiplies
     (2, 16): (128, 64, 8, 3),
     (2, 32): (128, 64, 8, 3),
-    (2, 64): (128, 64, 8, 3),
+    (2, 64): (64, 128, 4, 3),
     (2, 128): (128, 64, 8, 2),
     # small tiles: an fp32 operand is split in two and multiplied three times
     (4, 16): (32, 32, 8, 1),
@@ -148,8 +148,8 @@ def _attention_fwd_blocks(
         k_ptrs, v_ptrs = k_ptr + (tile * stride_kt + dims), v_ptr + (tile * stride_vt + dims)
         if k_desc is not None:
             # a descriptor gives 0 past the end
-            k = tl.reshape(k_desc.load([b, h, start_n, 0]), (BLOCK_N, D))
-            v = tl.reshape(v_desc.load([b, h, start_n, 0]), (BLOCK_N, D))
+            k = tl.reshape(k_desc.load([b, start_n, h, 0]), (BLOCK_N, D))
+            v = tl.reshape(v_desc.load([b, start_n, h, 0]), (BLOCK_N, D))
         elif MASKED:
             k = tl.load(k_ptrs, mask=real[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=real[:, None], other=0.0)
@@ -309,8 +309,8 @@ def _attention_bwd_rows(
         do_ptrs = do_ptr + (tile[:, None] * stride_gt + dims)
         if q_desc is not None:
             # a descriptor gives 0 past the end
-            q = tl.reshape(q_desc.load([b, h, start_m, 0]), (BLOCK_M, D))
-            do = tl.reshape(do_desc.load([b, h, start_m, 0]), (BLOCK_M, D))
+            q = tl.reshape(q_desc.load([b, start_m, h, 0]), (BLOCK_M, D))
+            do = tl.reshape(do_desc.load([b, start_m, h, 0]), (BLOCK_M, D))
         elif MASKED:
             q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
             do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
@@ -558,18 +558,26 @@ def _numbers(H: int, T: int, scale: float, dropout: float) -> tuple[int, int, fl
     return H, T, scale, round((1 - dropout) * 2**31) if dropout else 0, 1 / (1 - dropout)
 
 
-def _has_descriptors(x: Tensor) -> bool:
-    """Whether the chip loads tiles of x by descriptors (TMA, from Hopper on)."""
+def _descriptors(x: Tensor, y: Tensor, rows: int) -> list[TensorDescriptor] | list[None]:
+    """x and y (B, H, T, D) for loads by descriptor (TMA), in tiles of `rows` positions of a head.
+
+    None twice before Hopper, for fp32, and where an address or a layout does not suit: a stride
+    must be a multiple of 16 bytes and of the next smaller stride. c_attn's output suits.
+    """
     if torch.version.hip is not None or x.element_size() != 2:
-        return False
+        return [None, None]
     if not INTERPRETED and torch.cuda.get_device_capability(x.device) < (9, 0):
-        return False
-    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
-
-
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """x (B, H, T, D) in tiles of that many rows of one head."""
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, x.size(3)])
+        return [None, None]
+    for each in (x, y):
+        b, h, t, _ = each.stride()
+        if each.data_ptr() % 16 or h == 0 or h % 8 or t == 0 or t % h or b % t:
+            return [None, None]
+    # (B, T, H, D)
+    ordered = [each.transpose(1, 2) for each in (x, y)]
+    return [
+        TensorDescriptor(each, [*each.shape], [*each.stride()], [1, rows, 1, each.size(3)])
+        for each in ordered
+    ]
 
 
 def _options(
@@ -579,7 +587,7 @@ def _options(
     """The kernels' compile-time values."""
     D = q.shape[-1]
     BLOCK_M, BLOCK_N, num_warps, num_stages = table[q.element_size(), D]
-    if dropout > 0 and table is BACKWARD:
+    if dropout > 0:
         # dropout's draws take registers too
         BLOCK_N = max(BLOCK_N // 2, 16)
     if torch.version.hip is not None:
@@ -614,14 +622,9 @@ def _attention_fwd(
     B, H, T, _ = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     options = _options(FORWARD, q, causal, start, dropout)
-    k_desc, v_desc = None, None
-    if _has_descriptors(k) and _has_descriptors(v):
-        if q.size(3) == 64:
-            options |= {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
-        k_desc, v_desc = (_descriptor(x, options["BLOCK_N"]) for x in (k, v))
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(triton.cdiv(T, options["BLOCK_M"]) * B * H,)](
-            *(q, k, v, o, k_desc, v_desc, lse, start, seed),
+            *(q, k, v, o, *_descriptors(k, v, options["BLOCK_N"]), lse, start, seed),
             *_strides(q, k, v, o),
             *_numbers(H, T, scale, dropout),
             **options,
@@ -640,9 +643,7 @@ def _attention_bwd(
     by_queries = (triton.cdiv(T, options["BLOCK_M"]) * B * H,)
     by_keys = (triton.cdiv(T, options["BLOCK_N"]) * B * H,)
     numbers = _numbers(H, T, scale, dropout)
-    q_desc, do_desc = None, None
-    if _has_descriptors(q) and _has_descriptors(do):
-        q_desc, do_desc = (_descriptor(x, options["BLOCK_M"]) for x in (q, do))
+    by_descriptor = _descriptors(q, do, options["BLOCK_M"])
     delta = torch.empty_like(lse)
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -650,7 +651,7 @@ def _attention_bwd(
             *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"], **FUSED
         )
         _attention_bwd_kernel[by_keys](
-            *(q, k, v, do, q_desc, do_desc, lse, delta, dq_sum, dk, dv, start, seed),
+            *(q, k, v, do, *by_descriptor, lse, delta, dq_sum, dk, dv, start, seed),
             *_strides(q, k, v, do, dk),
             *numbers,
             ATOMIC_DQ=dq_sum is not None,
@@ -668,8 +669,8 @@ def _attention_bwd(
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    """Copy x unless its stride along D is 1; the kernels take any other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Copy x unless its stride along D is 1 and 32 bits hold the offsets of a tile."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
 
 
 def _empty_like(q: Tensor) -> Tensor:
