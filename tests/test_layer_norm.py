@@ -182,9 +182,9 @@ def test_library():
     statistics = torch.randn(2, 3, device=DEVICE)
     operators = torch.ops.nanogpt2
     for residual in (None, torch.randn(3, 5, device=DEVICE, requires_grad=True)):
-        opcheck(operators.layer_norm_fwd.default, (x, residual, weight, bias, 1e-5))
+        opcheck(operators.layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None))
         other = None if residual is None else residual.detach()
-        inputs = (x.detach(), other, x.detach(), weight.detach(), *statistics)
+        inputs = (x.detach(), other, x.detach(), weight.detach(), *statistics, None)
         opcheck(operators.layer_norm_bwd.default, inputs)
     compiled = torch.compile(residual_layer_norm, backend="aot_eager", fullgraph=True)
     grads = (torch.randn(3, 5, device=DEVICE), torch.randn(3, 5, device=DEVICE))
