@@ -34,9 +34,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLUMNS = 8192
-# warps of the backward on an SM: with up to 102 registers a thread all its programs run at once, so
+# warps of the backward on an SM: with up to 128 registers a thread all its programs run at once, so
 # no second wave follows. The interpreter runs a few programs
-WARPS_PER_SM = 20
+WARPS_PER_SM = 16
 INTERPRETED_PROGRAMS = 3
 # the tile of the kernel that adds the partial rows: 128 bytes of a row, and 48 programs for N = 768
 SUM_ROWS, SUM_COLUMNS = 128, 32

@@ -213,9 +213,7 @@ def _softmax_bwd_kernel(
         total = 0.0
         total = _sum_products(total, y_row, dy_row, 0, whole, LOG, False, BLOCK_N)
         total = _sum_products(total, y_row, dy_row, whole, seen, LOG, True, END_N)
-        _gradient_blocks(
-            y_row, dy_row, dx_row, total, 0, whole, seen, scale, LOG, False, BLOCK_N
-        )
+        _gradient_blocks(y_row, dy_row, dx_row, total, 0, whole, seen, scale, LOG, False, BLOCK_N)
         _gradient_blocks(y_row, dy_row, dx_row, total, whole, N, seen, scale, LOG, True, END_N)
 
 

@@ -189,7 +189,9 @@ def instructions(text):
         if to and labels[to[1]] < end - 1:
             loops.append((labels[to[1]], end))
     inner = [
-        (a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+        (a, b)
+        for a, b in loops
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
     ]
     return Sass(lines, inner)
 

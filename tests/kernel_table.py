@@ -322,7 +322,11 @@ def compiled(case):
         launch.attrs,
         **launch.options,
     )
-    kernel, warps, sass = launch.kernel.__name__, launch.options.get("num_warps", 4), found.pop("sass")
+    kernel, warps, sass = (
+        launch.kernel.__name__,
+        launch.options.get("num_warps", 4),
+        found.pop("sass"),
+    )
     if sass is not None:
         found["programs"] = programs(found["registers"], found["shared"], warps, target)
         if kernel in MEASURED:
