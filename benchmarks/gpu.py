@@ -5,8 +5,8 @@ A bench yields cases. A case is one pass of one op at one shape by several arms.
 1. The gate compares each arm's tensors with a float32 reference: RMS of the difference / RMS of the
    reference. If ours is wrong, the benchmark ends. A peer that is wrong or fails is left out, and
    the report gives the reason.
-2. The arms take turns, in a new order every round. A write over the whole L2 precedes each arm, then
-   the device sleeps until the CPU has launched all of the arm, so CUDA's events measure device time
+2. The arms take turns, in a new order every round. A write over the whole L2 precedes each arm;
+   then the device sleeps until the CPU has launched all of the arm: CUDA's events measure device time
    and no launch. An arm that the longest sleep does not cover is named in the report.
 3. The roof is the least time that the chip allows: the time of a copy of as many bytes, which takes
    turns with the arms, or the time of the operations at the datasheet's bf16 rate, if longer.
@@ -437,7 +437,8 @@ def run(name: str, title: str, about: str, cases: Iterable[Case], rounds: int, k
         )
     notes = [
         f"The peak is {peak.flops / 1e12:,.0f} TFLOP/s ({peak.source}); products of 4096 x 4096 "
-        f"reached {products / 1e12:,.0f} in this run. Median of {rounds} rounds. {stopwatch.said()}",
+        f"reached {products / 1e12:,.0f} in this run. Median of {rounds} rounds. "
+        f"{stopwatch.said()}",
         *(f"Not timed: {arm}: {reason}." for arm, reason in left_out.items()),
     ]
     body = "\n\n".join([about, markdown(rows, by_memory), *notes])

@@ -52,8 +52,8 @@ FUSED = {"enable_fp_fusion": True}
 # (bytes an element, D) -> (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages). GPT-2's D = 64
 # spills no register, as tests/kernel_table.py shows; other D may spill a few bytes. Not timed yet
 FORWARD = {
-    # D = 64: one warpgroup a program and room for two programs on an SM, which share no barrier: one
-    # exponentiates while the other multiplies
+    # D = 64: one warpgroup a program and room for two programs on an SM, which share no barrier:
+    # one exponentiates while the other multiplies
     (2, 16): (128, 64, 8, 3),
     (2, 32): (128, 64, 8, 3),
     (2, 64): (64, 128, 4, 3),

@@ -16,7 +16,8 @@ layer's output may be narrower than the residual, and y than both: under autocas
 stream is fp32 and the matrix products around the norm are bf16, so the kernels cast for nobody.
 
 dw and db: each of P programs sums its own rows in registers and writes one partial row of each; a
-second kernel adds the P partial rows, always in the same order. No locks, no atomics: every run on a chip gives the same bits.
+second kernel adds the P partial rows, always in the same order. No locks, no atomics: every run on
+a chip gives the same bits.
 
 Traffic, s bytes an element: forward 2 M N s and 8 M for the statistics, with a residual 4 M N s;
 backward 3 M N s (4 with a residual), and 16 P N for the partial rows: 3 % at 65536 rows of bf16 on

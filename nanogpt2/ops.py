@@ -41,9 +41,9 @@ class Stream:
         self.sum = x if branch is None else None
 
     def __add__(self, branch: Tensor) -> "Stream":
-        if self.sum is None:
+        if self.sum is None and self.branch is not None:
             self.sum = self.x + self.branch
-        return Stream(self.sum, branch)
+        return Stream(self.x if self.sum is None else self.sum, branch)
 
 
 # hooks that look for tensors in a module's arguments and results, as FSDP's do, find a Stream's
@@ -94,8 +94,9 @@ def gelu(x: Tensor, kernels: str = "torch") -> Tensor:
 
 def linear_gelu(x: Tensor, linear: nn.Module, kernels: str = "torch") -> Tensor:
     """gelu(linear(x)): (..., C) -> (..., N). Triton's kernel adds a plain layer's bias itself."""
-    plain = type(linear) is nn.Linear and not torch.compiler.is_compiling()
-    if kernels == "triton" and plain:
+    compiling = torch.compiler.is_compiling()
+    # a subclass, as LoRA's, computes more than the product and the bias
+    if kernels == "triton" and type(linear) is nn.Linear and not compiling:
         from nanogpt2.kernels import gelu as gelu_kernel
 
         return gelu_kernel.bias_gelu(F.linear(x, linear.weight), linear.bias)

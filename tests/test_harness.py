@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,3 +304,42 @@ def test_natively(capsys):
     for case in numbers["cases"]:
         assert {"copy", "ours", "eager", "torch.compile"} <= {row["arm"] for row in case["rows"]}
         assert all(row["median"] > 0 for row in case["rows"])
+
+
+@pytest.mark.parametrize(("launch", "slept"), [(1, 2), (9, 16), (100, 64)])
+def test_a_stopwatch_sleeps_until_all_is_launched(launch, slept, monkeypatch):
+    """A device that sleeps `cycles` ticks, beside a host that takes `launch` ticks to launch."""
+    device = SimpleNamespace(host=0, busy=0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(device.busy, device.host)
+
+        def query(self):
+            return self.at <= device.host
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def work():
+        device.host += launch
+        device.busy = max(device.busy, device.host) + 5
+
+    def sleep(cycles):
+        device.busy = max(device.busy, device.host) + cycles
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device, **k: empty(1, **k))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "SLEEP", 2)
+    monkeypatch.setattr(gpu, "LONGEST_SLEEP", 64)
+    stopwatch = gpu.Stopwatch()
+    covered = launch < 64
+    assert stopwatch(work) == pytest.approx(0.005 if covered else (launch + 5 - 64) / 1e3)
+    assert (stopwatch.sleep, stopwatch.uncovered) == (slept, 0 if covered else 1)
+    assert ("always" in stopwatch.said()) == covered

@@ -43,7 +43,7 @@ SEEN = {
 
 
 # (case, kernel) -> issue slots at most, programs an SM and loads ahead at least, as counted for
-# sm_90: about 3 % above what Triton 3.6, 3.8 and 3.9 make of it. tests/kernel_table.py has the units
+# sm_90: about 3 % above what Triton 3.6, 3.8 and 3.9 make of it. kernel_table.py has the units
 ISSUE = {
     ("attention D=64 bfloat16", "_attention_fwd_kernel"): (240, 2, 4),
     ("attention D=64 padded bfloat16", "_attention_fwd_kernel"): (240, 2, 4),

@@ -37,8 +37,8 @@ from nanogpt2.kernels.attention import attention_ref
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import snapshot
-from nanogpt2.training.distributed import World
 from nanogpt2.training import trainer as trainers
+from nanogpt2.training.distributed import World
 from nanogpt2.training.trainer import Trainer
 
 SHAPE = GPTConfig(61, 20, n_layer=2, n_head=2, n_embd=32, bos_token_id=60, eos_token_id=60)
@@ -295,11 +295,11 @@ class Counts(Operations):
 def test_a_weight_is_cast_once_a_step(device, monkeypatch):
     """However many micro-batches; the gradients are those of casts for each."""
     counts, models = [], []
-    for kept in (False, True):
+    for keeps in (False, True):
         torch.manual_seed(5)
         _, model = pair(device, n_layer=1)
         trainer = Trainer(settings(dtype="bfloat16", kernels="triton"), model, World(device, 0, 1))
-        monkeypatch.setattr(trainers, "KEEPS_CASTS", (device,) if kept else ())
+        monkeypatch.setattr(trainers, "KEEPS_CASTS", (device,) if keeps else ())
         torch.manual_seed(6)
         x, y = (t.cpu() for t in batch(device))
         with Counts() as operations:

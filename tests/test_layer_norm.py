@@ -175,7 +175,7 @@ def test_no_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_narrow_branch_beside_a_wide_residual(dtype):
-    """As under autocast: y and the branch in 16 bits, the sum in float32, and their gradients so."""
+    """As under autocast: y and the branch in 16 bits, the sum in float32; so the gradients."""
     x, residual = torch.randn(3, 40, device=DEVICE).to(dtype), torch.randn(3, 40, device=DEVICE)
     inputs = (x, residual, *parameters(40))
     grads = (torch.randn(3, 40, device=DEVICE).to(dtype), torch.randn(3, 40, device=DEVICE))
