@@ -6,8 +6,8 @@ A bench yields cases. A case is one pass of one op at one shape by several arms.
    reference. If ours is wrong, the benchmark ends. A peer that is wrong or fails is left out, and
    the report gives the reason.
 2. The arms take turns, in a new order every round. A write over the whole L2 precedes each arm;
-   then the device sleeps until the CPU has launched all of the arm: CUDA's events measure device time
-   and no launch. An arm that the longest sleep does not cover is named in the report.
+   then the device sleeps until the CPU has launched all of the arm: CUDA's events measure device
+   time and no launch. An arm that the longest sleep does not cover is named in the report.
 3. The roof is the least time that the chip allows: the time of a copy of as many bytes, which takes
    turns with the arms, or the time of the operations at the datasheet's bf16 rate, if longer.
 

@@ -276,7 +276,15 @@ def test_a_report(tmp_path, monkeypatch, capsys):
 def test_a_whole_run_with_a_stopwatch_of_the_cpus(tmp_path, monkeypatch, capsys):
     """All that a GPU's run does but for the two things that only a GPU has."""
     ticks = itertools.count()
-    monkeypatch.setattr(gpu, "events", lambda: lambda work: work() is None or 1e-3 * next(ticks))
+
+    class Stopwatch(gpu.Stopwatch):
+        def __init__(self):
+            self.sleep, self.uncovered = 64, 0
+
+        def time(self, work):
+            return work() is None or 1e-3 * next(ticks), True
+
+    monkeypatch.setattr(gpu, "Stopwatch", Stopwatch)
     monkeypatch.setattr(gpu, "peak_memory", lambda work: 5_000_000)
     monkeypatch.setattr(gpu, "rig", lambda: {"device": "a chip"})
     rate = estimate.Rate(9e14, "its datasheet")
@@ -292,6 +300,8 @@ def test_a_whole_run_with_a_stopwatch_of_the_cpus(tmp_path, monkeypatch, capsys)
     page = (tmp_path / "softmax.md").read_text()
     assert "Not timed: 3 x 37, forward: Liger: no CUDA device." in page
     assert "The peak is 900 TFLOP/s (its datasheet); products of 4096 x 4096 reached 600" in page
+    assert "slept 64 cycles before each timing to hide the launches; it always outlasted" in page
+    assert numbers["sleep_cycles"] == 64 and numbers["uncovered"] == 0
     assert (tmp_path / "softmax.png").exists()
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == numbers
 
@@ -331,11 +341,14 @@ def test_a_stopwatch_sleeps_until_all_is_launched(launch, slept, monkeypatch):
     def sleep(cycles):
         device.busy = max(device.busy, device.host) + cycles
 
+    def synchronize():
+        device.host = max(device.host, device.busy)
+
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, device, **k: empty(1, **k))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(gpu, "SLEEP", 2)
     monkeypatch.setattr(gpu, "LONGEST_SLEEP", 64)
     stopwatch = gpu.Stopwatch()
