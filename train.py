@@ -170,18 +170,19 @@ def add_gradients(trainer: Trainer, parts: list[tuple[Tensor, Tensor]], targets:
     over all processes. The loss is the mean over them.
     """
     model, losses = trainer.forward, []
-    for number, (x, y) in enumerate(parts, 1):
-        # every target counts the same, in whichever micro-batch
-        weight = count_targets(y) / targets
-        x, y = x.to(trainer.world.device), y.to(trainer.world.device)
-        # the processes exchange their gradients once a step, in the last backward pass
-        with trainer.exchanging_gradients(number == len(parts)):
-            with trainer.precision():
-                loss = model(x, y) * weight
-            trainer.scaled(loss).backward()
-        losses.append(loss.detach())
-        # free the autograd graph before the next forward pass
-        del loss
+    with trainer.keeping_casts():
+        for number, (x, y) in enumerate(parts, 1):
+            # every target counts the same, in whichever micro-batch
+            weight = count_targets(y) / targets
+            x, y = x.to(trainer.world.device), y.to(trainer.world.device)
+            # the processes exchange their gradients once a step, in the last backward pass
+            with trainer.exchanging_gradients(number == len(parts)):
+                with trainer.precision():
+                    loss = model(x, y) * weight
+                trainer.scaled(loss).backward()
+            losses.append(loss.detach())
+            # free the autograd graph before the next forward pass
+            del loss
     (total,) = trainer.world.sum(torch.stack(losses).sum().item())
     return total
 

@@ -5,8 +5,9 @@ A bench yields cases. A case is one pass of one op at one shape by several arms.
 1. The gate compares each arm's tensors with a float32 reference: RMS of the difference / RMS of the
    reference. If ours is wrong, the benchmark ends. A peer that is wrong or fails is left out, and
    the report gives the reason.
-2. The arms take turns, in a new order every round. A write over the whole L2 precedes each arm. The
-   write takes longer than the CPU needs to launch the arm, so CUDA's events measure device time.
+2. The arms take turns, in a new order every round. A write over the whole L2 precedes each arm;
+   then the device sleeps until the CPU has launched all of the arm: CUDA's events measure device
+   time and no launch. An arm that the longest sleep does not cover is named in the report.
 3. The roof is the least time that the chip allows: the time of a copy of as many bytes, which takes
    turns with the arms, or the time of the operations at the datasheet's bf16 rate, if longer.
 
@@ -41,6 +42,8 @@ if DEVICE == "cpu":
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 # 20 times an H100's L2; writing it takes 0.3 ms
 FLUSH_BYTES = 2**30
+# clock cycles: 1 ms at 2 GHz, and the longest
+SLEEP, LONGEST_SLEEP = 2_000_000, 64_000_000
 WARM_UP = 3
 OURS = "ours"
 NO_GPU = "no CUDA device"
@@ -231,20 +234,46 @@ def roof(copy: float, flops: float, peak: float) -> tuple[float, bool]:
     return max(copy, flops / peak), copy >= flops / peak
 
 
-def events() -> Callable[[Function], float]:
-    """Return a stopwatch of device seconds that starts with cold caches."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+class Stopwatch:
+    """Device seconds of some work that starts with cold caches, without the time to launch it.
 
-    def seconds(work: Function) -> float:
+    The device sleeps before the timed region. If the region began before its launches were all
+    made, the sleep was too short: it doubles, for good, and the work is timed again. `uncovered`
+    counts the timings that even the longest sleep did not cover; they hold launch time.
+    """
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self.sleep, self.uncovered = SLEEP, 0
+
+    def __call__(self, work: Function) -> float:
+        while True:
+            seconds, covered = self.time(work)
+            if covered:
+                return seconds
+            if self.sleep == LONGEST_SLEEP:
+                self.uncovered += 1
+                return seconds
+            self.sleep *= 2
+
+    def time(self, work: Function) -> tuple[float, bool]:
+        """Return the seconds, and whether the sleep outlasted the launches."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        self.flush.zero_()
+        torch.cuda._sleep(self.sleep)
         begin.record()
         work()
         end.record()
+        covered = not begin.query()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3, covered
 
-    return seconds
+    def said(self) -> str:
+        """Say in one sentence how launches were hidden."""
+        hidden = f"The device slept {self.sleep:,} cycles before each timing to hide the launches"
+        if not self.uncovered:
+            return f"{hidden}; it always outlasted them."
+        return f"{hidden}; in {self.uncovered} timings it did not, and these hold launch time."
 
 
 def peak_memory(work: Function) -> int:
@@ -393,7 +422,7 @@ def run(name: str, title: str, about: str, cases: Iterable[Case], rounds: int, k
 
     machine, peak = rig(), device_rate("cuda", "bfloat16")
     products = measure_matmul_rate("cuda", "bfloat16")
-    stopwatch, rows, raw, left_out, by_memory = events(), [], [], {}, {}
+    stopwatch, rows, raw, left_out, by_memory = Stopwatch(), [], [], {}, {}
     for case in cases:
         print(case.name, file=sys.stderr)
         errors, reasons = gate(case, TOLERANCE[DTYPE])
@@ -408,11 +437,13 @@ def run(name: str, title: str, about: str, cases: Iterable[Case], rounds: int, k
         )
     notes = [
         f"The peak is {peak.flops / 1e12:,.0f} TFLOP/s ({peak.source}); products of 4096 x 4096 "
-        f"reached {products / 1e12:,.0f} in this run. Median of {rounds} rounds.",
+        f"reached {products / 1e12:,.0f} in this run. Median of {rounds} rounds. "
+        f"{stopwatch.said()}",
         *(f"Not timed: {arm}: {reason}." for arm, reason in left_out.items()),
     ]
     body = "\n\n".join([about, markdown(rows, by_memory), *notes])
     numbers = {"cases": raw, "left_out": left_out, "peak": peak.flops, "products": products}
+    numbers |= {"sleep_cycles": stopwatch.sleep, "uncovered": stopwatch.uncovered}
     harness.report(name, title, machine, body, numbers, keep)
     if keep:
         draw(harness.RESULTS / f"{name}.png", title, raw, peak.flops)

@@ -40,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,11 +52,11 @@ FUSED = {"enable_fp_fusion": True}
 # (bytes an element, D) -> (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages). GPT-2's D = 64
 # spills no register, as tests/kernel_table.py shows; other D may spill a few bytes. Not timed yet
 FORWARD = {
-    # D = 64: scores and probabilities fit in registers beside acc. 8 warps at 128 registers leave
-    # room on sm_90 for two programs: one exponentiates while the other multiplies
+    # D = 64: one warpgroup a program and room for two programs on an SM, which share no barrier:
+    # one exponentiates while the other multiplies
     (2, 16): (128, 64, 8, 3),
     (2, 32): (128, 64, 8, 3),
-    (2, 64): (128, 64, 8, 3),
+    (2, 64): (64, 128, 4, 3),
     (2, 128): (128, 64, 8, 2),
     # small tiles: an fp32 operand is split in two and multiplied three times
     (4, 16): (32, 32, 8, 1),
@@ -67,7 +68,7 @@ BACKWARD = {
     # half of forward's queries: two tiles of scores and two accumulators are live at once
     (2, 16): (64, 64, 4, 2),
     (2, 32): (64, 64, 4, 2),
-    (2, 64): (64, 64, 4, 2),
+    (2, 64): (64, 64, 4, 3),
     (2, 128): (64, 32, 8, 2),
     (4, 16): (32, 32, 8, 1),
     (4, 32): (32, 16, 8, 1),
@@ -127,30 +128,39 @@ def _attention_fwd_blocks(
     acc, l_i, m_i,  # (M, D), (M,), (M,) so far
     q,  # (M, D)
     k_ptr, v_ptr, stride_kt, stride_vt,  # this head's (T, D)
+    k_desc, v_desc, b, h,  # all heads' (B, H, T, D), or None; which head this is
     rows,  # (M,) queries
     lo, hi, first_key, T,  # walks keys [lo, hi); [first_key, T) exist
     scale_log2,
     seed, head, keep_below,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    dims = tl.arange(0, D)
+    tile, dims = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, D)[None, :]
+    # step one address; the offsets of a tile from it stay the same and fit in 32 bits
+    k_ptr += tl.cast(lo, tl.int64) * stride_kt
+    v_ptr += tl.cast(lo, tl.int64) * stride_vt
     for start_n in tl.range(lo, hi, BLOCK_N):
         keys = start_n + tl.arange(0, BLOCK_N)
-        k_ptrs = k_ptr + keys.to(tl.int64)[:, None] * stride_kt + dims[None, :]
-        v_ptrs = v_ptr + keys.to(tl.int64)[:, None] * stride_vt + dims[None, :]
-        if MASKED:
-            real = (keys >= first_key) & (keys < T)
+        real = keys < T
+        if PADDED:
+            real = real & (keys >= first_key)
+        k_ptrs, v_ptrs = k_ptr + (tile * stride_kt + dims), v_ptr + (tile * stride_vt + dims)
+        if k_desc is not None:
+            # a descriptor gives 0 past the end
+            k = tl.reshape(k_desc.load([b, start_n, h, 0]), (BLOCK_N, D))
+            v = tl.reshape(v_desc.load([b, start_n, h, 0]), (BLOCK_N, D))
+        elif MASKED:
             k = tl.load(k_ptrs, mask=real[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=real[:, None], other=0.0)
         else:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N)
         if MASKED:
-            seen = real[None, :]
-            if CAUSAL:
-                seen = seen & (rows[:, None] >= keys[None, :])
+            # a row of the text sees no key past the end where causal
+            seen = rows[:, None] >= keys[None, :] if CAUSAL else real[None, :]
+            if PADDED:
+                seen = seen & (keys >= first_key)[None, :]
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
         # a row that has seen no key yet would get -inf - -inf = nan
@@ -162,12 +172,15 @@ def _attention_fwd_blocks(
             p = tl.where(_keep_tile(seed, head, rows, start_n, keep_below, BLOCK_N), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m_i = m_new
+        k_ptr += BLOCK_N * stride_kt
+        v_ptr += BLOCK_N * stride_vt
     return acc, l_i, m_i
 
 
 @triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr,  # (B, H, T, D)
+    k_desc, v_desc,  # (B, H, T, D) in tiles (1, 1, BLOCK_N, D), or None
     lse_ptr,  # (B, H, T) fp32, base 2
     start_ptr, seed_ptr,  # (B,) int, (1,) int64
     stride_qb, stride_qh, stride_qt,
@@ -182,7 +195,8 @@ def _attention_fwd_kernel(
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b32, h32 = head // H, head % H
+    b, h = b32.to(tl.int64), h32.to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
@@ -212,21 +226,24 @@ def _attention_fwd_kernel(
         hi = tl.minimum(start_m + BLOCK_M, T)
         whole = start_m // BLOCK_N * BLOCK_N
     if HAS_START:
+        # by address: padding may hold anything, and 0 times nan is nan
         acc, l_i, m_i = _attention_fwd_blocks(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, rows,
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt,
+            None, None, b32, h32, rows,
             lo, tl.minimum(lo + BLOCK_N, hi), first_key, T, scale_log2, seed, head, keep_below,
-            CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+            CAUSAL, True, True, DROPOUT, BLOCK_N, D, PRECISION,
         )  # fmt: skip
         lo += BLOCK_N
     acc, l_i, m_i = _attention_fwd_blocks(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, rows,
-        lo, whole, first_key, T, scale_log2, seed, head, keep_below,
-        CAUSAL, False, DROPOUT, BLOCK_N, D, PRECISION,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt,
+        k_desc, v_desc, b32, h32, rows, lo, whole, first_key, T, scale_log2, seed, head, keep_below,
+        CAUSAL, False, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     acc, l_i, m_i = _attention_fwd_blocks(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt, rows,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kt, stride_vt,
+        k_desc, v_desc, b32, h32, rows,
         tl.maximum(lo, whole), hi, first_key, T, scale_log2, seed, head, keep_below,
-        CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+        CAUSAL, True, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
 
     # a row that saw no key: o = 0, and lse = inf makes backward's p = 2^(s - lse) zero too
@@ -267,28 +284,50 @@ def _attention_bwd_rows(
     dk, dv,  # (N, D) so far
     k, v,  # (N, D)
     q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,  # this head's (T, D)
+    q_desc, do_desc, b, h,  # all heads' (B, H, T, D), or None; which head this is
     lse_ptr, delta_ptr,  # this head's (T,)
     keys, start_n,  # (N,) and its first key
     lo, hi, first_key, T,  # walks queries [lo, hi)
     scale_log2, seed, head, keep_below, keep_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, ATOMIC_DQ: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_START: tl.constexpr,
+    DROPOUT: tl.constexpr, ATOMIC_DQ: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     dims = tl.arange(0, D)[None, :]
+    tile = tl.arange(0, BLOCK_M)
+    # step one address; the offsets of a tile from it stay the same and fit in 32 bits
+    q_ptr += tl.cast(lo, tl.int64) * stride_qt
+    do_ptr += tl.cast(lo, tl.int64) * stride_gt
+    lse_ptr += lo
+    delta_ptr += lo
+    if ATOMIC_DQ:
+        dq_ptr += lo * D
     for start_m in tl.range(lo, hi, BLOCK_M):
-        rows = start_m + tl.arange(0, BLOCK_M)
+        rows = start_m + tile
         in_range = rows < T
-        offsets = rows.to(tl.int64)[:, None]
-        q = tl.load(q_ptr + offsets * stride_qt + dims, mask=in_range[:, None], other=0.0)
-        do = tl.load(do_ptr + offsets * stride_gt + dims, mask=in_range[:, None], other=0.0)
-        # past the end p = 2^(0 - inf) = 0
-        lse = tl.load(lse_ptr + rows, mask=in_range, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=in_range, other=0.0)
+        q_ptrs = q_ptr + (tile[:, None] * stride_qt + dims)
+        do_ptrs = do_ptr + (tile[:, None] * stride_gt + dims)
+        if q_desc is not None:
+            # a descriptor gives 0 past the end
+            q = tl.reshape(q_desc.load([b, start_m, h, 0]), (BLOCK_M, D))
+            do = tl.reshape(do_desc.load([b, start_m, h, 0]), (BLOCK_M, D))
+        elif MASKED:
+            q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
+            do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
+        else:
+            q, do = tl.load(q_ptrs), tl.load(do_ptrs)
+        if MASKED:
+            # past the end p = 2^(0 - inf) = 0
+            lse = tl.load(lse_ptr + tile, mask=in_range, other=float("inf"))
+            delta = tl.load(delta_ptr + tile, mask=in_range, other=0.0)
+        else:
+            lse, delta = tl.load(lse_ptr + tile), tl.load(delta_ptr + tile)
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (N, M)
         if MASKED:
-            seen = ((keys >= first_key) & (keys < T))[:, None]
-            if CAUSAL:
-                seen = seen & (rows[None, :] >= keys[:, None])
+            # a row of the text sees no key past the end where causal
+            seen = rows[None, :] >= keys[:, None] if CAUSAL else (keys < T)[:, None]
+            if HAS_START:
+                seen = seen & (keys >= first_key)[:, None]
             s_t = tl.where(seen, s_t, float("-inf"))
         p_t = tl.exp2(s_t * scale_log2 - lse[None, :])
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -302,14 +341,23 @@ def _attention_bwd_rows(
         dk = tl.dot(ds_t, q, dk, input_precision=PRECISION)
         if ATOMIC_DQ:
             dq = tl.dot(tl.trans(ds_t), k, input_precision=PRECISION)
-            dq_ptrs = dq_ptr + offsets * D + dims
-            tl.atomic_add(dq_ptrs, dq, mask=in_range[:, None], sem="relaxed")
+            dq_ptrs = dq_ptr + (tile[:, None] * D + dims)
+            if MASKED:
+                tl.atomic_add(dq_ptrs, dq, mask=in_range[:, None], sem="relaxed")
+            else:
+                tl.atomic_add(dq_ptrs, dq, sem="relaxed")
+            dq_ptr += BLOCK_M * D
+        q_ptr += BLOCK_M * stride_qt
+        do_ptr += BLOCK_M * stride_gt
+        lse_ptr += BLOCK_M
+        delta_ptr += BLOCK_M
     return dk, dv
 
 
 @triton.jit
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr,  # (B, H, T, D)
+    q_desc, do_desc,  # (B, H, T, D) in tiles (1, 1, BLOCK_M, D), or None
     lse_ptr, delta_ptr,  # (B, H, T) fp32
     dq_ptr,  # (B, H, T, D) fp32, contiguous, zeroed; gets dq / scale; only with ATOMIC_DQ
     dk_ptr, dv_ptr,  # (B, H, T, D)
@@ -327,7 +375,8 @@ def _attention_bwd_kernel(
     blocks = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // blocks
     start_n = tl.program_id(0) % blocks * BLOCK_N
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b32, h32 = head // H, head % H
+    b, h = b32.to(tl.int64), h32.to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     do_ptr += b * stride_gb + h * stride_gh
     lse_ptr += head.to(tl.int64) * T
@@ -362,17 +411,25 @@ def _attention_bwd_kernel(
         whole = T
     if start_n + BLOCK_N <= first_key:
         lo = T
+    whole = tl.minimum(tl.maximum(lo, whole), T)
+    last = tl.maximum(T // BLOCK_M * BLOCK_M, whole)
     dk, dv = _attention_bwd_rows(
-        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, lo, tl.minimum(whole, T), first_key, T,
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,
+        q_desc, do_desc, b32, h32, lse_ptr, delta_ptr, keys, start_n, lo, whole, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, True, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+        CAUSAL, True, HAS_START, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dk, dv = _attention_bwd_rows(
-        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt, lse_ptr, delta_ptr,
-        keys, start_n, tl.maximum(lo, whole), T, first_key, T,
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,
+        q_desc, do_desc, b32, h32, lse_ptr, delta_ptr, keys, start_n, whole, last, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, False, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+        CAUSAL, False, HAS_START, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
+    )  # fmt: skip
+    dk, dv = _attention_bwd_rows(
+        dk, dv, k, v, q_ptr, do_ptr, dq_ptr, stride_qt, stride_gt,
+        q_desc, do_desc, b32, h32, lse_ptr, delta_ptr, keys, start_n, last, T, first_key, T,
+        scale_log2, seed, head, keep_below, keep_scale,
+        CAUSAL, True, HAS_START, DROPOUT, ATOMIC_DQ, BLOCK_M, BLOCK_N, D, PRECISION,
     )  # fmt: skip
 
     places = b * stride_db + h * stride_dh + offsets * stride_dt + dims
@@ -389,21 +446,29 @@ def _attention_bwd_dq_blocks(
     rows,  # (M,) queries
     lo, hi, first_key, T,  # walks keys [lo, hi); [first_key, T) exist
     scale_log2, seed, head, keep_below, keep_scale,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    dims = tl.arange(0, D)[None, :]
+    tile, dims = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, D)[None, :]
+    # addresses as in forward
+    k_ptr += tl.cast(lo, tl.int64) * stride_kt
+    v_ptr += tl.cast(lo, tl.int64) * stride_vt
     for start_n in tl.range(lo, hi, BLOCK_N):
         keys = start_n + tl.arange(0, BLOCK_N)
-        real = (keys >= first_key) & (keys < T)
-        offsets = keys.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + offsets * stride_kt + dims, mask=real[:, None], other=0.0)
-        v = tl.load(v_ptr + offsets * stride_vt + dims, mask=real[:, None], other=0.0)
+        real = keys < T
+        if PADDED:
+            real = real & (keys >= first_key)
+        k_ptrs, v_ptrs = k_ptr + (tile * stride_kt + dims), v_ptr + (tile * stride_vt + dims)
+        if MASKED:
+            k = tl.load(k_ptrs, mask=real[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=real[:, None], other=0.0)
+        else:
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (M, N)
         if MASKED:
-            seen = real[None, :]
-            if CAUSAL:
-                seen = seen & (rows[:, None] >= keys[None, :])
+            seen = rows[:, None] >= keys[None, :] if CAUSAL else real[None, :]
+            if PADDED:
+                seen = seen & (keys >= first_key)[None, :]
             s = tl.where(seen, s, float("-inf"))
         p = tl.exp2(s * scale_log2 - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -412,6 +477,8 @@ def _attention_bwd_dq_blocks(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        k_ptr += BLOCK_N * stride_kt
+        v_ptr += BLOCK_N * stride_vt
     return dq
 
 
@@ -468,19 +535,19 @@ def _attention_bwd_dq_kernel(
             dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows,
             lo, tl.minimum(lo + BLOCK_N, hi), first_key, T,
             scale_log2, seed, head, keep_below, keep_scale,
-            CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+            CAUSAL, True, True, DROPOUT, BLOCK_N, D, PRECISION,
         )  # fmt: skip
         lo += BLOCK_N
     dq = _attention_bwd_dq_blocks(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows,
         lo, whole, first_key, T, scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, False, DROPOUT, BLOCK_N, D, PRECISION,
+        CAUSAL, False, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dq = _attention_bwd_dq_blocks(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_kt, stride_vt, rows,
         tl.maximum(lo, whole), hi, first_key, T,
         scale_log2, seed, head, keep_below, keep_scale,
-        CAUSAL, True, DROPOUT, BLOCK_N, D, PRECISION,
+        CAUSAL, True, False, DROPOUT, BLOCK_N, D, PRECISION,
     )  # fmt: skip
     dq_ptrs = dq_ptr + b * stride_db + h * stride_dh + offsets * stride_dt + dims
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_range[:, None])
@@ -491,6 +558,28 @@ def _numbers(H: int, T: int, scale: float, dropout: float) -> tuple[int, int, fl
     return H, T, scale, round((1 - dropout) * 2**31) if dropout else 0, 1 / (1 - dropout)
 
 
+def _descriptors(x: Tensor, y: Tensor, rows: int) -> list[TensorDescriptor] | list[None]:
+    """x and y (B, H, T, D) for loads by descriptor (TMA), in tiles of `rows` positions of a head.
+
+    None twice before Hopper, for fp32, and where an address or a layout does not suit: a stride
+    must be a multiple of 16 bytes and of the next smaller stride. c_attn's output suits.
+    """
+    if torch.version.hip is not None or x.element_size() != 2:
+        return [None, None]
+    if not INTERPRETED and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return [None, None]
+    for each in (x, y):
+        b, h, t, _ = each.stride()
+        if each.data_ptr() % 16 or h == 0 or h % 8 or t == 0 or t % h or b % t:
+            return [None, None]
+    # (B, T, H, D)
+    ordered = [each.transpose(1, 2) for each in (x, y)]
+    return [
+        TensorDescriptor(each, [*each.shape], [*each.stride()], [1, rows, 1, each.size(3)])
+        for each in ordered
+    ]
+
+
 def _options(
     table: dict[tuple[int, int], tuple[int, int, int, int]],
     q: Tensor, causal: bool, start: Tensor | None, dropout: float,
@@ -498,7 +587,7 @@ def _options(
     """The kernels' compile-time values."""
     D = q.shape[-1]
     BLOCK_M, BLOCK_N, num_warps, num_stages = table[q.element_size(), D]
-    if dropout > 0 and table is BACKWARD:
+    if dropout > 0:
         # dropout's draws take registers too
         BLOCK_N = max(BLOCK_N // 2, 16)
     if torch.version.hip is not None:
@@ -535,7 +624,7 @@ def _attention_fwd(
     options = _options(FORWARD, q, causal, start, dropout)
     with torch.cuda.device_of(q):
         _attention_fwd_kernel[(triton.cdiv(T, options["BLOCK_M"]) * B * H,)](
-            *(q, k, v, o, lse, start, seed),
+            *(q, k, v, o, *_descriptors(k, v, options["BLOCK_N"]), lse, start, seed),
             *_strides(q, k, v, o),
             *_numbers(H, T, scale, dropout),
             **options,
@@ -554,6 +643,7 @@ def _attention_bwd(
     by_queries = (triton.cdiv(T, options["BLOCK_M"]) * B * H,)
     by_keys = (triton.cdiv(T, options["BLOCK_N"]) * B * H,)
     numbers = _numbers(H, T, scale, dropout)
+    by_descriptor = _descriptors(q, do, options["BLOCK_M"])
     delta = torch.empty_like(lse)
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -561,7 +651,7 @@ def _attention_bwd(
             *(o, do, delta), *_strides(o, do), H, T, D=D, BLOCK_M=options["BLOCK_M"], **FUSED
         )
         _attention_bwd_kernel[by_keys](
-            *(q, k, v, do, lse, delta, dq_sum, dk, dv, start, seed),
+            *(q, k, v, do, *by_descriptor, lse, delta, dq_sum, dk, dv, start, seed),
             *_strides(q, k, v, do, dk),
             *numbers,
             ATOMIC_DQ=dq_sum is not None,
@@ -579,8 +669,8 @@ def _attention_bwd(
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
-    """Copy x unless its stride along D is 1; the kernels take any other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Copy x unless its stride along D is 1 and 32 bits hold the offsets of a tile."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
 
 
 def _empty_like(q: Tensor) -> Tensor:

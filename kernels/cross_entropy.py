@@ -1,10 +1,11 @@
 """Cross-entropy of logits, and of a linear layer without ever holding all of its logits.
 
-For a row of logits z over V tokens and its target t, in fp32 whatever the input:
+For a row of logits z over V tokens and its target t, in fp32 whatever the input. The base is 2
+because the hardware's exponential is exp2; c = log2(e).
 
-    forward    m = max_v z_v,  a = log sum_v exp(z_v - m)
-               loss = mean over the counted rows of (m - z_t) + a
-    backward   dz_v = (exp(z_v - m - a) - [v = t]) dloss / count
+    forward    m = max_v z_v,  a = log2 sum_v 2^(c (z_v - m))
+               loss = mean over the counted rows of m - z_t + ln(2) a
+    backward   dz_v = (2^(c (z_v - m) - a) - [v = t]) dloss / count
 
 Keep m and a apart: m + a would round away the logarithm where logits are large.
 
@@ -16,6 +17,9 @@ last: float16, whose loss is scaled, could not hold dz / count.
 Rows whose target is `ignore_index` do not count and have gradient 0. A target outside the
 vocabulary makes the loss NaN. Columns from `vocab_size` on are padding: never counted, gradient 0.
 
+A sweep takes whole blocks without a mask, requests the next block before it computes this one, and
+ends with a few smaller masked blocks. The target's 1 is subtracted after the sweep.
+
 Traffic for M rows, N columns in memory, s bytes an element: cross_entropy forward M N s, backward
 2 M N s; linear_cross_entropy 2 M N s beside its three products. Overwriting takes a second sweep of
 the row (100 KB of bf16), which hits the L1 or L2 that the row has just passed through.
@@ -24,6 +28,7 @@ This file does not know where logits come from. Source of the loss that computes
 forward pass, by chunks: Liger-Kernel, "fused linear cross entropy".
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,9 +42,14 @@ CHUNK_ELEMENTS = 2**28
 # a chunk's rows begin at multiples of this many elements, so loads are 16 bytes wide even if V is
 # 50257
 ROW_ALIGNMENT = 64
+# torch before 2.11 adds a product of bf16 to a matrix of bf16 only
+ADDS_TO_FP32 = torch.__version__ >= "2.11"
 INTERPRETED = triton.knobs.runtime.interpret
 # set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 
 
 def cross_entropy_ref(
@@ -50,6 +60,66 @@ def cross_entropy_ref(
     lse = logits.exp().sum(dim=1).log()
     at_target = logits.gather(1, targets.where(counted, 0)[:, None]).squeeze(1)
     return (lse - at_target)[counted].sum() / counted.sum()
+
+
+@triton.jit
+def _sum_blocks(
+    m, total,  # scalars so far
+    z_ptr,  # this row's (N,)
+    lo, hi, V,  # walks columns [lo, hi)
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    first = m
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    if not MASKED:
+        ahead = tl.load(z_ptr + lo + cols, mask=lo + cols < hi, other=0.0)
+    for start in range(lo, hi, BLOCK_N):
+        if MASKED:
+            z = tl.load(z_ptr + start + cols, mask=start + cols < V, other=-float("inf"))
+            z = z.to(tl.float32)
+        else:
+            z = ahead.to(tl.float32)
+            # the last round loads its own block again, for no mask
+            after = tl.multiple_of(tl.minimum(start + BLOCK_N, hi - BLOCK_N), BLOCK_N)
+            ahead = tl.load(z_ptr + after + cols)
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        # columns of -inf alone: subtract 0, since 2^(-inf - 0) = 0 and -inf - -inf is nan
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        # one sum a column of the block: they are added up once, at the end
+        sums = sums * tl.exp2((m - shift) * LOG2_E) + tl.exp2((z - shift) * LOG2_E)
+        m = m_new
+    shift = tl.where(m == -float("inf"), 0.0, m)
+    return m, total * tl.exp2((first - shift) * LOG2_E) + tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _gradient_blocks(
+    z_ptr, dz_ptr,  # this row's (N,); may be the same
+    m, a, scale,  # scalars
+    lo, hi, N, V,  # walks columns [lo, hi); dz is 0 from V on
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    if not MASKED:
+        ahead = tl.load(z_ptr + lo + cols, mask=lo + cols < hi, other=0.0)
+    for start in range(lo, hi, BLOCK_N):
+        if MASKED:
+            z = tl.load(z_ptr + start + cols, mask=start + cols < V, other=0.0).to(tl.float32)
+        else:
+            z = ahead.to(tl.float32)
+            after = tl.multiple_of(tl.minimum(start + BLOCK_N, hi - BLOCK_N), BLOCK_N)
+            ahead = tl.load(z_ptr + after + cols)
+        dz = tl.exp2((z - m) * LOG2_E - a)
+        if scale is not None:
+            dz *= scale
+        if MASKED:
+            # select, do not multiply: padding and ignored rows may hold anything, even nan
+            dz = tl.where(start + cols < V, dz, 0.0)
+            dz = dz.to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + start + cols, dz, mask=start + cols < N)
+        else:
+            tl.store(dz_ptr + start + cols, dz.to(dz_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -64,39 +134,35 @@ def _cross_entropy_fwd_kernel(
     ignore_index,
     OVERWRITE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    END_N: tl.constexpr,  # columns of a masked block
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = logits_ptr + row * stride_zm
-    cols = tl.arange(0, BLOCK_N)
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
     is_token = (target >= 0) & (target < V)
     # read the target's logit before the row is overwritten
     z_target = tl.load(z_row + tl.where(is_token, target, 0)).to(tl.float32)
 
+    tokens = tl.where(counted, V, 0)
+    whole = tokens // BLOCK_N * BLOCK_N
     m, total = -float("inf"), 0.0
-    for start in range(0, tl.where(counted, N, 0), BLOCK_N):
-        z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-        z = tl.where(start + cols < V, z, -float("inf"))
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        # a block of -inf alone: subtract 0, since exp(-inf - 0) = 0 and -inf - -inf is nan
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        total = total * tl.exp(m - shift) + tl.sum(tl.exp(z - shift), axis=0)
-        m = m_new
-    a = tl.log(total)
-    loss = tl.where(is_token, m - z_target + a, float("nan"))
+    m, total = _sum_blocks(m, total, z_row, 0, whole, V, False, BLOCK_N)
+    m, total = _sum_blocks(m, total, z_row, whole, tokens, V, True, END_N)
+    a = tl.log2(total)
+    loss = tl.where(is_token, m - z_target + a * LN_2, float("nan"))
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     tl.store(stats_ptr + 2 * row, m)
     tl.store(stats_ptr + 2 * row + 1, a)
 
     if OVERWRITE:
-        for start in range(0, N, BLOCK_N):
-            z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-            dz = tl.exp(z - m - a) - tl.where(start + cols == target, 1.0, 0.0)
-            # select, do not multiply: padding and ignored rows may hold anything, even nan
-            dz = tl.where(start + cols < tl.where(counted, V, 0), dz, 0.0)
-            dz = dz.to(logits_ptr.dtype.element_ty)
-            tl.store(z_row + start + cols, dz, mask=start + cols < N)
+        _gradient_blocks(z_row, z_row, m, a, None, 0, whole, N, tokens, False, BLOCK_N)
+        _gradient_blocks(z_row, z_row, m, a, None, whole, N, N, tokens, True, END_N)
+        # another thread may have stored this column
+        tl.debug_barrier()
+        dz = tl.exp2((z_target - m) * LOG2_E - a) - 1.0
+        dz = dz.to(logits_ptr.dtype.element_ty)
+        tl.store(z_row + target, dz, mask=counted & is_token)
 
 
 @triton.jit
@@ -111,32 +177,40 @@ def _cross_entropy_bwd_kernel(
     V,  # columns that are tokens, V <= N
     ignore_index,
     BLOCK_N: tl.constexpr,
+    END_N: tl.constexpr,  # columns of a masked block
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row, dz_row = logits_ptr + row * stride_zm, dz_ptr + row * N
-    cols = tl.arange(0, BLOCK_N)
     target = tl.load(targets_ptr + row)
+    counted = target != ignore_index
+    is_token = (target >= 0) & (target < V)
+    z_target = tl.load(z_row + tl.where(is_token, target, 0)).to(tl.float32)
     m, a = tl.load(stats_ptr + 2 * row), tl.load(stats_ptr + 2 * row + 1)
     scale = tl.load(scale_ptr)
-    tokens = tl.where(target != ignore_index, V, 0)
 
-    for start in range(0, N, BLOCK_N):
-        z = tl.load(z_row + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-        dz = (tl.exp(z - m - a) - tl.where(start + cols == target, 1.0, 0.0)) * scale
-        dz = tl.where(start + cols < tokens, dz, 0.0)
-        tl.store(dz_row + start + cols, dz.to(dz_ptr.dtype.element_ty), mask=start + cols < N)
+    tokens = tl.where(counted, V, 0)
+    whole = tokens // BLOCK_N * BLOCK_N
+    _gradient_blocks(z_row, dz_row, m, a, scale, 0, whole, N, tokens, False, BLOCK_N)
+    _gradient_blocks(z_row, dz_row, m, a, scale, whole, N, N, tokens, True, END_N)
+    # another thread may have stored this column
+    tl.debug_barrier()
+    dz = (tl.exp2((z_target - m) * LOG2_E - a) - 1.0) * scale
+    tl.store(dz_row + target, dz.to(dz_ptr.dtype.element_ty), mask=counted & is_token)
 
 
 def _config(N: int) -> dict[str, int]:
-    """BLOCK_N and num_warps for rows of N columns.
+    """BLOCK_N, END_N and num_warps for rows of N columns.
 
     | N            | block             | warps | because                                        |
     |--------------|-------------------|-------|------------------------------------------------|
     | to 8192      | next power of two | 1-16  | 8 or more values a thread: 16-byte loads       |
     | 50257, 50304 | 8192              | 16    | 16 values a thread; the row itself would spill |
+
+    The end of a row takes masked blocks of at most 1024: six blocks of 8192 leave 1105 of 50257.
     """
     block = min(triton.next_power_of_2(N), 8192)
-    return {"BLOCK_N": block, "num_warps": min(max(block // 256, 1), 16), **FUSED}
+    warps = min(max(block // 256, 1), 16)
+    return {"BLOCK_N": block, "END_N": min(block, 1024), "num_warps": warps, **FUSED}
 
 
 def _losses(
@@ -186,6 +260,16 @@ def _cross_entropy_bwd(
     return dz
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in one pass over total (N, C) in fp32 where PyTorch's product can do so."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda and ADDS_TO_FP32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 def _linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -205,7 +289,9 @@ def _linear_cross_entropy(
     dx = x.new_empty(x.shape if needs_dx else 0)
     dw = weight.new_zeros(weight.shape if needs_dw else 0, dtype=torch.float32)
     padded = triton.cdiv(V, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    rows = max(1, min(M, CHUNK_ELEMENTS // padded))
+    # chunks of one size: a small last one would leave most of the chip idle
+    chunks = triton.cdiv(M, max(1, CHUNK_ELEMENTS // padded))
+    rows = max(1, triton.cdiv(M, max(1, chunks)))
     buffer = x.new_empty(rows, padded)
     losses = x.new_zeros((), dtype=torch.float32)
     for start in range(0, M, rows):
@@ -221,7 +307,7 @@ def _linear_cross_entropy(
         if needs_dx:
             torch.mm(logits, weight, out=dx[chunk])
         if needs_dw:
-            dw += logits.t() @ x[chunk]
+            _add_product(dw, logits.t(), x[chunk])
     count = (targets != ignore_index).sum()
     return losses / count, count, dx, dw
 

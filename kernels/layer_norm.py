@@ -10,11 +10,14 @@ For a row x of N columns, in fp32 whatever the input:
                dx = rstd (g - sum_n g_n / N - xhat sum_n g_n xhat_n / N)
                dw = sum over rows of dy xhat,  db = sum over rows of dy
 
-With a residual, x = (a layer's output) + residual comes first, rounded to its dtype as the next
-layer will read it. The backward adds the gradient that reaches x around the norm.
+With a residual, x = (a layer's output) + residual comes first, rounded to the residual's dtype as
+the next layer will read it. The backward adds the gradient that reaches x around the norm. The
+layer's output may be narrower than the residual, and y than both: under autocast the residual
+stream is fp32 and the matrix products around the norm are bf16, so the kernels cast for nobody.
 
-dw and db: each of P programs sums its own rows in registers and writes one partial row; one more
-sum adds the (P, N) partial rows. No locks, no atomics: every run on a chip gives the same bits.
+dw and db: each of P programs sums its own rows in registers and writes one partial row of each; a
+second kernel adds the P partial rows, always in the same order. No locks, no atomics: every run on
+a chip gives the same bits.
 
 Traffic, s bytes an element: forward 2 M N s and 8 M for the statistics, with a residual 4 M N s;
 backward 3 M N s (4 with a residual), and 16 P N for the partial rows: 3 % at 65536 rows of bf16 on
@@ -32,10 +35,12 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_COLUMNS = 8192
-# warps of the backward on an SM: with up to 102 registers a thread all its programs run at once, so
+# warps of the backward on an SM: with up to 128 registers a thread all its programs run at once, so
 # no second wave follows. The interpreter runs a few programs
-WARPS_PER_SM = 20
+WARPS_PER_SM = 16
 INTERPRETED_PROGRAMS = 3
+# the tile of the kernel that adds the partial rows: 128 bytes of a row, and 48 programs for N = 768
+SUM_ROWS, SUM_COLUMNS = 128, 32
 INTERPRETED = triton.knobs.runtime.interpret
 # set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
@@ -51,11 +56,11 @@ def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -
 @triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,  # (M, N), stride 1 along N
-    residual_ptr,  # (M, N) likewise, or None
+    residual_ptr,  # (M, N) likewise, of its own dtype, or None
     weight_ptr,  # (N,)
     bias_ptr,  # (N,)
     y_ptr,  # (M, N), contiguous
-    sum_ptr,  # (M, N), contiguous: x + residual, or None
+    sum_ptr,  # (M, N), contiguous: x + residual in the residual's dtype, or None
     mean_ptr,  # (M,) in fp32
     rstd_ptr,  # (M,) in fp32
     stride_xm,
@@ -97,6 +102,7 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # (M,) in fp32
     rstd_ptr,  # (M,) in fp32
     dx_ptr,  # (M, N), contiguous
+    narrow_ptr,  # (M, N), contiguous: dx in a narrower dtype too, or None
     partial_ptr,  # (P, 2, N) in fp32: dw and db of each program's rows
     stride_dym,
     stride_dsm,
@@ -124,6 +130,9 @@ def _layer_norm_bwd_kernel(
         next_x = tl.load(x_ptr + ahead * stride_xm + cols, mask=mask, other=0.0)
         next_dy = tl.load(dy_ptr + ahead * stride_dym + cols, mask=mask, other=0.0)
         mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        if dsum_ptr is not None:
+            # before the sums over the row, which it need not wait for
+            dsum = tl.load(dsum_ptr + row * stride_dsm + cols, mask=mask, other=0.0)
 
         # past the last column xhat is not 0, but w and dy are 0
         xhat = (x - mean) * rstd
@@ -133,11 +142,37 @@ def _layer_norm_bwd_kernel(
         db += dy
 
         if dsum_ptr is not None:
-            dx += tl.load(dsum_ptr + row * stride_dsm + cols, mask=mask, other=0.0).to(tl.float32)
+            dx += dsum.to(tl.float32)
         tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if narrow_ptr is not None:
+            tl.store(narrow_ptr + row * N + cols, dx.to(narrow_ptr.dtype.element_ty), mask=mask)
 
     tl.store(partial_ptr + (2 * program) * N + cols, dw, mask=mask)
     tl.store(partial_ptr + (2 * program + 1) * N + cols, db, mask=mask)
+
+
+@triton.jit
+def _layer_norm_sum_kernel(
+    partial_ptr,  # (P, 2, N) in fp32
+    dw_ptr,  # (N,)
+    db_ptr,  # (N,)
+    P,
+    N,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    which = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        rows = (first + tl.arange(0, BLOCK_P))[:, None]
+        offsets = (2 * rows + which) * N + cols[None, :]
+        total += tl.load(partial_ptr + offsets, mask=(rows < P) & (cols < N)[None, :], other=0.0)
+    total = tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty)
+    if which == 0:
+        tl.store(dw_ptr + cols, total, mask=cols < N)
+    else:
+        tl.store(db_ptr + cols, total, mask=cols < N)
 
 
 def _config(N: int) -> dict[str, int]:
@@ -167,16 +202,21 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _layer_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    """Return [y, mean, rstd], and x + residual last with a residual."""
+    """Return [y, mean, rstd], y in `dtype`, and x + residual last with a residual."""
     rows = _rows(x)
     M, N = rows.shape
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     others, total = None, None
     if residual is not None:
-        others, total = _rows(residual), x.new_empty(x.shape)
+        others, total = _rows(residual), residual.new_empty(x.shape)
     if M:
         stride_rm = 0 if others is None else others.stride(0)
         weight, bias = weight.contiguous(), bias.contiguous()
@@ -189,27 +229,38 @@ def _layer_norm_fwd(
 
 
 def _layer_norm_bwd(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, dw, db."""
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    narrow: torch.dtype | None,
+) -> list[Tensor]:
+    """Return [dx, dw, db], and dx in the dtype `narrow` last where one is given."""
     rows, dy_rows = _rows(x), _rows(dy)
     M, N = rows.shape
     config = _config(N)
     per_program = triton.cdiv(M, _programs(x, config["num_warps"]))
     P = triton.cdiv(M, per_program) if M else 0
     dx = x.new_empty(x.shape)
+    narrow_dx = None if narrow is None else x.new_empty(x.shape, dtype=narrow)
     partial = x.new_empty((P, 2, N), dtype=torch.float32)
     if M:
         dsum_rows = None if dsum is None else _rows(dsum)
         stride_dsm = 0 if dsum_rows is None else dsum_rows.stride(0)
         with torch.cuda.device_of(x):
             _layer_norm_bwd_kernel[(P,)](
-                dy_rows, dsum_rows, rows, weight.contiguous(), mean, rstd, dx, partial,
+                dy_rows, dsum_rows, rows, weight.contiguous(), mean, rstd, dx, narrow_dx,
+                partial,
                 dy_rows.stride(0), stride_dsm, rows.stride(0), M, N, per_program, **config,
             )  # fmt: skip
-    dw, db = partial.sum(dim=0).to(weight.dtype).unbind()
-    # clone: an op's results may not share memory
-    return dx, dw.clone(), db.clone()
+    dw, db = (weight.new_empty(N) for _ in range(2))
+    with torch.cuda.device_of(x):
+        _layer_norm_sum_kernel[(triton.cdiv(N, SUM_COLUMNS), 2)](
+            partial, dw, db, P, N, BLOCK_P=SUM_ROWS, BLOCK_N=SUM_COLUMNS, num_warps=8, **FUSED
+        )
+    return [dx, dw, db] if narrow_dx is None else [dx, dw, db, narrow_dx]
 
 
 # save x (or the sum), w and two statistics a row: recomputing xhat is cheaper than reading it
@@ -218,23 +269,40 @@ _backward_op = torch.library.custom_op("nanogpt2::layer_norm_bwd", _layer_norm_b
 
 
 @_forward_op.register_fake
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> list[Tensor]:
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
     M = x.numel() // x.size(-1)
-    results = [x.new_empty(x.shape)] + [x.new_empty(M, dtype=torch.float32) for _ in range(2)]
-    return results if residual is None else [*results, x.new_empty(x.shape)]
+    results = [x.new_empty(x.shape, dtype=dtype)]
+    results += [x.new_empty(M, dtype=torch.float32) for _ in range(2)]
+    return results if residual is None else [*results, residual.new_empty(x.shape)]
 
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    narrow: torch.dtype | None,
+) -> list[Tensor]:
+    dw, db = (weight.new_empty(weight.shape) for _ in range(2))
+    narrow_dx = [] if narrow is None else [x.new_empty(x.shape, dtype=narrow)]
+    return [x.new_empty(x.shape), dw, db, *narrow_dx]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, residual, weight, _, _ = inputs
+    x, residual, weight, *_ = inputs
     normed = x if residual is None else output[3]
     ctx.save_for_backward(normed, weight, *output[1:3])
+    ctx.narrow = None if x.dtype == normed.dtype else x.dtype
     # make no zeros for the unused gradients of mean and rstd
     ctx.set_materialize_grads(False)
 
@@ -244,42 +312,59 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     dy, dsum = grads[0], grads[3] if len(grads) > 3 else None
     if dy is None:
         dy = torch.zeros_like(x)
-    dx, dw, db = _backward_op(dy, dsum, x, weight, mean, rstd)
+    dx, dw, db, *narrow = _backward_op(dy, dsum, x, weight, mean, rstd, ctx.narrow)
     dresidual = dx if len(grads) > 3 else None
-    return dx, dresidual, dw, db, None
+    return narrow[0] if narrow else dx, dresidual, dw, db, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis.
 
     x: (..., N) in float32, float16 or bfloat16, N up to 8192. weight, bias: (N,), both of one of
-    these dtypes. -> the shape and dtype of x, contiguous. Raises ValueError for other arguments.
+    these dtypes. dtype: the result's, one of these, by default that of x. -> the shape of x,
+    contiguous. Raises ValueError for other arguments.
     """
-    _check(x, weight, bias)
-    return _forward_op(x, None, weight, bias, eps)[0]
+    _check(x, weight, bias, dtype)
+    return _forward_op(x, None, weight, bias, eps, dtype)[0]
 
 
 def residual_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return layer_norm(x + residual) and x + residual, the next residual, from one pass.
 
-    residual: the shape, dtype and device of x. Other arguments as in layer_norm.
+    residual: the shape and device of x, and its dtype or float32; the sum has the residual's dtype.
+    Other arguments as in layer_norm.
     """
-    _check(x, weight, bias)
-    if (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+    _check(x, weight, bias, dtype)
+    right = (residual.shape, residual.device) == (x.shape, x.device)
+    if not (right and residual.dtype in (x.dtype, torch.float32)):
+        wider = "" if x.dtype == torch.float32 else " or torch.float32"
         raise ValueError(
-            f"residual must be {tuple(x.shape)} {x.dtype} on {x.device} as x is, "
+            f"residual must be {tuple(x.shape)} {x.dtype}{wider} on {x.device} as x is, "
             f"not {tuple(residual.shape)} {residual.dtype} on {residual.device}"
         )
-    y, _, _, total = _forward_op(x, residual, weight, bias, eps)
+    y, _, _, total = _forward_op(x, residual, weight, bias, eps, dtype)
     return y, total
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16, not {tensor.dtype}")

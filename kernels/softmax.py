@@ -2,12 +2,13 @@
 
 For a row x of N columns, in fp32 whatever the input:
 
-    forward    z = scale x
-               m = max_n z_n,  l = sum_n exp(z_n - m)
-               y_n = exp(z_n - m) / l                  softmax
-               y_n = z_n - m - log l                   log-softmax
+    forward    m = max_n x_n,  l = sum_n 2^(c (x_n - m))
+               y_n = 2^(c (x_n - m)) / l               softmax
+               y_n = scale (x_n - m) - ln(2) log2 l    log-softmax
     backward   dx_n = scale y_n (dy_n - sum_k y_k dy_k)             softmax
-               dx_n = scale (dy_n - exp(y_n) sum_k dy_k)            log-softmax
+               dx_n = scale (dy_n - 2^(log2(e) y_n) sum_k dy_k)     log-softmax
+
+c = scale log2(e), so one product serves the scale and the base, which is the hardware's exp2's.
 
 The backward needs y, not x. Causal: row t of T sees the columns up to t + N - T. The kernels do not
 read unseen columns; their y and dx are 0. A row of -inf alone gives NaN, as in PyTorch.
@@ -22,6 +23,7 @@ This file does not know who made the rows. Source of the sweep: Milakov and Gime
 normalizer calculation for softmax".
 """
 
+import math
 from typing import Any
 
 import torch
@@ -39,6 +41,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 # set explicitly: Triton 3.10 changed the default
 FUSED = {"enable_fp_fusion": True}
 
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
 
 def softmax_ref(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
     """Compute softmax by the formulas, in the dtype of x."""
@@ -49,6 +54,54 @@ def softmax_ref(x: Tensor, causal: bool = False, scale: float = 1.0) -> Tensor:
         z = z.masked_fill(~seen, -torch.inf)
     e = (z - z.amax(dim=-1, keepdim=True)).exp()
     return e / e.sum(dim=-1, keepdim=True)
+
+
+@triton.jit
+def _sum_blocks(
+    m_i, l_i,  # scalars so far
+    x_row,  # (N,)
+    lo, hi, c,  # walks columns [lo, hi)
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    first = m_i
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        if MASKED:
+            x = tl.load(x_row + start + cols, mask=start + cols < hi, other=-float("inf"))
+        else:
+            x = tl.load(x_row + start + cols)
+        x = x.to(tl.float32)
+        m_new = tl.maximum(m_i, tl.max(x, axis=0))
+        # a block of -inf alone: subtract 0, since 2^(-inf - 0) = 0 and -inf - -inf is nan
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        # one sum a column of the block: they are added up once, at the end
+        sums = sums * tl.exp2((m_i - shift) * c) + tl.exp2((x - shift) * c)
+        m_i = m_new
+    shift = tl.where(m_i == -float("inf"), 0.0, m_i)
+    return m_i, l_i * tl.exp2((first - shift) * c) + tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _write_blocks(
+    x_row, y_row,  # (N,)
+    m_i, l_i,  # scalars
+    lo, hi, seen, scale, c,  # walks columns [lo, hi)
+    LOG: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    log_l, one_over_l = tl.log2(l_i) * LN_2, 1.0 / l_i
+    for start in range(lo, hi, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        if MASKED:
+            x = tl.load(x_row + cols, mask=cols < seen, other=-float("inf")).to(tl.float32)
+        else:
+            x = tl.load(x_row + cols).to(tl.float32)
+        y = (x - m_i) * scale - log_l if LOG else tl.exp2((x - m_i) * c) * one_over_l
+        y = y.to(y_row.dtype.element_ty)
+        if MASKED:
+            tl.store(y_row + cols, y, mask=cols < hi)
+        else:
+            tl.store(y_row + cols, y)
 
 
 @triton.jit
@@ -63,37 +116,67 @@ def _softmax_fwd_kernel(
     LOG: tl.constexpr,
     WHOLE_ROW: tl.constexpr,  # BLOCK_N >= N
     BLOCK_N: tl.constexpr,
+    END_N: tl.constexpr,  # columns of a masked block of a longer row
 ):
     row = tl.program_id(0).to(tl.int64)
     x_row, y_row = x_ptr + row * stride_xm, y_ptr + row * N
     cols = tl.arange(0, BLOCK_N)
-    seen = N
+    seen, c = N, scale * LOG2_E
     if CAUSAL:
         seen = (row % T).to(tl.int32) + N - T + 1
 
     if WHOLE_ROW:
-        z = tl.load(x_row + cols, mask=cols < seen, other=-float("inf")).to(tl.float32) * scale
-        m_i = tl.max(z, axis=0)
-        e = tl.exp(z - m_i)
+        x = tl.load(x_row + cols, mask=cols < seen, other=-float("inf")).to(tl.float32)
+        m_i = tl.max(x, axis=0)
+        e = tl.exp2((x - m_i) * c)
         l_i = tl.sum(e, axis=0)
-        y = z - m_i - tl.log(l_i) if LOG else e * (1.0 / l_i)
+        y = (x - m_i) * scale - tl.log2(l_i) * LN_2 if LOG else e * (1.0 / l_i)
         tl.store(y_row + cols, y.to(y_ptr.dtype.element_ty), mask=cols < N)
     else:
+        whole = seen // BLOCK_N * BLOCK_N
         m_i, l_i = -float("inf"), 0.0
-        for start in range(0, seen, BLOCK_N):
-            z = tl.load(x_row + start + cols, mask=start + cols < seen, other=-float("inf"))
-            z = z.to(tl.float32) * scale
-            m_new = tl.maximum(m_i, tl.max(z, axis=0))
-            # a block of -inf alone: subtract 0, since exp(-inf - 0) = 0 and -inf - -inf is nan
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-            l_i = l_i * tl.exp(m_i - shift) + tl.sum(tl.exp(z - shift), axis=0)
-            m_i = m_new
-        log_l, one_over_l = tl.log(l_i), 1.0 / l_i
-        for start in range(0, N, BLOCK_N):
-            z = tl.load(x_row + start + cols, mask=start + cols < seen, other=-float("inf"))
-            z = z.to(tl.float32) * scale
-            y = z - m_i - log_l if LOG else tl.exp(z - m_i) * one_over_l
-            tl.store(y_row + start + cols, y.to(y_ptr.dtype.element_ty), mask=start + cols < N)
+        m_i, l_i = _sum_blocks(m_i, l_i, x_row, 0, whole, c, False, BLOCK_N)
+        m_i, l_i = _sum_blocks(m_i, l_i, x_row, whole, seen, c, True, END_N)
+        _write_blocks(x_row, y_row, m_i, l_i, 0, whole, seen, scale, c, LOG, False, BLOCK_N)
+        _write_blocks(x_row, y_row, m_i, l_i, whole, N, seen, scale, c, LOG, True, END_N)
+
+
+@triton.jit
+def _sum_products(
+    total,  # scalar so far
+    y_row, dy_row,  # (N,)
+    lo, hi,  # walks columns [lo, hi)
+    LOG: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = cols < hi if MASKED else None
+        other = 0.0 if MASKED else None
+        dy = tl.load(dy_row + cols, mask=mask, other=other).to(tl.float32)
+        if not LOG:
+            dy *= tl.load(y_row + cols, mask=mask, other=other).to(tl.float32)
+        sums += dy
+    return total + tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _gradient_blocks(
+    y_row, dy_row, dx_row,  # (N,)
+    total,  # scalar
+    lo, hi, seen, scale,  # walks columns [lo, hi)
+    LOG: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for start in range(lo, hi, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        # unseen columns read as 0 and get the gradient 0
+        mask = cols < seen if MASKED else None
+        other = 0.0 if MASKED else None
+        y = tl.load(y_row + cols, mask=mask, other=other).to(tl.float32)
+        dy = tl.load(dy_row + cols, mask=mask, other=other).to(tl.float32)
+        dx = dy - tl.exp2(y * LOG2_E) * total if LOG else y * (dy - total)
+        dx = (dx * scale).to(dx_row.dtype.element_ty)
+        tl.store(dx_row + cols, dx, mask=cols < hi if MASKED else None)
 
 
 @triton.jit
@@ -109,6 +192,7 @@ def _softmax_bwd_kernel(
     LOG: tl.constexpr,
     WHOLE_ROW: tl.constexpr,  # BLOCK_N >= N
     BLOCK_N: tl.constexpr,
+    END_N: tl.constexpr,  # columns of a masked block of a longer row
 ):
     row = tl.program_id(0).to(tl.int64)
     y_row, dy_row, dx_row = y_ptr + row * N, dy_ptr + row * stride_dym, dx_ptr + row * N
@@ -122,27 +206,19 @@ def _softmax_bwd_kernel(
         y = tl.load(y_row + cols, mask=cols < seen, other=0.0).to(tl.float32)
         dy = tl.load(dy_row + cols, mask=cols < seen, other=0.0).to(tl.float32)
         total = tl.sum(dy if LOG else y * dy, axis=0)
-        dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
+        dx = dy - tl.exp2(y * LOG2_E) * total if LOG else y * (dy - total)
         tl.store(dx_row + cols, (dx * scale).to(dx_ptr.dtype.element_ty), mask=cols < N)
     else:
+        whole = seen // BLOCK_N * BLOCK_N
         total = 0.0
-        for start in range(0, seen, BLOCK_N):
-            mask = start + cols < seen
-            dy = tl.load(dy_row + start + cols, mask=mask, other=0.0).to(tl.float32)
-            if not LOG:
-                dy *= tl.load(y_row + start + cols, mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(dy, axis=0)
-        for start in range(0, N, BLOCK_N):
-            mask = start + cols < seen
-            y = tl.load(y_row + start + cols, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_row + start + cols, mask=mask, other=0.0).to(tl.float32)
-            dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
-            dx = (dx * scale).to(dx_ptr.dtype.element_ty)
-            tl.store(dx_row + start + cols, dx, mask=start + cols < N)
+        total = _sum_products(total, y_row, dy_row, 0, whole, LOG, False, BLOCK_N)
+        total = _sum_products(total, y_row, dy_row, whole, seen, LOG, True, END_N)
+        _gradient_blocks(y_row, dy_row, dx_row, total, 0, whole, seen, scale, LOG, False, BLOCK_N)
+        _gradient_blocks(y_row, dy_row, dx_row, total, whole, N, seen, scale, LOG, True, END_N)
 
 
 def _config(N: int) -> dict[str, Any]:
-    """WHOLE_ROW, BLOCK_N and num_warps for rows of N columns.
+    """WHOLE_ROW, BLOCK_N, END_N and num_warps for rows of N columns.
 
     | N        | block             | warps | because                                           |
     |----------|-------------------|-------|---------------------------------------------------|
@@ -151,7 +227,8 @@ def _config(N: int) -> dict[str, Any]:
     """
     block = triton.next_power_of_2(N) if N <= MAX_WHOLE_ROW else LONG_ROW_BLOCK
     warps = min(max(block // 256, 1), 16)
-    return {"WHOLE_ROW": block >= N, "BLOCK_N": block, "num_warps": warps, **FUSED}
+    blocks = {"BLOCK_N": block, "END_N": min(block, 1024)}
+    return {"WHOLE_ROW": block >= N, **blocks, "num_warps": warps, **FUSED}
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
         self.eps = config.layer_norm_epsilon
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: ops.Residual) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps, self.kernels)
 
@@ -85,7 +85,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = ops.gelu(self.c_fc(x), self.kernels)  # (B, T, 4C)
+        x = ops.linear_gelu(x, self.c_fc, self.kernels)  # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -99,7 +99,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: ops.Mask = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: ops.Residual, mask: ops.Mask = None, cache: KVCache | None = None
+    ) -> ops.Residual:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
@@ -186,6 +188,7 @@ class GPT(nn.Module):
             mask = cache.seen(T)
         x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
+        x = ops.residual_stream(x, self.kernels)
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from nanogpt2.chunked_loss import chunked_cross_entropy
 from nanogpt2.config import IGNORE_INDEX, KERNELS
@@ -27,20 +28,55 @@ from nanogpt2.config import IGNORE_INDEX, KERNELS
 KERNEL_NAMES = "attention, cross_entropy, decode_attention, gelu, layer_norm, sampling, softmax"
 
 
+class Stream:
+    """The residual stream of a model that runs Triton's kernels: x plus an outstanding branch.
+
+    `stream + branch` adds nothing yet. The next layer norm reads x and the branch, and one kernel
+    writes their sum and its norm, so a Block's lines `x = x + f(norm(x))` make no pass of their own
+    for the addition. `sum` is then the x of the next addition. A Stream's two tensors never change:
+    a block that is computed again, by activation checkpointing, finds what it was given.
+    """
+
+    def __init__(self, x: Tensor, branch: Tensor | None = None) -> None:
+        self.x, self.branch = x, branch
+        self.sum = x if branch is None else None
+
+    def __add__(self, branch: Tensor) -> "Stream":
+        if self.sum is None and self.branch is not None:
+            self.sum = self.x + self.branch
+        return Stream(self.x if self.sum is None else self.sum, branch)
+
+
+# hooks that look for tensors in a module's arguments and results, as FSDP's do, find a Stream's
+register_pytree_node(Stream, lambda s: ([s.x, s.branch], None), lambda xs, _: Stream(*xs))
+Residual = Tensor | Stream
+
+
+def residual_stream(x: Tensor, kernels: str = "torch") -> Residual:
+    """Begin the residual stream with x: a Stream for Triton's kernels, else x itself.
+
+    torch.compile fuses additions, layer norms and GELU itself, so it gets plain operations.
+    """
+    return Stream(x) if kernels == "triton" and not torch.compiler.is_compiling() else x
+
+
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernels: str = "torch"
+    x: Residual, weight: Tensor, bias: Tensor, eps: float, kernels: str = "torch"
 ) -> Tensor:
-    """Bring the last axis to mean 0 and variance 1, then scale and shift: (..., C) -> (..., C)."""
+    """Bring the last axis to mean 0 and variance 1, then scale and shift: (..., C) -> (..., C).
+
+    Triton's kernel writes autocast's dtype, which the matrix product after it reads.
+    """
+    if isinstance(x, Stream):
+        return _layer_norm_kernel(x, weight, bias, eps)
     if kernels == "reference":
         z = _float32(x)
         mean = z.mean(dim=-1, keepdim=True)  # (..., 1)
         variance = (z - mean).pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
         y = (z - mean) / (variance + eps).sqrt() * weight + bias
         return y.to(x.dtype)
-    if kernels == "triton":
-        from nanogpt2.kernels import layer_norm as layer_norm_kernel
-
-        return layer_norm_kernel.layer_norm(x, weight, bias, eps)
+    if kernels == "triton" and not torch.compiler.is_compiling():
+        return _layer_norm_kernel(Stream(x), weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -50,11 +86,22 @@ def gelu(x: Tensor, kernels: str = "torch") -> Tensor:
         z = _float32(x)
         y = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
         return y.to(x.dtype)
-    if kernels == "triton":
+    if kernels == "triton" and not torch.compiler.is_compiling():
         from nanogpt2.kernels import gelu as gelu_kernel
 
         return gelu_kernel.gelu(x)
     return F.gelu(x, approximate="tanh")
+
+
+def linear_gelu(x: Tensor, linear: nn.Module, kernels: str = "torch") -> Tensor:
+    """gelu(linear(x)): (..., C) -> (..., N). Triton's kernel adds a plain layer's bias itself."""
+    compiling = torch.compiler.is_compiling()
+    # a subclass, as LoRA's, computes more than the product and the bias
+    if kernels == "triton" and type(linear) is nn.Linear and not compiling:
+        from nanogpt2.kernels import gelu as gelu_kernel
+
+        return gelu_kernel.bias_gelu(F.linear(x, linear.weight), linear.bias)
+    return gelu(linear(x), kernels)
 
 
 def softmax(x: Tensor, kernels: str = "torch") -> Tensor:
@@ -326,6 +373,20 @@ def decode_draw(
 def _float32(x: Tensor) -> Tensor:
     """Widen float16 and bfloat16, whose sums and powers would lose digits or overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _layer_norm_kernel(stream: Stream, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from nanogpt2.kernels import layer_norm as layer_norm_kernel
+
+    x, dtype = stream.x, None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if stream.branch is None:
+        return layer_norm_kernel.layer_norm(x, weight, bias, eps, dtype)
+    y, stream.sum = layer_norm_kernel.residual_layer_norm(
+        stream.branch, x, weight, bias, eps, dtype
+    )
+    return y
 
 
 def _attention_kernel(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -116,6 +117,9 @@ def _kind(value):
     """The type Triton gives an argument, and whether it knows that 16 divides it."""
     if torch.is_tensor(value):
         return POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        dtype = POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{dtype}{value.block_shape}>".replace(" ", ""), False
     if value is None or type(value) in (bool, str) or (type(value) is int and value == 1):
         return "constexpr", False
     if type(value) is int:
@@ -125,10 +129,11 @@ def _kind(value):
 
 
 def compile_for(kernel, signature, constexprs, target, attrs=None, **options):
-    """Compile for a name of TARGETS -> {"registers", "spills", "shared"}.
+    """Compile for a name of TARGETS -> {"registers", "spills", "shared", "sass"}.
 
-    Registers a thread and bytes of local memory come from the cubin, by Triton's own cuobjdump;
-    for gfx942 from the notes in the assembly.
+    Registers a thread and bytes of local memory come from the cubin, by Triton's own cuobjdump, and
+    the machine's instructions by its nvdisasm; for gfx942 from the notes in the assembly, and no
+    instructions.
     """
     source = triton.compiler.ASTSource(kernel, signature, constexprs, attrs or {})
     compiled = triton.compile(source, target=TARGETS[target][0], options=options)
@@ -137,16 +142,87 @@ def compile_for(kernel, signature, constexprs, target, attrs=None, **options):
 
 
 def _nvidia_usage(compiled):
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        commands = ["cuobjdump", "-res-usage"], ["nvdisasm", "-c"]
+        found, sass = (
+            subprocess.run(
+                [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in commands
+        )
     usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", found)}
-    return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
+    return {
+        "registers": usage["REG"],
+        "spills": usage["STACK"] + usage["LOCAL"],
+        "sass": instructions(sass),
+    }
+
+
+@dataclass
+class Sass:
+    """A kernel's instructions, and the [first, end) of its innermost loops."""
+
+    lines: list
+    loops: list
+
+    def count(self, *names, within=None):
+        """The number of instructions whose names start so."""
+        first, end = within or (0, len(self.lines))
+        return sum(_name(line).startswith(names) for line in self.lines[first:end])
+
+
+def instructions(text):
+    """nvdisasm's text -> Sass. A loop ends with a branch back to the label where it begins."""
+    lines, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            lines.append(found[1])
+    loops = []
+    for end, line in enumerate(lines, 1):
+        to = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+        # a branch to itself follows the end of every kernel
+        if to and labels[to[1]] < end - 1:
+            loops.append((labels[to[1]], end))
+    inner = [
+        (a, b)
+        for a, b in loops
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    ]
+    return Sass(lines, inner)
+
+
+def _name(line):
+    return re.sub(r"^@!?U?P\w+ ", "", line).split()[0]
+
+
+def distance(body):
+    """How many instructions of a loop separate a wide load from the first use of what it loads.
+
+    The least over the loads of 8 bytes a thread and more; None without one.
+    """
+    found = []
+    for at, line in enumerate(body):
+        load = re.search(r"\bLDG\.\S*\.(64|128)\S* R(\d+)", line)
+        if load is None:
+            continue
+        registers = [f"R{int(load[2]) + i}" for i in range(int(load[1]) // 32)]
+        for steps in range(1, len(body)):
+            other = body[(at + steps) % len(body)]
+            operands = other.split(None, 1)[-1].split(",")
+            # what a store names first it reads, what others name first they write
+            read = operands if re.search(r"\b(ST|RED|ATOM)", other) else operands[1:]
+            if re.search(rf"\b({'|'.join(registers)})\b", ",".join(read)):
+                found.append(steps)
+                break
+    return min(found, default=None)
 
 
 def _amd_usage(compiled):
     found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
-    return {"registers": int(found["vgpr_count"]), "spills": int(found["vgpr_spill_count"])}
+    spills = int(found["vgpr_spill_count"])
+    return {"registers": int(found["vgpr_count"]), "spills": spills, "sass": None}

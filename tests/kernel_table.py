@@ -10,12 +10,14 @@ alignments that Triton specialises on. WORDs choose the cases whose names hold o
 import argparse
 import contextlib
 import json
+import math
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from kernel_reference import TARGETS, compile_for, record_launches
+from kernel_reference import TARGETS, compile_for, distance, record_launches
 
 from nanogpt2.kernels import (
     attention,
@@ -29,6 +31,33 @@ from nanogpt2.kernels import (
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
+# the kernels whose instructions are counted
+MEASURED = {
+    "_attention_fwd_kernel",
+    "_attention_bwd_kernel",
+    "_attention_bwd_dq_kernel",
+    "_softmax_fwd_kernel",
+    "_softmax_bwd_kernel",
+    "_cross_entropy_fwd_kernel",
+    "_cross_entropy_bwd_kernel",
+    "_layer_norm_fwd_kernel",
+    "_layer_norm_bwd_kernel",
+    "_layer_norm_sum_kernel",
+    "_gelu_fwd_kernel",
+    "_gelu_bwd_kernel",
+}
+COLUMNS = {
+    "case": "case",
+    "kernel": "kernel",
+    "target": "target",
+    "warps": "warps",
+    "registers": "registers",
+    "spills": "spilled bytes",
+    "shared": "shared bytes",
+    "programs": "programs an SM",
+    "slots": "issue slots",
+    "ahead": "loads ahead",
+}
 # counts that switch something off
 OFF = {"SPLITS": 1, "NGRAM": 0, "ENDS": 0}
 
@@ -54,16 +83,21 @@ def layer_norm_cases():
         yield (
             f"layer_norm N={N} {dtype}",
             layer_norm._layer_norm_fwd,
-            (x, None, weight, weight, 1e-5),
+            (x, None, weight, weight, 1e-5, None),
         )
         yield (
             f"layer_norm N={N} {dtype}",
             layer_norm._layer_norm_bwd,
-            (x, None, x, weight, statistics, statistics),
+            (x, None, x, weight, statistics, statistics, None),
         )
         name = f"residual_layer_norm N={N} {dtype}"
-        yield name, layer_norm._layer_norm_fwd, (x, x, weight, weight, 1e-5)
-        yield name, layer_norm._layer_norm_bwd, (x, x, x, weight, statistics, statistics)
+        yield name, layer_norm._layer_norm_fwd, (x, x, weight, weight, 1e-5, None)
+        yield name, layer_norm._layer_norm_bwd, (x, x, x, weight, statistics, statistics, None)
+    # under autocast: a branch in bf16, the residual stream in fp32
+    branch, x, weight = new(64, 768), new(64, 768, dtype=FP32), new(768, dtype=FP32)
+    statistics, name = new(64, dtype=FP32), "residual_layer_norm N=768 autocast"
+    yield name, layer_norm._layer_norm_fwd, (branch, x, weight, weight, 1e-5, BF16)
+    yield name, layer_norm._layer_norm_bwd, (branch, x, x, weight, statistics, statistics, BF16)
 
 
 def gelu_cases():
@@ -242,8 +276,8 @@ def ones_cases():
     x, statistic, one = new(1, 1), new(1, dtype=FP32), new(1, dtype=torch.int64)
     yield name, softmax._softmax_fwd, (x, True, False, 1.0), targets
     yield name, softmax._softmax_bwd, (x, x, True, False, 1.0), targets
-    yield name, layer_norm._layer_norm_fwd, (x, x, x[0], x[0], 1e-5), targets
-    yield name, layer_norm._layer_norm_bwd, (x, x, x, x[0], statistic, statistic), targets
+    yield name, layer_norm._layer_norm_fwd, (x, x, x[0], x[0], 1e-5, None), targets
+    yield name, layer_norm._layer_norm_bwd, (x, x, x, x[0], statistic, statistic, None), targets
     yield name, gelu._gelu_fwd, (x, x[0]), targets
     yield name, gelu._gelu_bwd, (x, x, x[0]), targets
     yield name, cross_entropy._losses, (x, one, -100, 1, True), targets
@@ -323,13 +357,15 @@ CASES = [
 
 @contextlib.contextmanager
 def pytorch_for(target):
-    """Launchers ask torch.version.hip whose chip they launch on."""
-    original = torch.version.hip
+    """Launchers ask PyTorch which chip they launch on."""
+    original = torch.version.hip, torch.cuda.get_device_capability
     torch.version.hip = "6.4" if target.startswith("gfx") else None
+    arch = TARGETS[target][0].arch
+    torch.cuda.get_device_capability = lambda device: divmod(arch, 10)
     try:
         yield
     finally:
-        torch.version.hip = original
+        torch.version.hip, torch.cuda.get_device_capability = original
 
 
 def record(words=(), chips=tuple(TARGETS)):
@@ -358,6 +394,59 @@ def choices(launch):
     return found
 
 
+def hot_loops(sass, kernel):
+    """[first, end) of the loops where a kernel spends its time; the whole of one without loops.
+
+    Attention: of the loops with products the shortest, which masks nothing. Row kernels: a sweep
+    takes large blocks, then small ones, so a loop counts that has as many exponentials as any.
+    """
+    if not sass.loops:
+        return [(0, len(sass.lines))]
+    if "attention" in kernel:
+        products = [loop for loop in sass.loops if sass.count("H", "UTCH", within=loop)]
+        return [min(products or sass.loops, key=lambda loop: loop[1] - loop[0])]
+    work = [sass.count("MUFU", within=loop) or 0 for loop in sass.loops]
+    if max(work) < 8:
+        work = [end - first for first, end in sass.loops]
+    return [loop for loop, n in zip(sass.loops, work, strict=True) if n >= 0.8 * max(work)]
+
+
+def issue(sass, kernel, constexprs, warps):
+    """{"slots", "ahead"}: instructions issued for a unit of work, and how far loads are ahead.
+
+    slots: attention, cycles that a quarter of an SM issues for 64 x 64 scores; row kernels,
+    instructions a thread issues for one element. ahead: tiles under way when the hot loop begins
+    (by descriptor), groups of tiles still under way when it goes on (by address), or instructions
+    between a load and its first use.
+    """
+    loops = hot_loops(sass, kernel)
+    count = sum(end - first for first, end in loops)
+    sizes = [constexprs[name] for name in ("BLOCK_M", "BLOCK_P", "BLOCK_N") if name in constexprs]
+    first, end = loops[0]
+    if "attention" in kernel and len(sizes) == 2:
+        slots = count * warps / 4 / (math.prod(sizes) / 4096)
+    else:
+        slots = count * 32 * warps / math.prod(sizes)
+    before = max((b for _, b in sass.loops if b <= first), default=0)
+    waits = [
+        int(found[1])
+        for line in sass.lines[first:end]
+        if (found := re.search(r"DEPBAR\.LE SB0, 0x(\w+)", line))
+    ]
+    ahead = sass.count("UTMALDG", within=(before, first)) or min(waits, default=None)
+    if ahead is None and sass.loops:
+        ahead = distance(sass.lines[first:end])
+    return {"slots": round(slots, 1), "ahead": ahead}
+
+
+def programs(registers, shared, warps, target):
+    """How many programs an SM of NVIDIA's holds at once."""
+    # registers are given out by eights a thread, 256 a warp; a program costs 1 KB of shared memory
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_memory = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[target] * 1024 // (shared + 1024)
+    return min(by_registers, by_memory, 64 // warps, 32)
+
+
 def compiled(case):
     """One dict for what `record` yields."""
     name, target, launch = case
@@ -369,11 +458,20 @@ def compiled(case):
         launch.attrs,
         **launch.options,
     )
+    kernel, warps, sass = (
+        launch.kernel.__name__,
+        launch.options.get("num_warps", 4),
+        found.pop("sass"),
+    )
+    if sass is not None:
+        found["programs"] = programs(found["registers"], found["shared"], warps, target)
+        if kernel in MEASURED:
+            found |= issue(sass, kernel, launch.constexprs, warps)
     return {
         "case": name,
-        "kernel": launch.kernel.__name__,
+        "kernel": kernel,
         "target": target,
-        "warps": launch.options.get("num_warps", 4),
+        "warps": warps,
         **found,
         "limit": TARGETS[target][1],
         "on": choices(launch),
@@ -400,7 +498,7 @@ if __name__ == "__main__":
     if arguments.json:
         print(json.dumps(rows))
     else:
-        print("| case | kernel | target | warps | registers | spilled bytes | shared bytes |")
-        print("|---|---|---|---|---|---|---|")
+        print("|", " | ".join(COLUMNS.values()), "|")
+        print("|---" * len(COLUMNS) + "|")
         for row in rows:
-            print("|", " | ".join(str(v) for k, v in row.items() if k not in ("limit", "on")), "|")
+            print("|", " | ".join(str(row.get(name, "")) for name in COLUMNS), "|")

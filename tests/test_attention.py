@@ -8,6 +8,7 @@ from attention_reference import bf16_dots, kept  # noqa: F401
 from kernel_reference import DEVICE, assert_close
 from torch.library import opcheck
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanogpt2.kernels import attention as room
 from nanogpt2.kernels.attention import attention, attention_qkv, attention_ref
@@ -90,6 +91,55 @@ def test_a_start_outside_the_row(start):
     inside = torch.tensor([min(max(start, 0), 150)], device=DEVICE)
     for x, y in zip(found, results(attention, q, k, v, do, start=inside), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_descriptors_and_addresses_give_the_same(padded, monkeypatch):
+    """Tiles by descriptor, tiles by address: no bit of the result or of a gradient differs."""
+    tensors = inputs(2, 2, 150, 64, torch.float16)
+    start = torch.tensor([70, 0], device=DEVICE) if padded else None
+    asked = []
+
+    def descriptors(*arguments):
+        asked.append(made(*arguments))
+        return asked[-1]
+
+    made = room._descriptors
+    monkeypatch.setattr(room, "_descriptors", descriptors)
+    by_descriptor = results(attention, *tensors, start=start, deterministic=True)
+    assert all(type(x) is TensorDescriptor for pair in asked for x in pair) and len(asked) == 2
+    monkeypatch.setattr(room, "_descriptors", lambda *_: [None, None])
+    by_address = results(attention, *tensors, start=start, deterministic=True)
+    for x, y in zip(by_descriptor, by_address, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_layout_that_no_descriptor_takes():
+    """An address that 16 does not divide, strides that 16 bytes or a smaller stride do not."""
+    good = inputs(2, 3, 8, 16, torch.float16)[0]
+    assert None not in room._descriptors(good, good, 32)
+    storage = torch.zeros(2 * 3 * 8 * 40 + 1, dtype=torch.float16, device=DEVICE)
+    for strides, offset in (
+        ((384, 16, 48, 1), 1),
+        ((400, 16, 50, 1), 0),
+        ((384, 20, 60, 1), 0),
+        ((384, 128, 16, 1), 0),
+        ((0, 0, 0, 1), 0),
+    ):
+        bad = storage.as_strided((2, 3, 8, 16), strides, offset)
+        assert room._descriptors(good, bad, 32) == [None, None], strides
+    wide = good.float()
+    assert room._descriptors(wide, wide, 32) == [None, None]
+
+
+def test_padding_may_hold_nan_by_descriptor():
+    q, k, v, do = inputs(2, 1, 150, 64, torch.float16)
+    start = torch.tensor([97, 3], device=DEVICE)
+    expected = results(attention, q, k, v, do, start=start)
+    for b, first in enumerate(start):
+        k[b, :, :first] = v[b, :, :first] = math.nan
+    for x, y in zip(results(attention, q, k, v, do, start=start), expected, strict=True):
+        assert_close(x, y)
 
 
 def test_padding_may_hold_nan():

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,7 +276,15 @@ def test_a_report(tmp_path, monkeypatch, capsys):
 def test_a_whole_run_with_a_stopwatch_of_the_cpus(tmp_path, monkeypatch, capsys):
     """All that a GPU's run does but for the two things that only a GPU has."""
     ticks = itertools.count()
-    monkeypatch.setattr(gpu, "events", lambda: lambda work: work() is None or 1e-3 * next(ticks))
+
+    class Stopwatch(gpu.Stopwatch):
+        def __init__(self):
+            self.sleep, self.uncovered = 64, 0
+
+        def time(self, work):
+            return work() is None or 1e-3 * next(ticks), True
+
+    monkeypatch.setattr(gpu, "Stopwatch", Stopwatch)
     monkeypatch.setattr(gpu, "peak_memory", lambda work: 5_000_000)
     monkeypatch.setattr(gpu, "rig", lambda: {"device": "a chip"})
     rate = estimate.Rate(9e14, "its datasheet")
@@ -291,6 +300,8 @@ def test_a_whole_run_with_a_stopwatch_of_the_cpus(tmp_path, monkeypatch, capsys)
     page = (tmp_path / "softmax.md").read_text()
     assert "Not timed: 3 x 37, forward: Liger: no CUDA device." in page
     assert "The peak is 900 TFLOP/s (its datasheet); products of 4096 x 4096 reached 600" in page
+    assert "slept 64 cycles before each timing to hide the launches; it always outlasted" in page
+    assert numbers["sleep_cycles"] == 64 and numbers["uncovered"] == 0
     assert (tmp_path / "softmax.png").exists()
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == numbers
 
@@ -303,3 +314,45 @@ def test_natively(capsys):
     for case in numbers["cases"]:
         assert {"copy", "ours", "eager", "torch.compile"} <= {row["arm"] for row in case["rows"]}
         assert all(row["median"] > 0 for row in case["rows"])
+
+
+@pytest.mark.parametrize(("launch", "slept"), [(1, 2), (9, 16), (100, 64)])
+def test_a_stopwatch_sleeps_until_all_is_launched(launch, slept, monkeypatch):
+    """A device that sleeps `cycles` ticks, beside a host that takes `launch` ticks to launch."""
+    device = SimpleNamespace(host=0, busy=0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(device.busy, device.host)
+
+        def query(self):
+            return self.at <= device.host
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def work():
+        device.host += launch
+        device.busy = max(device.busy, device.host) + 5
+
+    def sleep(cycles):
+        device.busy = max(device.busy, device.host) + cycles
+
+    def synchronize():
+        device.host = max(device.host, device.busy)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device, **k: empty(1, **k))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu, "SLEEP", 2)
+    monkeypatch.setattr(gpu, "LONGEST_SLEEP", 64)
+    stopwatch = gpu.Stopwatch()
+    covered = launch < 64
+    assert stopwatch(work) == pytest.approx(0.005 if covered else (launch + 5 - 64) / 1e3)
+    assert (stopwatch.sleep, stopwatch.uncovered) == (slept, 0 if covered else 1)
+    assert ("always" in stopwatch.said()) == covered

@@ -24,6 +24,7 @@ from test_train import metrics, numbers
 from test_train import run as run_train
 from test_trainer import stop_after
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import train
 from nanogpt2 import evaluate, ops
@@ -36,6 +37,7 @@ from nanogpt2.kernels.attention import attention_ref
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
 from nanogpt2.training import snapshot
+from nanogpt2.training import trainer as trainers
 from nanogpt2.training.distributed import World
 from nanogpt2.training.trainer import Trainer
 
@@ -220,6 +222,111 @@ def test_a_compiler_keeps_the_graph_whole(device, backend):
         gradients.append([p.grad.clone() for p in ours.parameters()])
     for found, expected in zip(*gradients, strict=True):
         assert rms_ratio(found, expected) < BOUND
+
+
+def test_a_compiler_gets_plain_layer_norms_and_gelus(device):
+    """Inductor fuses them with their neighbours; only attention and the loss stay kernels."""
+    _, ours = pair(device, n_layer=2)
+    x, y = batch(device)
+    torch._dynamo.reset()
+    with torch.autocast(device, torch.bfloat16):
+        explained = torch._dynamo.explain(ours)(x, y)
+    assert explained.graph_break_count == 0 and len(explained.graphs) == 1
+    names = [str(node.target) for node in explained.graphs[0].graph.nodes]
+    kernels = [name for name in names if "nanogpt2" in name]
+    assert len([name for name in kernels if "attention_qkv" in name]) == 2
+    assert len([name for name in kernels if "linear_cross_entropy" in name]) == 1
+    assert len(kernels) == 3, kernels
+
+
+class Operations(Calls):
+    """Counts all operations but views; refuses those that make the host wait for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_assert_async")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")[2].partition(".")[0]
+        assert name not in self.WAITS, name
+        views = (r.alias_info is not None and not r.alias_info.is_write
+                 for r in function._schema.returns)  # fmt: skip
+        if not any(views) and "empty" not in name and name != "_unsafe_view":
+            self.count[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("bf16_dots")
+def test_operations_of_a_training_step(device):
+    """Under autocast, a layer: no addition of its own, one cast a weight and one a gradient.
+
+    And nothing waits for the device, so the pass can be captured.
+    """
+    found = []
+    for layers in (1, 2):
+        _, ours = pair(device, n_layer=layers)
+        x, y = batch(device)
+        with Operations() as operations:
+            with torch.autocast(device, torch.bfloat16):
+                loss = ours(x, y)
+            loss.backward()
+        found.append(operations.count)
+    found[1].subtract(found[0])
+    layer = {name: count for name, count in found[1].items() if count}
+    assert layer == {
+        "layer_norm_fwd": 2,
+        "layer_norm_bwd": 2,
+        "attention_qkv": 1,
+        "attention_qkv_backward": 1,
+        "gelu_fwd": 1,
+        "gelu_bwd": 1,
+        # c_attn and both c_proj with their biases, c_fc without; two products back for each
+        "addmm": 3,
+        "mm": 9,
+        # four weights and three biases, there and back
+        "_to_copy": 14,
+        "sum": 3,
+    }
+
+
+class Counts(Operations):
+    WAITS = ()
+
+
+@pytest.mark.usefixtures("bf16_dots")
+def test_a_weight_is_cast_once_a_step(device, monkeypatch):
+    """However many micro-batches; the gradients are those of casts for each."""
+    counts, models = [], []
+    for keeps in (False, True):
+        torch.manual_seed(5)
+        _, model = pair(device, n_layer=1)
+        trainer = Trainer(settings(dtype="bfloat16", kernels="triton"), model, World(device, 0, 1))
+        monkeypatch.setattr(trainers, "KEEPS_CASTS", (device,) if keeps else ())
+        torch.manual_seed(6)
+        x, y = (t.cpu() for t in batch(device))
+        with Counts() as operations:
+            train.add_gradients(trainer, [(x, y), (x, y)], 22.0)
+        assert not torch.is_autocast_enabled(device)
+        counts.append(operations.count["_to_copy"])
+        models.append(model)
+    # seven of the layer's
+    assert counts[0] - counts[1] == 7
+    assert_same_gradients(*models, bound=BOUND if device == "cuda" else 1e-30)
+
+
+def test_a_stream_is_the_sum(device):
+    """What the blocks pass on, its norm, and what a second computation makes of it."""
+    x, branch, more = torch.randn(3, 2, 5, 32, device=device)
+    weight, bias = torch.randn(2, 32, device=device)
+    stream = ops.residual_stream(x, "triton") + branch
+    y = ops.layer_norm(stream, weight, bias, 1e-5, "triton")
+    torch.testing.assert_close(stream.sum, x + branch)
+    torch.testing.assert_close(y, ops.layer_norm(x + branch, weight, bias, 1e-5))
+    assert torch.equal(y, ops.layer_norm(stream, weight, bias, 1e-5, "triton"))
+    # no norm in between
+    torch.testing.assert_close((ops.Stream(x) + branch + more).x, x + branch)
+    leaves, spec = tree_flatten((stream, 3))
+    assert [leaves[0] is x, leaves[1] is branch, leaves[2]] == [True, True, 3]
+    assert tree_unflatten(leaves, spec)[0].branch is branch
+    assert ops.residual_stream(x, "torch") is x
 
 
 def test_twenty_steps(device):

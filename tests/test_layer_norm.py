@@ -173,6 +173,33 @@ def test_no_rows():
     assert not db.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_branch_beside_a_wide_residual(dtype):
+    """As under autocast: y and the branch in 16 bits, the sum in float32; so the gradients."""
+    x, residual = torch.randn(3, 40, device=DEVICE).to(dtype), torch.randn(3, 40, device=DEVICE)
+    inputs = (x, residual, *parameters(40))
+    grads = (torch.randn(3, 40, device=DEVICE).to(dtype), torch.randn(3, 40, device=DEVICE))
+    (y, total), found = gradients(
+        lambda *t: residual_layer_norm(*t, dtype=dtype), *inputs, grad=grads
+    )
+    assert (y.dtype, total.dtype) == (dtype, torch.float32)
+    assert [g.dtype for g in found] == [t.dtype for t in inputs]
+    doubles = [t.double() for t in inputs]
+    (y_ref, total_ref), expected = gradients(
+        residual_layer_norm_ref, *doubles, grad=tuple(g.double() for g in grads)
+    )
+    assert_close(y, y_ref)
+    assert_close(total, total_ref)
+    for result, reference in zip(found, expected, strict=True):
+        assert_close(result, reference)
+    # the gradients of the two terms are one, rounded
+    assert_close(found[0], found[1])
+    alone, (dx, *_) = gradients(
+        lambda *t: layer_norm(*t, dtype=dtype), residual, *parameters(40), grad=grads[0]
+    )
+    assert (alone.dtype, dx.dtype) == (dtype, torch.float32)
+
+
 # torch 2.15's own check reads the .grad of what it computed
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_library():
@@ -182,9 +209,9 @@ def test_library():
     statistics = torch.randn(2, 3, device=DEVICE)
     operators = torch.ops.nanogpt2
     for residual in (None, torch.randn(3, 5, device=DEVICE, requires_grad=True)):
-        opcheck(operators.layer_norm_fwd.default, (x, residual, weight, bias, 1e-5))
+        opcheck(operators.layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, None))
         other = None if residual is None else residual.detach()
-        inputs = (x.detach(), other, x.detach(), weight.detach(), *statistics)
+        inputs = (x.detach(), other, x.detach(), weight.detach(), *statistics, None)
         opcheck(operators.layer_norm_bwd.default, inputs)
     compiled = torch.compile(residual_layer_norm, backend="aot_eager", fullgraph=True)
     grads = (torch.randn(3, 5, device=DEVICE), torch.randn(3, 5, device=DEVICE))
@@ -206,6 +233,8 @@ def test_wrong_use():
     }.items():
         with pytest.raises(ValueError, match=name):
             layer_norm(*(t.to(DEVICE) for t in inputs))
+    with pytest.raises(ValueError, match=r"dtype must be .* not torch.float64"):
+        layer_norm(x, weight, bias, dtype=torch.float64)
     for residual in (x[:2], x.half()):
         with pytest.raises(ValueError, match=r"residual must be \(3, 5\) torch.float32"):
             residual_layer_norm(x, residual, weight, bias)

@@ -15,7 +15,7 @@ This file does not know the data, the files or the schedule.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ SLOTS: dict[type, tuple[str, ...]] = {
     torch.optim.Muon: ("momentum_buffer",),
 }
 FIRST_SCALE = 65536.0  # float16's loss scale at the start, GradScaler's default
+KEEPS_CASTS = ("cuda",)
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,6 +98,16 @@ class Trainer:
         return torch.autocast(
             self.world.device_type, dtype or torch.bfloat16, enabled=dtype is not None
         )
+
+    def keeping_casts(self) -> AbstractContextManager[None]:
+        """Let autocast cast a weight once a step: inside, its copies outlive a micro-batch.
+
+        On a GPU, where each cast is a launch. FSDP's copies would be as large as the whole model.
+        """
+        if self.world.device_type not in KEEPS_CASTS or self.config.fsdp:
+            return nullcontext()
+        # autocast drops its copies when the outermost context ends, even one that casts nothing
+        return torch.autocast(self.world.device_type, enabled=False)
 
     @contextmanager
     def exchanging_gradients(self, exchange: bool) -> Iterator[None]:
