@@ -21,6 +21,7 @@ L layers, H heads, S positions, D = C // H. This file does not know how a token 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +80,11 @@ class CUDADecoder:
     def kernels(self) -> str:
         """The kernels that run: "torch" or "triton"."""
         return self._model.kernels
+
+    @property
+    def pace(self) -> AbstractContextManager[Any]:
+        """Nothing: a CPU's threads do not matter here."""
+        return nullcontext()
 
     @property
     def length(self) -> int:
