@@ -29,7 +29,7 @@ from nanogpt2 import ops
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import compare, text
 from nanogpt2.cli.classify import show_labels
-from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown, request_for
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown
 from nanogpt2.cli.explain import draw, explain, shade
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.output import Output
@@ -37,6 +37,7 @@ from nanogpt2.cli.prompts import read_prompt, read_prompts, show_prompts
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.cpu.malloc import large_blocks_apart
 from nanogpt2.devices import choose_device
+from nanogpt2.generation.text import pieces, request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -120,7 +121,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
             shades = [shade(token, config.color, model.config.vocab_size) for token in why]
             painted = (
                 terminal.paint(text.shown(piece), mean(shades[tokens]))
-                for piece, tokens in text.pieces(tokenizer, completion)
+                for piece, tokens in pieces(tokenizer, completion)
             )
             terminal.write(openings[index] + text.shown(prompt) + "".join(painted) + "\n")
         elif config.explain and not config.json:

@@ -189,8 +189,7 @@ def usage_error(flag: str = "") -> Iterator[None]:
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     """Return {field name: value} for the given flags."""
     known = _flags(cls)
-    positional = next(f for f in known.values() if f.metadata["positional"])
-    place = positional.name.upper()
+    positional = next((f for f in known.values() if f.metadata["positional"]), None)
     given: dict[str, Any] = {}
     words = deque(argv)
     only_text = False
@@ -211,13 +210,16 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         elif _looks_like_a_flag(cls, word) and not only_text:
             name, value = _read_flag(cls, known, word, words)
             given[name] = value
-        elif positional.name in given:
+        elif positional is None or positional.name in given:
             hint = getattr(cls, "SECOND", "is it in quotes?")
-            fail(f"{show(word)} is a second {place}; one is allowed ({hint})")
+            what = (
+                f"a second {positional.name.upper()}; one is" if positional else "no flag; none is"
+            )
+            fail(f"{show(word)} is {what} allowed ({hint})")
         else:
             given[positional.name] = word
-    if positional.default is MISSING and positional.name not in given:
-        fail(f"{place} is missing: {positional.metadata['help']}")
+    if positional and positional.default is MISSING and positional.name not in given:
+        fail(f"{positional.name.upper()} is missing: {positional.metadata['help']}")
     return given
 
 
