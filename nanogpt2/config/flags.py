@@ -210,12 +210,11 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         elif _looks_like_a_flag(cls, word) and not only_text:
             name, value = _read_flag(cls, known, word, words)
             given[name] = value
-        elif positional is None or positional.name in given:
-            hint = getattr(cls, "SECOND", "is it in quotes?")
-            what = (
-                f"a second {positional.name.upper()}; one is" if positional else "no flag; none is"
-            )
-            fail(f"{show(word)} is {what} allowed ({hint})")
+        elif positional is None:
+            fail(f"{show(word)} is not a flag; {getattr(cls, 'SECOND', '--help lists the flags')}")
+        elif positional.name in given:
+            place, hint = positional.name.upper(), getattr(cls, "SECOND", "is it in quotes?")
+            fail(f"{show(word)} is a second {place}; one is allowed ({hint})")
         else:
             given[positional.name] = word
     if positional and positional.default is MISSING and positional.name not in given:

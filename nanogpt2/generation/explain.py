@@ -48,7 +48,7 @@ class Explanation:
 
 
 class Watch:
-    """Keeps the scores of a step, raw and after each processor, of a request whose `watch` it is."""
+    """Keeps the scores of a step, raw and after each processor; for Request.watch."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
