@@ -84,15 +84,19 @@ _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"
 def check(config: Any) -> None:
     """Raise ValueError for the first field with a wrong type or a value out of range."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        if not f.metadata or f.metadata["json"]:
-            continue
-        if value == "" and f.default != "" and not f.metadata["choices"]:
-            raise ValueError(f"{f.name} must not be empty")
-        if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
-            raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
-        if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
-            raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
+        check_value(f, getattr(config, f.name))
+
+
+def check_value(f: Field[Any], value: Any) -> None:
+    """Raise ValueError for a value of a wrong type or out of the field's range."""
+    if not f.metadata or f.metadata["json"]:
+        return
+    if value == "" and f.default != "" and not f.metadata["choices"]:
+        raise ValueError(f"{f.name} must not be empty")
+    if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
+        raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
+    if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
+        raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
