@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from nanogpt2.cli import compare
 from nanogpt2.cli.decode import OutputSink, decode_texts
-from nanogpt2.cli.explain import explain
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.output import Prompt
 from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
@@ -24,6 +23,7 @@ from nanogpt2.cli.tree import BeamTree
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
 from nanogpt2.generation.beam import Beams, Group
+from nanogpt2.generation.explain import explain
 from nanogpt2.generation.stopping import StopStrings
 from nanogpt2.generation.text import Completion, pieces, request_for
 from nanogpt2.model import GPT

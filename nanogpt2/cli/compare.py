@@ -11,8 +11,8 @@ from typing import Any
 
 from nanogpt2 import terminal
 from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown
-from nanogpt2.cli.text import shown
-from nanogpt2.config import GenerationConfig
+from nanogpt2.cli.text import as_line, shown, token_name
+from nanogpt2.config import GenerationConfig, SampleConfig
 from nanogpt2.generation.explain import kl_divergence, stages
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.text import Completion, pieces, request_for
@@ -134,15 +134,20 @@ def _figures(tokenizer: Tokenizer, text: Scored) -> str:
     for token, *figures in zip(
         text.completion.token_ids, text.logp_a, text.logp_b, text.gains, text.kl, strict=True
     ):
-        rows.append([_token_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
+        rows.append([token_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
     mean_kl = sum(text.kl) / len(text.kl)
     return f"{terminal.table(rows)}\nmean B - A {text.gain:.3f} nats, mean KL {mean_kl:.3f}"
 
 
-def _token_name(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token's text, or its bytes if they are not valid UTF-8."""
-    data = tokenizer.decode_bytes([token])
-    try:
-        return repr(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return repr(data)
+def show_comparison(
+    config: SampleConfig, model: GPT, other: GPT, tokenizer: Tokenizer, prompt: str
+) -> None:
+    """Print both models' texts for the prompt, and each model's scores of both texts."""
+    names = (f"A: {config.model}", f"B: {config.compare}")
+    request = config.generation, config.literal_prompt
+    texts = compare(model, other, tokenizer, prompt, *request)
+    if config.json:
+        record = as_json(prompt, names, texts, config.generation.seed)
+        terminal.write(as_line(record))
+    else:
+        terminal.write(shown(prompt) + "\n" + draw(tokenizer, names, texts) + "\n")

@@ -3,9 +3,7 @@
 import torch
 
 from nanogpt2 import terminal
-from nanogpt2.generation.explain import Explanation, explain
-
-__all__ = ["draw", "explain", "shade"]
+from nanogpt2.generation.explain import Explanation
 
 
 def draw(explanation: Explanation) -> str:

@@ -6,6 +6,16 @@ from typing import Any
 from nanogpt2 import terminal
 from nanogpt2.generation.text import Completion
 from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text, or its bytes if they are not valid UTF-8."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return repr(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(data)
 
 
 def shown(text: str) -> str:

@@ -13,6 +13,7 @@ import json as json_module
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -42,6 +43,8 @@ MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
+# a word that is the value of a flag which may stand alone; other words stand for themselves
+NUMBERS = re.compile(r"-?\d[\d.]*")
 LONGEST_SHORT = 4  # characters of a flag with one hyphen, such as llama.cpp's -ngl
 
 T = TypeVar("T", bound=FromFlags)
@@ -58,11 +61,13 @@ def flag(
     choices: tuple[str, ...] = (),
     positional: bool = False,
     json: str = "",
+    alone: str = "",
 ) -> Any:
     """Return a dataclass field that is also a flag.
 
     `low` and `high` belong to its range, `above` and `below` do not. `json` describes a structured
-    value, given as JSON on the command line; its user checks the value.
+    value, given as JSON on the command line; its user checks the value. `alone` is the value of a
+    flag that stands alone: it takes the next word only if that is `alone` or a number.
     """
     limits = {">=": low, ">": above, "<=": high, "<": below}
     metadata = {
@@ -71,6 +76,7 @@ def flag(
         "choices": choices,
         "positional": positional,
         "json": json,
+        "alone": alone,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -257,6 +263,8 @@ def _read_flag(
     f = known[name]
     if f.type is bool and not takes_value:
         return name, True
+    if (alone := f.metadata["alone"]) and not (equals or _belongs(words, alone)):
+        return name, alone
     if not equals:
         text = words.popleft() if words else "--"
         if text.startswith("--"):
@@ -265,6 +273,11 @@ def _read_flag(
         return name, _value(f, text)
     except ValueError as error:
         fail(f"--{error}")
+
+
+def _belongs(words: deque[str], alone: str) -> bool:
+    """Return True if the next word is the value of a flag that may stand alone."""
+    return bool(words) and (words[0] == alone or NUMBERS.fullmatch(words[0]) is not None)
 
 
 def _negated(cls: type, known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
@@ -357,6 +370,7 @@ def _help(cls: type, known: dict[str, Field[Any]]) -> str:
             parts += ["", f"{titles[f.name]}:"]
         default = "" if str(f.default) in ("None", "False", "") else f" (default: {f.default})"
         kind = "" if f.type is bool else f" {_allowed(f)}"
+        kind = f" [{f.metadata['alone']}]" if f.metadata["alone"] else kind
         parts.append(_wrapped(f"--{f.name}{kind}", 2, 10))
         parts.append(_wrapped(f.metadata["help"] + default, 6, 6))
     return "\n".join(parts)

@@ -60,6 +60,13 @@ class SearchTree:
                 self.finished.append(self._add(ids[self._start : self._start + new], final=score))
                 self.finished[-1].final = score
 
+    def find(self, tokens: list[int]) -> TreeNode:
+        """Return the node of a text's last token."""
+        node = self.root
+        for token in tokens:
+            node = node.children[token]
+        return node
+
     def _add(
         self, tokens: list[int], score: float = -math.inf, final: float = -math.inf
     ) -> TreeNode:

@@ -1,4 +1,4 @@
-"""python -m nanogpt2.serve: read the command line, take the port, then load torch and the models."""
+"""python -m nanogpt2.serve: read the command line, take the port, then load the models."""
 
 import socket
 import sys

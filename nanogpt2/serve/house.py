@@ -1,4 +1,4 @@
-"""What all endpoints share: the models, the worker, the limits, and options and ids read from JSON."""
+"""What all endpoints share: models, worker, limits; how options and ids are read from JSON."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -311,7 +311,7 @@ async def _answer(request: Request, asked: Asked) -> Response:
 
 async def _streamed(
     request: Request, answer: "Answer", events: AsyncIterator[Any], stack: AsyncExitStack
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     async with stack:
         try:
             for chunk in answer.first_chunks():
@@ -436,9 +436,8 @@ class Answer:
             found["text"] = text
         found["logprobs"] = None
         if self._asked.task.likeliest is not None and logprobs is not None:
-            found["logprobs"] = (
-                {"content": logprobs, "refusal": None} if self._asked.is_chat else _columns(logprobs)
-            )
+            content = {"content": logprobs, "refusal": None}
+            found["logprobs"] = content if self._asked.is_chat else _columns(logprobs)
         found |= {"finish_reason": finish_reason, "token_ids": ids}
         score = self._choices[index].score
         return found if score is None else found | {"score": score}

@@ -44,9 +44,7 @@ class RefusalError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         message = " ".join(str(self).split())
-        return {
-            "error": {"message": message, "type": kind, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         """Return the answer."""
@@ -83,9 +81,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def json_response(
-    value: Any, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a JSON answer; value: bytes are JSON already."""
     data = value if isinstance(value, bytes) else encoded(value)
     return Response(data, status, headers, media_type="application/json")
@@ -173,7 +169,7 @@ async def running(
     """Queue some work for a client; when the client leaves, so does the job."""
     job = worker.submit(work)
     # the body is read, so that the next message says that the client left
-    left = asyncio.ensure_future(receive())  # type: ignore[arg-type]
+    left = asyncio.ensure_future(receive())
     left.add_done_callback(lambda _: job.leave())
     try:
         yield job

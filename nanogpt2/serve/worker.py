@@ -1,8 +1,9 @@
-"""One thread that does the model's work, a job at a time, so that the event loop never waits for it.
+"""One thread that does the model's work, a job at a time, so that the event loop never waits.
 
 A job is an iterator made and run in the thread. It yields at least once a token: an event for its
-reader, or None. Events go into the reader's unbounded queue: a slow reader does not stop the thread,
-and a text's events are bounded by its tokens. A job whose reader has left ends at its next yield.
+reader, or None. Events go into the reader's unbounded queue: a slow reader does not stop the
+thread, and the events of a text are bounded by its tokens. A job whose reader has left ends at its
+next yield.
 This file knows neither models nor HTTP.
 """
 

@@ -1,4 +1,4 @@
-"""The model's work of OpenAI's endpoints: texts for prompts, with the probabilities of their tokens.
+"""The model's work of OpenAI's endpoints: texts for prompts, and their tokens' probabilities.
 
 Each prompt is continued by itself, so its tokens are those of generate() for this prompt alone.
 This file does not know HTTP.
@@ -18,7 +18,7 @@ from nanogpt2.generation.engine import evaluating
 from nanogpt2.generation.explain import Watch, stages
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.search.diverse import avoided
-from nanogpt2.generation.text import Completion, completed, completions, request_for_ids
+from nanogpt2.generation.text import completed, completions, request_for_ids
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -103,9 +103,7 @@ class Task:
     echo: bool = False
 
 
-def prepared(
-    served: Served, ids: list[int], options: GenerationConfig, most_new: int
-) -> Request:
+def prepared(served: Served, ids: list[int], options: GenerationConfig, most_new: int) -> Request:
     """Make a request for a prompt. Raises ValueError for a wrong option or too many tokens."""
     rows = max(options.num_beams, options.num_return_sequences)
     if options.penalty_alpha is not None:
@@ -191,12 +189,15 @@ def _rows(served: Served, request: Request, likeliest: int | None) -> Iterator[P
 
 
 def _beams(served: Served, request: Request, likeliest: int | None) -> Iterator[Piece | None]:
-    for beams in search(served.model, request):
+    found = search(served.model, request)
+    beams = next(found)
+    for later in found:
+        beams = later
         yield None
     group = best(request, beams)
     (texts,) = completed(served.tokenizer, request, group)
-    found = zip(texts, group.scores[0].tolist(), group.beams[0], strict=True)
-    for row, (text, total, rows) in enumerate(found):
+    ends = zip(texts, group.scores[0].tolist(), group.beams[0], strict=True)
+    for row, (text, total, rows) in enumerate(ends):
         scored: list[Scored] = []
         if likeliest is not None:
             others = avoided(request, beams, rows)
@@ -209,9 +210,7 @@ def _beams(served: Served, request: Request, likeliest: int | None) -> Iterator[
         yield Piece(row, text.text, scored, text.token_ids, text.finish_reason, total)
 
 
-def _chosen(
-    pieces: Iterator[Piece | None], count: int
-) -> Iterator[Piece | Usage | None]:
+def _chosen(pieces: Iterator[Piece | None], count: int) -> Iterator[Piece | Usage | None]:
     """Yield the texts whose tokens have the largest mean log-probability, the best first."""
     texts: dict[int, Piece] = {}
     for piece in pieces:
@@ -259,8 +258,4 @@ def scores_of(model: GPT, ids: Sequence[int], likeliest: int) -> Iterator[list[S
             if not logp.amax(dim=1).isfinite().all():
                 raise FloatingPointError("the model's scores are not finite numbers")
             following = ids[start + 1 : start + 1 + len(logp)]
-            yield [
-                score(row, token, likeliest) for row, token in zip(logp, following, strict=True)
-            ]
-
-
+            yield [score(row, token, likeliest) for row, token in zip(logp, following, strict=True)]
