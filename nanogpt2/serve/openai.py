@@ -190,7 +190,7 @@ def _conversation(messages: Any) -> Prompt:
 def _prompts(value: Any, served: Served) -> list[Prompt]:
     """Read a text, texts, token ids or lists of them."""
     several = value if isinstance(value, list) and value else [value]
-    if all(type(each) is int for each in several):
+    if several is value and all(type(each) is int for each in value):
         several = [several]
     if len(several) > MOST_CHOICES:
         raise RefusalError(400, f"prompt must have {MOST_CHOICES} texts at most", "prompt")
@@ -221,9 +221,11 @@ def _options(
     stop = asked.take("stop", [])
     given = _given(asked)
     asked.end()
-    if not (isinstance(stop, str) or _are_texts(stop)) or "" in stop:
-        raise RefusalError(400, f"stop must be a text or texts, not {show(stop)}", "stop")
-    if strings := [*([stop] if isinstance(stop, str) else stop), *stops]:
+    stop = [stop] if isinstance(stop, str) else stop
+    if not (isinstance(stop, list) and all(isinstance(each, str) and each for each in stop)):
+        message = f"stop must be a text or texts, none empty, not {show(stop)}"
+        raise RefusalError(400, message, "stop")
+    if strings := [*stop, *stops]:
         given["stop_strings"] = strings
     if most is not None or "max_length" not in given:
         given["max_new_tokens"] = most or default
@@ -266,10 +268,6 @@ def _given(asked: Fields) -> dict[str, Any]:
             raise RefusalError(400, "logit_bias must be a table of token ids", "logit_bias")
         given["sequence_bias"] = [[[int(i)], value] for i, value in bias.items()]
     return given
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 @contextmanager
