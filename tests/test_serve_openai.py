@@ -187,9 +187,7 @@ def test_nothing_is_written_with_max_tokens_0(client):
 def test_best_of_returns_the_likeliest(client, model):
     options = {"seed": 9, "max_tokens": 6}
     found = client.completions.create(model="plain", prompt="ab", n=2, best_of=6, **options)
-    rows = generated(
-        model, BYTES.encode("ab"), seed=9, num_return_sequences=6, max_new_tokens=6
-    )
+    rows = generated(model, BYTES.encode("ab"), seed=9, num_return_sequences=6, max_new_tokens=6)
     scores = []
     for row in rows:
         with torch.no_grad():
@@ -241,8 +239,9 @@ def test_a_streamed_chat_is_the_whole_answer_in_pieces(client):
     options = {"model": "talker", "messages": MESSAGES, "seed": 8, "max_completion_tokens": 20}
     options |= {"logprobs": True, "top_logprobs": 2, "temperature": 1.5}
     whole = client.chat.completions.create(**options).choices[0]
-    parts = [c for chunk in client.chat.completions.create(**options, stream=True)
-             for c in chunk.choices]
+    parts = [
+        c for chunk in client.chat.completions.create(**options, stream=True) for c in chunk.choices
+    ]
     assert parts[0].delta.role == "assistant"
     assert "".join(part.delta.content or "" for part in parts) == whole.message.content
     assert parts[-1].finish_reason == whole.finish_reason
@@ -266,7 +265,7 @@ def test_a_chat_ends_where_the_next_turn_begins(client):
 
 
 def test_a_model_without_the_template_has_no_chat(client):
-    with pytest.raises(openai.BadRequestError, match="'plain' is not a model for chat: train.py"):
+    with pytest.raises(openai.BadRequestError, match=r"'plain' is not a model for chat: train\.py"):
         client.chat.completions.create(model="plain", messages=MESSAGES)
 
 
@@ -355,11 +354,13 @@ def test_a_wrong_message_is_named(server, messages, said):
     assert answer["error"]["param"] == "messages"
 
 
+JSON = "Content-Type: application/json"
+
+
 def test_curl_streams(server):
     body = json.dumps({"prompt": "abc", "max_tokens": 4, "stream": True, "seed": 1})
     done = subprocess.run(
-        ["curl", "-sSN", server.url + "v1/completions", "-H", "Content-Type: application/json"]
-        + ["-d", body],
+        ["curl", "-sSN", server.url + "v1/completions", "-d", body, "-H", JSON],
         capture_output=True,
         text=True,
         timeout=HUNG,

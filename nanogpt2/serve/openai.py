@@ -293,6 +293,7 @@ async def _answer(request: Request, asked: Asked) -> Response:
             yield from write(asked.served, asked.task, most)
 
     answer = Answer(asked)
+    log_tokens(request, answer)
     stack = AsyncExitStack()
     async with stack:
         job = await stack.enter_async_context(running(house.worker, request.receive, work))
@@ -301,14 +302,13 @@ async def _answer(request: Request, asked: Asked) -> Response:
         if not asked.stream:
             async for event in events:
                 answer.add(event)
-            log_tokens(request, answer.prompt_tokens, answer.new_tokens)
             return json_response(answer.whole())
-        return EventStream(_streamed(request, answer, events, stack.pop_all()))
+        return EventStream(_streamed(answer, events, stack.pop_all()))
     raise AssertionError
 
 
 async def _streamed(
-    request: Request, answer: "Answer", events: AsyncIterator[Any], stack: AsyncExitStack
+    answer: "Answer", events: AsyncIterator[Any], stack: AsyncExitStack
 ) -> AsyncGenerator[bytes]:
     async with stack:
         try:
@@ -320,11 +320,10 @@ async def _streamed(
             for chunk in answer.last_chunks():
                 yield encoded(chunk)
         except ReaderLeftError:
-            return
+            raise
         except Exception as error:
             # the status is sent, so the error is an event
             yield encoded(refusal_of(error).as_json())
-        log_tokens(request, answer.prompt_tokens, answer.new_tokens)
         yield b"[DONE]"
 
 
