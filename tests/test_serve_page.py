@@ -42,10 +42,8 @@ def test_the_page_is_sent_with_a_policy(server):
     assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
     assert html.lower().startswith("<!doctype html>")
     policy = headers["content-security-policy"]
-    assert (
-        "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
     assert "http" not in policy
-    )
 
 
 def test_what_is_served_is_described(server):
