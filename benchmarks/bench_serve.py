@@ -4,9 +4,9 @@
     python -m benchmarks.bench_serve                    the demo model
     python -m benchmarks.bench_serve --model gpt2 --rounds 20
 
-Three arms write the same text, greedily, in turns: sample.py's decoding in this process, the server
-streaming to one client, and the server answering as a whole. The tokens are compared first. Prints a
-table and, last, a JSON object; writes nothing.
+Three arms write the same text, greedily, in turns: the decoding of sample.py in this process, the
+server streaming to one client, and the server answering as a whole. The tokens are compared first.
+Prints a table and, last, a JSON object; writes nothing.
 """
 
 import argparse
