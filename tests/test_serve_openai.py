@@ -289,6 +289,7 @@ def test_a_model_without_the_template_has_no_chat(client):
         ({"prompt": "a", "max_length": 9999}, 400, "max_length", "2,048 tokens at most"),
         ({"prompt": "abc", "max_length": 3}, 400, "max_length", "must be > 3"),
         ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", "a whole number"),
+        ({"prompt": "a", "max_tokens": 2000, "n": 64, "logprobs": 9}, 400, "max_tokens", "262,144"),
         ({"prompt": "a", "temperature": -1}, 400, "temperature", "must be a finite number >= 0"),
         ({"prompt": "a", "temperature": "hot"}, 400, "temperature", "not 'hot'"),
         ({"prompt": "a", "top_p": 2}, 400, "top_p", "<= 1"),

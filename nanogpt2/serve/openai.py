@@ -7,6 +7,7 @@ chooses a search, tokens are drawn. logprobs are those of the model, before any 
 Source: platform.openai.com/docs/api-reference/completions and .../chat.
 """
 
+import asyncio
 import codecs
 import math
 import os
@@ -299,7 +300,8 @@ async def _answer(request: Request, asked: Asked) -> Response:
     async with running(house.worker, request.receive, work) as job:
         async for event in job.events():
             answer.add(event)
-    return json_response(answer.whole())
+    # a long answer takes a moment
+    return json_response(await asyncio.to_thread(lambda: encoded(answer.whole())))
 
 
 async def _streamed(request: Request, answer: "Answer", work: Work) -> AsyncGenerator[bytes]:
