@@ -333,7 +333,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         [visible(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows
     ]
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    limit = _columns()
+    limit = screen_columns()
     if limit is not None and (needed := widths[0] + 2 + max(widths[1:], default=-2)) > limit:
         note(f"the table needs {needed} columns, the terminal has {limit}")
         limit = needed
@@ -357,7 +357,7 @@ def _row(row: Sequence[str], widths: Sequence[int], first: int, end: int) -> str
     return "  ".join(cells).rstrip()
 
 
-def _columns() -> int | None:
+def screen_columns() -> int | None:
     """Return the width of the terminal; None where standard output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
@@ -375,7 +375,7 @@ def tree(nodes: Sequence[Node]) -> str:
 
     On a terminal a label that does not fit loses its middle.
     """
-    lines, limit = [], _columns()
+    lines, limit = [], screen_columns()
     # a stack of (node, indent, True for the last sibling)
     waiting = [(node, "", node is nodes[-1]) for node in reversed(nodes)]
     while waiting:
