@@ -50,10 +50,11 @@ def in_process(name: str, count: int) -> Callable[[], Figures]:
 def over_http(port: int, count: int, stream: bool) -> Callable[[], Figures]:
     body = {"prompt": PROMPT, "max_tokens": count, "temperature": 0, "eos_token_id": None}
     data = json.dumps(body | {"stream": stream})
-    connection = http.client.HTTPConnection("127.0.0.1", port)
 
     def work() -> Figures:
         begin, first, found = time.perf_counter(), 0.0, []
+        # the server closes an idle connection
+        connection = http.client.HTTPConnection("127.0.0.1", port)
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/v1/completions", data, headers)
         answer = connection.getresponse()
@@ -65,6 +66,7 @@ def over_http(port: int, count: int, stream: bool) -> Callable[[], Figures]:
             if line.startswith(b"data: {"):
                 first = first or time.perf_counter() - begin
                 found += json.loads(line[6:])["choices"][0]["token_ids"]
+        connection.close()
         return first, time.perf_counter() - begin, found
 
     return work
