@@ -30,8 +30,8 @@ from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import text
 from nanogpt2.cli.classify import show_labels
 from nanogpt2.cli.compare import show_comparison
-from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown, request_for
-from nanogpt2.cli.explain import draw, explain, shade
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown
+from nanogpt2.cli.explain import draw, shade
 from nanogpt2.cli.inspect import show_inside
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.output import Output
@@ -39,6 +39,9 @@ from nanogpt2.cli.prompts import read_prompt, read_prompts, show_prompts
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.cpu.malloc import large_blocks_apart
 from nanogpt2.devices import choose_device
+from nanogpt2.generation.explain import explain
+from nanogpt2.generation.replay import describe
+from nanogpt2.generation.text import pieces, request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -121,12 +124,13 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
             continue
         why = []
         if config.explain or config.color:
+            terminal.note_once(describe(model, request))
             why = [*explain(model, request, completion.token_ids, tokenizer, found.avoided)]
         if config.color:
             shades = [shade(token, config.color, model.config.vocab_size) for token in why]
             painted = (
                 terminal.paint(text.shown(piece), mean(shades[tokens]))
-                for piece, tokens in text.pieces(tokenizer, completion)
+                for piece, tokens in pieces(tokenizer, completion)
             )
             terminal.write(openings[index] + text.shown(prompt) + "".join(painted) + "\n")
         elif config.explain and not config.json:

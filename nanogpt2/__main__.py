@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "measure a model: nanogpt2 evaluate book.txt --model out",
     "quantize": "narrow the weights: nanogpt2 quantize out --out out-int8",
     "tune": "time a model's products on this machine: nanogpt2 tune gpt2",
+    "serve": "answer over HTTP, with a page: nanogpt2 serve --model demo",
 }
 # what other programs call them
 OTHER_NAMES = {
@@ -22,6 +23,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "sft", "create"), "train"),
     **dict.fromkeys(("eval", "test", "perplexity", "benchmark", "lm_eval"), "evaluate"),
     **dict.fromkeys(("convert", "compress", "int8"), "quantize"),
+    **dict.fromkeys(("server", "api", "http", "web", "ui", "gui", "app"), "serve"),
 }
 
 

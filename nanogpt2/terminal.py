@@ -40,6 +40,11 @@ def prepare() -> None:
     _on_signals(lambda number: sys.exit(128 + number))
 
 
+def ignore_broken_pipes() -> None:
+    """Let a write to a closed pipe or socket raise OSError, instead of ending the process."""
+    _on_broken_pipe(signal.SIG_IGN)
+
+
 _colours = True  # False where a script's stdout takes no escape sequences
 
 

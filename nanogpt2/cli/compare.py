@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from nanogpt2 import terminal
-from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown, request_for
-from nanogpt2.cli.text import Completion, as_line, pieces, shown, token_name
+from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown
+from nanogpt2.cli.text import as_line, shown, token_name
 from nanogpt2.config import GenerationConfig, SampleConfig
-from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.generation.explain import kl_divergence, stages
 from nanogpt2.generation.request import Request
+from nanogpt2.generation.text import Completion, pieces, request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -77,22 +76,17 @@ def compare(
     ]
 
 
-@torch.no_grad()
 def _score(
     a: GPT, b: GPT, request: Request, new: Sequence[int]
 ) -> tuple[list[float], list[float], list[float]]:
     """Return log p_A, log p_B and KL(B || A) of each new token."""
-    engines = [Engine(model, request, rows=1) for model in (a, b)]
-    ids = request.ids  # (1, T)
     logps_a, logps_b, kls = [], [], []
-    with evaluating(a), evaluating(b):
-        for token in new:
-            logp_a, logp_b = (engine.next_scores(ids)[0].log_softmax(dim=0) for engine in engines)
-            kl = (logp_b.exp() * (logp_b - logp_a)).nansum()
-            logps_a.append(float(logp_a[token]))
-            logps_b.append(float(logp_b[token]))
-            kls.append(float(kl))
-            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    found = zip(new, stages(a, request, new), stages(b, request, new), strict=True)
+    for token, (_, (raw_a, *_)), (_, (raw_b, *_)) in found:
+        logp_a, logp_b = raw_a[0].log_softmax(dim=0), raw_b[0].log_softmax(dim=0)
+        logps_a.append(float(logp_a[token]))
+        logps_b.append(float(logp_b[token]))
+        kls.append(kl_divergence(logp_b, logp_a))
     return logps_a, logps_b, kls
 
 

@@ -90,15 +90,19 @@ _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"
 def check(config: Any) -> None:
     """Raise ValueError for the first field with a wrong type or a value out of range."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        if not f.metadata or f.metadata["json"]:
-            continue
-        if value == "" and f.default != "" and not f.metadata["choices"]:
-            raise ValueError(f"{f.name} must not be empty")
-        if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
-            raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
-        if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
-            raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
+        check_value(f, getattr(config, f.name))
+
+
+def check_value(f: Field[Any], value: Any) -> None:
+    """Raise ValueError for a value of a wrong type or out of the field's range."""
+    if not f.metadata or f.metadata["json"]:
+        return
+    if value == "" and f.default != "" and not f.metadata["choices"]:
+        raise ValueError(f"{f.name} must not be empty")
+    if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
+        raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
+    if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
+        raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
@@ -195,8 +199,7 @@ def usage_error(flag: str = "") -> Iterator[None]:
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     """Return {field name: value} for the given flags."""
     known = _flags(cls)
-    positional = next(f for f in known.values() if f.metadata["positional"])
-    place = positional.name.upper()
+    positional = next((f for f in known.values() if f.metadata["positional"]), None)
     given: dict[str, Any] = {}
     words = deque(argv)
     only_text = False
@@ -217,13 +220,15 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         elif _looks_like_a_flag(cls, word) and not only_text:
             name, value = _read_flag(cls, known, word, words)
             given[name] = value
+        elif positional is None:
+            fail(f"{show(word)} is not a flag; {getattr(cls, 'SECOND', '--help lists the flags')}")
         elif positional.name in given:
-            hint = getattr(cls, "SECOND", "is it in quotes?")
+            place, hint = positional.name.upper(), getattr(cls, "SECOND", "is it in quotes?")
             fail(f"{show(word)} is a second {place}; one is allowed ({hint})")
         else:
             given[positional.name] = word
-    if positional.default is MISSING and positional.name not in given:
-        fail(f"{place} is missing: {positional.metadata['help']}")
+    if positional and positional.default is MISSING and positional.name not in given:
+        fail(f"{positional.name.upper()} is missing: {positional.metadata['help']}")
     return given
 
 

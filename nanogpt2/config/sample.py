@@ -295,29 +295,34 @@ class SampleConfig:
                 check_model("gpt2" if given.get(name) is None else given[name])
         names = {f.name for f in fields(GenerationConfig)}
         own = {name: value for name, value in given.items() if name not in names}
-        return cls(generation=cls._decoding(given, names), **own)
+        decoding = {name: value for name, value in given.items() if name in names}
+        return cls(generation=decoding_options(decoding, given.get("preset")), **own)
 
-    @staticmethod
-    def _decoding(given: dict[str, Any], names: set[str]) -> GenerationConfig:
-        options = {name: value for name, value in given.items() if name in names}
-        if given.get("preset") in TASKS:
-            options = TASKS[given["preset"]].options | options
-        elif not any(name in given for name in DECODING_FLAGS):
-            options = SENSIBLE_SAMPLING | options
-        elif not any(name in given for name in SEARCH_FLAGS):
-            options = {"do_sample": True} | options
-        if "max_length" not in given:
-            options = {"max_new_tokens": 100} | options
-        elif "max_new_tokens" not in given:
-            options.pop("max_new_tokens", None)
-        refuse_ignored(given, options)
-        try:
-            return GenerationConfig(**options)
-        except ValueError as error:
-            name = str(error).partition(" ")[0]
-            if name in given or given.get("preset") is None:
-                raise
-            raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
+
+def decoding_options(given: dict[str, Any], preset: str | None = None) -> GenerationConfig:
+    """Fill in what decoding flags imply: the sampling of sample.py, 100 new tokens, a preset's.
+
+    Raises ValueError, whose text starts with a flag's name, for values that do not go together.
+    """
+    options = given
+    if preset in TASKS:
+        options = TASKS[preset].options | options
+    elif not any(name in given for name in DECODING_FLAGS):
+        options = SENSIBLE_SAMPLING | options
+    elif not any(name in given for name in SEARCH_FLAGS):
+        options = {"do_sample": True} | options
+    if "max_length" not in given:
+        options = {"max_new_tokens": 100} | options
+    elif "max_new_tokens" not in given:
+        options = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    refuse_ignored(given, options)
+    try:
+        return GenerationConfig(**options)
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        if name in given or preset is None:
+            raise
+        raise ValueError(f"{error} (--preset {preset} sets it)") from None
 
 
 def _check_classify(given: dict[str, Any]) -> None:
