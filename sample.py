@@ -27,16 +27,20 @@ if __name__ == "__main__":
 
 from nanogpt2 import ops
 from nanogpt2.checkpoints.load import open_checkpoint
-from nanogpt2.cli import compare, text
+from nanogpt2.cli import text
 from nanogpt2.cli.classify import show_labels
-from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown, request_for
-from nanogpt2.cli.explain import draw, explain, shade
+from nanogpt2.cli.compare import show_comparison
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, note_outgrown
+from nanogpt2.cli.explain import draw, shade
+from nanogpt2.cli.inspect import show_inside
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.output import Output
 from nanogpt2.cli.prompts import read_prompt, read_prompts, show_prompts
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.cpu.malloc import large_blocks_apart
 from nanogpt2.devices import choose_device
+from nanogpt2.generation.explain import explain
+from nanogpt2.generation.text import pieces, request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -52,6 +56,9 @@ def main(config: SampleConfig) -> None:
         ops.choose_kernels(config.kernels, device)
     if config.classify:
         show_labels(config, device, prompt)
+        return
+    if config.inspects:
+        show_inside(config, device, prompt, template)
         return
     with usage_error("--prompts"):
         lines, about_blanks = read_prompts(config.prompts, config.skip_bad, template)
@@ -120,7 +127,7 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
             shades = [shade(token, config.color, model.config.vocab_size) for token in why]
             painted = (
                 terminal.paint(text.shown(piece), mean(shades[tokens]))
-                for piece, tokens in text.pieces(tokenizer, completion)
+                for piece, tokens in pieces(tokenizer, completion)
             )
             terminal.write(openings[index] + text.shown(prompt) + "".join(painted) + "\n")
         elif config.explain and not config.json:
@@ -128,20 +135,6 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
         else:
             record |= {"explain": [token.as_json() for token in why]} if why else {}
             terminal.write(text.as_line(record))
-
-
-def show_comparison(
-    config: SampleConfig, model: GPT, other: GPT, tokenizer: Tokenizer, prompt: str
-) -> None:
-    """Print both models' texts for the prompt, and each model's scores of both texts."""
-    names = (f"A: {config.model}", f"B: {config.compare}")
-    request = config.generation, config.literal_prompt
-    texts = compare.compare(model, other, tokenizer, prompt, *request)
-    if config.json:
-        record = compare.as_json(prompt, names, texts, config.generation.seed)
-        terminal.write(text.as_line(record))
-    else:
-        terminal.write(text.shown(prompt) + "\n" + compare.draw(tokenizer, names, texts) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train or fine-tune: nanogpt2 train book.txt --init demo --out out",
     "evaluate": "measure a model: nanogpt2 evaluate book.txt --model out",
     "quantize": "narrow the weights: nanogpt2 quantize out --out out-int8",
+    "serve": "answer over HTTP, with a page: nanogpt2 serve --model demo",
 }
 # what other programs call them
 OTHER_NAMES = {
@@ -21,6 +22,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "tune", "sft", "create"), "train"),
     **dict.fromkeys(("eval", "test", "perplexity", "benchmark", "lm_eval"), "evaluate"),
     **dict.fromkeys(("convert", "compress", "int8"), "quantize"),
+    **dict.fromkeys(("server", "api", "http", "web", "ui", "gui", "app"), "serve"),
 }
 
 

@@ -386,9 +386,12 @@ def tree(nodes: Sequence[Node]) -> str:
 LEAST_LABEL = 30  # columns; a deep tree's labels go beyond a narrow terminal
 
 
-def shorten(text: str, columns: int) -> str:
-    """Cut the middle out of a text wider than `columns`; keep its end, where a score stands."""
-    columns = max(columns, LEAST_LABEL)
+def shorten(text: str, columns: int, least: int = LEAST_LABEL) -> str:
+    """Cut the middle out of a text wider than `columns`; keep its end, where a score stands.
+
+    Never narrower than `least` columns.
+    """
+    columns = max(columns, least)
     if _width(text) <= columns:
         return text
     end = _last(text, columns - 8)

@@ -14,17 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt2.cli import compare
-from nanogpt2.cli.decode import OutputSink, decode_texts, request_for
-from nanogpt2.cli.explain import explain
+from nanogpt2.cli.decode import OutputSink, decode_texts
 from nanogpt2.cli.interactive import Conversation, run_interactive
 from nanogpt2.cli.output import Prompt
 from nanogpt2.cli.prompts import Job, read_prompts, run_prompts
-from nanogpt2.cli.text import Completion, as_line, pieces
+from nanogpt2.cli.text import as_line
 from nanogpt2.cli.tree import BeamTree
 from nanogpt2.config import GenerationConfig, GPTConfig
 from nanogpt2.generation import generate
 from nanogpt2.generation.beam import Beams, Group
+from nanogpt2.generation.explain import explain
 from nanogpt2.generation.stopping import StopStrings
+from nanogpt2.generation.text import Completion, pieces, request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 

@@ -87,7 +87,7 @@ def test_the_readme_says_where_four_things_happen():
 def test_a_missing_name_is_seen(tmp_path):
     document = tmp_path / "wrong.md"
     document.write_text(
-        "`model.py: GPT, Blok`, `modell.py`, `cli/: Completion, Gone`, `beam.py: best, worst`"
+        "`model.py: GPT, Blok`, `modell.py`, `cli/: Text, Gone`, `beam.py: best, worst`"
     )
     assert missing(document) == ["model.py: Blok", "modell.py", "cli/: Gone", "beam.py: worst"]
 

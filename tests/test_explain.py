@@ -7,9 +7,10 @@ import pytest
 import torch
 from reference import TINY, twins
 
-from nanogpt2.cli.explain import draw, explain, shade
+from nanogpt2.cli.explain import draw, shade
 from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import generate
+from nanogpt2.generation.explain import explain
 from nanogpt2.generation.request import prepare
 from nanogpt2.generation.search import diverse
 from nanogpt2.tokenizer import byte_tokenizer

@@ -340,6 +340,16 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
             )
 
 
+def is_chat(folder: Path) -> bool:
+    """Tell whether the tokenizer's files in a folder have the template of `--task chat`."""
+    settings = _read_json(folder / "tokenizer_config.json") or {}
+    with suppress(OSError, UnicodeDecodeError):
+        # where newer transformers write it
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        settings |= {"chat_template": template}
+    return settings.get("chat_template") == CHAT_TEMPLATE
+
+
 def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[Any, Any]:
     """Return the tokens of tokenizer.json, with the tokens added within the vocabulary."""
     path = folder / "tokenizer.json"

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from nanogpt2.checkpoints import tensors as tensor_file
-from nanogpt2.checkpoints.folder import check_vocabulary, current, find_files, labels_of
+from nanogpt2.checkpoints.folder import (
+    check_vocabulary,
+    current,
+    find_files,
+    is_chat,
+    labels_of,
+)
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.checkpoints.names import (
     DTYPES,
@@ -93,6 +99,11 @@ class Checkpoint:
         if self.name not in PRESETS and self._source.is_settled:
             check_vocabulary(self._source.files[0].parent, tokenizer)
         return tokenizer
+
+    @property
+    def is_chat(self) -> bool:
+        """True if `--task chat` trained the model: its tokenizer's files have that template."""
+        return self.name not in PRESETS and is_chat(self._source.files[0].parent)
 
     def model(
         self,

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from nanogpt2 import terminal
-from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown, request_for
-from nanogpt2.cli.text import Completion, pieces, shown
-from nanogpt2.config import GenerationConfig
-from nanogpt2.generation.engine import Engine, evaluating
+from nanogpt2.cli.decode import decode_texts, note_dropped, note_outgrown
+from nanogpt2.cli.text import as_line, shown, token_name
+from nanogpt2.config import GenerationConfig, SampleConfig
+from nanogpt2.generation.explain import kl_divergence, stages
 from nanogpt2.generation.request import Request
+from nanogpt2.generation.text import Completion, pieces, request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
@@ -77,22 +76,17 @@ def compare(
     ]
 
 
-@torch.no_grad()
 def _score(
     a: GPT, b: GPT, request: Request, new: Sequence[int]
 ) -> tuple[list[float], list[float], list[float]]:
     """Return log p_A, log p_B and KL(B || A) of each new token."""
-    engines = [Engine(model, request, rows=1) for model in (a, b)]
-    ids = request.ids  # (1, T)
     logps_a, logps_b, kls = [], [], []
-    with evaluating(a), evaluating(b):
-        for token in new:
-            logp_a, logp_b = (engine.next_scores(ids)[0].log_softmax(dim=0) for engine in engines)
-            kl = (logp_b.exp() * (logp_b - logp_a)).nansum()
-            logps_a.append(float(logp_a[token]))
-            logps_b.append(float(logp_b[token]))
-            kls.append(float(kl))
-            ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    found = zip(new, stages(a, request, new), stages(b, request, new), strict=True)
+    for token, (_, (raw_a, *_)), (_, (raw_b, *_)) in found:
+        logp_a, logp_b = raw_a[0].log_softmax(dim=0), raw_b[0].log_softmax(dim=0)
+        logps_a.append(float(logp_a[token]))
+        logps_b.append(float(logp_b[token]))
+        kls.append(kl_divergence(logp_b, logp_a))
     return logps_a, logps_b, kls
 
 
@@ -140,15 +134,20 @@ def _figures(tokenizer: Tokenizer, text: Scored) -> str:
     for token, *figures in zip(
         text.completion.token_ids, text.logp_a, text.logp_b, text.gains, text.kl, strict=True
     ):
-        rows.append([_token_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
+        rows.append([token_name(tokenizer, token), *(f"{value:.2f}" for value in figures)])
     mean_kl = sum(text.kl) / len(text.kl)
     return f"{terminal.table(rows)}\nmean B - A {text.gain:.3f} nats, mean KL {mean_kl:.3f}"
 
 
-def _token_name(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token's text, or its bytes if they are not valid UTF-8."""
-    data = tokenizer.decode_bytes([token])
-    try:
-        return repr(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return repr(data)
+def show_comparison(
+    config: SampleConfig, model: GPT, other: GPT, tokenizer: Tokenizer, prompt: str
+) -> None:
+    """Print both models' texts for the prompt, and each model's scores of both texts."""
+    names = (f"A: {config.model}", f"B: {config.compare}")
+    request = config.generation, config.literal_prompt
+    texts = compare(model, other, tokenizer, prompt, *request)
+    if config.json:
+        record = as_json(prompt, names, texts, config.generation.seed)
+        terminal.write(as_line(record))
+    else:
+        terminal.write(shown(prompt) + "\n" + draw(tokenizer, names, texts) + "\n")

@@ -5,22 +5,20 @@ that all beams share are final, so they are printed at once. On a terminal the r
 is drawn behind them, and redrawn whenever it changes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from nanogpt2 import terminal
-from nanogpt2.cli.text import Completion, shown
+from nanogpt2.cli.text import shown
 from nanogpt2.cli.tree import BeamTree
-from nanogpt2.config import GenerationConfig
 from nanogpt2.generation import search, steps
 from nanogpt2.generation.beam import Beams, best
-from nanogpt2.generation.engine import check_memory, context_start
-from nanogpt2.generation.processors import processors_for
-from nanogpt2.generation.request import Request, check_least, prepare
+from nanogpt2.generation.engine import context_start
+from nanogpt2.generation.request import Request
 from nanogpt2.generation.search.diverse import avoided
-from nanogpt2.generation.stopping import stop_bytes
+from nanogpt2.generation.text import Completion, completed, completions
 from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
@@ -36,44 +34,6 @@ class Text:
     completion: Completion
     score: float | None = None
     avoided: tuple[list[int], ...] = ()
-
-
-def request_for(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    options: GenerationConfig,
-    literal: bool = False,
-    seeds: Sequence[int] | None = None,
-) -> Request:
-    """Make a request for prompts of equal length in tokens.
-
-    The prompts need equal lengths because padding would count as prompt. literal: <|endoftext|> is
-    characters, not the token. seeds: one for each prompt; by default all draw from options.seed.
-    Raises ValueError for invalid options or a prompt that leaves no room for new tokens.
-    """
-    rows = [tokenizer.encode(prompt, allow_special=not literal) for prompt in prompts]
-    request = request_for_ids(model, tokenizer, rows, options)
-    return request if seeds is None else replace(request, seeds=tuple(seeds))
-
-
-def request_for_ids(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: GenerationConfig
-) -> Request:
-    """Make a request for prompts given as equally many token ids each; errors as request_for."""
-    bos = model.config.bos_token_id
-    if bos is None and not all(prompts):
-        raise ValueError("PROMPT must not be empty: the model has no bos_token_id to start from")
-    ids = torch.tensor([row or [bos] for row in prompts], dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    request = prepare(model.config, model.wte.weight.device, options, ids, mask, tokenizer)
-    # check all options now, before any output
-    check_memory(model, request)
-    check_least(request)
-    processors_for(request)
-    if options.stop_strings is not None:
-        stop_bytes(options.stop_strings)
-    return request
 
 
 def note_dropped(request: Request, block_size: int) -> None:
@@ -159,19 +119,8 @@ def decode_texts(
         ) from None
 
 
-def _completions(
-    tokenizer: Tokenizer, request: Request, count: int, sink: OutputSink
-) -> list[list[Completion]]:
-    """Return `count` empty texts for each prompt."""
-    ends, stops = request.eos.tolist(), request.config.stop_strings or ()
-    return [
-        [Completion(tokenizer, ids, ends, stops, sink.continues) for _ in range(count)]
-        for ids in request.ids.tolist()
-    ]
-
-
 def _rows(model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink) -> list[list[Text]]:
-    texts = _completions(tokenizer, request, request.rows, sink)
+    texts = completions(tokenizer, request, request.rows, sink.continues)
     flat = [text for row in texts for text in row]
     sink.completion = flat[0]
     for step in steps(model, request):
@@ -187,7 +136,7 @@ def _rows(model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink) 
 def _beams(
     model: GPT, tokenizer: Tokenizer, request: Request, sink: OutputSink
 ) -> list[list[Text]]:
-    shown, agreed = _completions(tokenizer, request, 1, sink)[0][0], 0
+    shown, agreed = completions(tokenizer, request, 1, sink.continues)[0][0], 0
     sink.completion = shown
     for beams in search(model, request):
         if sink.tree is not None:
@@ -200,13 +149,7 @@ def _beams(
             agreed = max(agreed, certain)
             sink.tail(tokenizer.decode(ids[agreed:]))
     group = best(request, beams)
-    texts = _completions(tokenizer, request, group.ids.size(1), sink)
-    for row, ids, rows in zip(texts, group.ids, group.beams, strict=True):
-        for text, tokens, beam in zip(row, ids, rows, strict=True):
-            new = tokens[request.prompt_length :][beam >= 0]
-            for token in new.tolist():
-                text.add(token)
-            text.finish(cut=not sink.continues)
+    texts = completed(tokenizer, request, group, sink.continues)
     sink.completion = texts[0][0]
     # the text shown so far is the beginning of the best text
     sink.write(texts[0][0].text[len(shown.text) :])

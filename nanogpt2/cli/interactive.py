@@ -16,9 +16,10 @@ from typing import Any
 
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
-from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped, request_for_ids
+from nanogpt2.cli.decode import OutputSink, decode_texts, note_dropped
 from nanogpt2.cli.text import shown
 from nanogpt2.config import GenerationConfig, refuse_ignored, value_of
+from nanogpt2.generation.text import request_for_ids
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanogpt2 import terminal
-from nanogpt2.cli.decode import Text, decode_texts, request_for
+from nanogpt2.cli.decode import Text, decode_texts
 from nanogpt2.cli.output import Output, Prompt
 from nanogpt2.cli.text import as_json, as_line
 from nanogpt2.config import GenerationConfig, SampleConfig, refuse_document
 from nanogpt2.filesystem import read_input
 from nanogpt2.generation.noise import seed_of
+from nanogpt2.generation.text import request_for
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 

@@ -31,7 +31,9 @@ from nanogpt2.config.model import (
 from nanogpt2.config.sample import (
     DECODING_FLAGS,
     SAMPLING_FLAGS,
+    SEARCH_FLAGS,
     SampleConfig,
+    decoding_options,
     refuse_ignored,
 )
 from nanogpt2.config.sources import (
@@ -64,6 +66,8 @@ __all__ = [
     "SENSIBLE_SAMPLING",
     "SAMPLING_FLAGS",
     "DECODING_FLAGS",
+    "SEARCH_FLAGS",
+    "decoding_options",
     "SampleConfig",
     "refuse_document",
     "refuse_ignored",

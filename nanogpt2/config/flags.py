@@ -13,6 +13,7 @@ import json as json_module
 import math
 import operator
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -42,6 +43,8 @@ MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
+# a word that is the value of a flag which may stand alone; other words stand for themselves
+NUMBERS = re.compile(r"-?\d[\d.]*")
 LONGEST_SHORT = 4  # characters of a flag with one hyphen, such as llama.cpp's -ngl
 
 T = TypeVar("T", bound=FromFlags)
@@ -58,11 +61,13 @@ def flag(
     choices: tuple[str, ...] = (),
     positional: bool = False,
     json: str = "",
+    alone: str = "",
 ) -> Any:
     """Return a dataclass field that is also a flag.
 
     `low` and `high` belong to its range, `above` and `below` do not. `json` describes a structured
-    value, given as JSON on the command line; its user checks the value.
+    value, given as JSON on the command line; its user checks the value. `alone` is the value of a
+    flag that stands alone: it takes the next word only if that is `alone` or a number.
     """
     limits = {">=": low, ">": above, "<=": high, "<": below}
     metadata = {
@@ -71,6 +76,7 @@ def flag(
         "choices": choices,
         "positional": positional,
         "json": json,
+        "alone": alone,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -84,15 +90,19 @@ _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"
 def check(config: Any) -> None:
     """Raise ValueError for the first field with a wrong type or a value out of range."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        if not f.metadata or f.metadata["json"]:
-            continue
-        if value == "" and f.default != "" and not f.metadata["choices"]:
-            raise ValueError(f"{f.name} must not be empty")
-        if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
-            raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
-        if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
-            raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
+        check_value(f, getattr(config, f.name))
+
+
+def check_value(f: Field[Any], value: Any) -> None:
+    """Raise ValueError for a value of a wrong type or out of the field's range."""
+    if not f.metadata or f.metadata["json"]:
+        return
+    if value == "" and f.default != "" and not f.metadata["choices"]:
+        raise ValueError(f"{f.name} must not be empty")
+    if type(value) in (int, float) and f.name != "seed" and abs(value) > MOST:
+        raise ValueError(f"{f.name} must be {MOST} at most, not {show(value)}")
+    if not (_has_type(value, f.type) and _in_range(value, f.metadata)):
+        raise ValueError(f"{f.name} must be {_allowed(f)}, not {show(value)}")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
@@ -189,8 +199,7 @@ def usage_error(flag: str = "") -> Iterator[None]:
 def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
     """Return {field name: value} for the given flags."""
     known = _flags(cls)
-    positional = next(f for f in known.values() if f.metadata["positional"])
-    place = positional.name.upper()
+    positional = next((f for f in known.values() if f.metadata["positional"]), None)
     given: dict[str, Any] = {}
     words = deque(argv)
     only_text = False
@@ -211,13 +220,15 @@ def _read(cls: type, argv: Sequence[str]) -> dict[str, Any]:
         elif _looks_like_a_flag(cls, word) and not only_text:
             name, value = _read_flag(cls, known, word, words)
             given[name] = value
+        elif positional is None:
+            fail(f"{show(word)} is not a flag; {getattr(cls, 'SECOND', '--help lists the flags')}")
         elif positional.name in given:
-            hint = getattr(cls, "SECOND", "is it in quotes?")
+            place, hint = positional.name.upper(), getattr(cls, "SECOND", "is it in quotes?")
             fail(f"{show(word)} is a second {place}; one is allowed ({hint})")
         else:
             given[positional.name] = word
-    if positional.default is MISSING and positional.name not in given:
-        fail(f"{place} is missing: {positional.metadata['help']}")
+    if positional and positional.default is MISSING and positional.name not in given:
+        fail(f"{positional.name.upper()} is missing: {positional.metadata['help']}")
     return given
 
 
@@ -252,6 +263,8 @@ def _read_flag(
     f = known[name]
     if f.type is bool and not takes_value:
         return name, True
+    if (alone := f.metadata["alone"]) and not (equals or _belongs(words, alone)):
+        return name, alone
     if not equals:
         text = words.popleft() if words else "--"
         if text.startswith("--"):
@@ -260,6 +273,11 @@ def _read_flag(
         return name, _value(f, text)
     except ValueError as error:
         fail(f"--{error}")
+
+
+def _belongs(words: deque[str], alone: str) -> bool:
+    """Return True if the next word is the value of a flag that may stand alone."""
+    return bool(words) and (words[0] == alone or NUMBERS.fullmatch(words[0]) is not None)
 
 
 def _negated(cls: type, known: dict[str, Field[Any]], name: str, takes_value: bool) -> str:
@@ -352,6 +370,7 @@ def _help(cls: type, known: dict[str, Field[Any]]) -> str:
             parts += ["", f"{titles[f.name]}:"]
         default = "" if str(f.default) in ("None", "False", "") else f" (default: {f.default})"
         kind = "" if f.type is bool else f" {_allowed(f)}"
+        kind = f" [{f.metadata['alone']}]" if f.metadata["alone"] else kind
         parts.append(_wrapped(f"--{f.name}{kind}", 2, 10))
         parts.append(_wrapped(f.metadata["help"] + default, 6, 6))
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 This file refuses flags that have no effect beside others. generation.py holds each value's range.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -61,6 +62,23 @@ CLASSIFY_FLAGS = (
     "json",
     "list_presets",
 )
+# flags that show the inside of the model instead of a text
+INSPECT_FLAGS = ("attention", "lens", "tokens")
+# the flags that have an effect with one of them
+BESIDE_INSPECT_FLAGS = (
+    *INSPECT_FLAGS,
+    "html",
+    "prompt",
+    "prompt_file",
+    "literal_prompt",
+    "preset",
+    "list_presets",
+    "model",
+    "device",
+    "dtype",
+    "quantize",
+    "kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ class SampleConfig:
         'python sample.py "Once upon a time"',
         'python sample.py "Once upon a time" --temperature 0.7 --top_k 50',
         "python sample.py --model out --interactive",
+        'python sample.py "Once upon a time" --attention --lens --html inside.html',
     )
     GROUPS: ClassVar[dict[str, str]] = {
         "prompt_file": "the prompt and the model",
@@ -200,6 +219,16 @@ class SampleConfig:
     color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
     tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
     json: bool = flag(False, "print JSON: one object for each text")
+    attention: str | None = flag(
+        None,
+        "show which tokens every head looks at; --attention 3.0: layer 3, head 0 in detail",
+        alone="all",
+    )
+    lens: bool = flag(False, "show the token that each layer would predict")
+    tokens: bool = flag(False, "show how the prompt becomes tokens, merge by merge")
+    html: str | None = flag(
+        None, "with --attention, --lens or --tokens: a file for them, as a page for a browser"
+    )
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __post_init__(self) -> None:
@@ -212,6 +241,12 @@ class SampleConfig:
             raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
         if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
             raise ValueError(f"json must be left out where --{chosen[0]} is given")
+        if self.attention not in (None, "all") and not re.fullmatch(
+            r"[0-9]+\.[0-9]+", self.attention
+        ):
+            raise ValueError(
+                f"attention must be all or LAYER.HEAD, such as 3.0, not {show(self.attention)}"
+            )
         if self.quantize and self.dtype != "float32":
             raise ValueError(f"quantize must come with dtype float32, not {self.dtype}")
         if self.tree and self.generation.num_beams == 1:
@@ -224,11 +259,17 @@ class SampleConfig:
                 f"not {self.generation.num_return_sequences}"
             )
 
+    @property
+    def inspects(self) -> bool:
+        """True where the inside of the model is asked for, and no text."""
+        return any(getattr(self, name) for name in INSPECT_FLAGS)
+
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":
         """Build the configuration from the given flags; fill in the values that they imply."""
         if given.get("classify"):
             _check_classify(given)
+        _check_inspect(given)
         for name in ("unique", "skip_bad", "batch_size", "in_order", "output", "resume"):
             if name in given and "prompts" not in given:
                 fail(f"--{name} must come with --prompts")
@@ -245,29 +286,34 @@ class SampleConfig:
                 check_model("gpt2" if given.get(name) is None else given[name])
         names = {f.name for f in fields(GenerationConfig)}
         own = {name: value for name, value in given.items() if name not in names}
-        return cls(generation=cls._decoding(given, names), **own)
+        decoding = {name: value for name, value in given.items() if name in names}
+        return cls(generation=decoding_options(decoding, given.get("preset")), **own)
 
-    @staticmethod
-    def _decoding(given: dict[str, Any], names: set[str]) -> GenerationConfig:
-        options = {name: value for name, value in given.items() if name in names}
-        if given.get("preset") in TASKS:
-            options = TASKS[given["preset"]].options | options
-        elif not any(name in given for name in DECODING_FLAGS):
-            options = SENSIBLE_SAMPLING | options
-        elif not any(name in given for name in SEARCH_FLAGS):
-            options = {"do_sample": True} | options
-        if "max_length" not in given:
-            options = {"max_new_tokens": 100} | options
-        elif "max_new_tokens" not in given:
-            options.pop("max_new_tokens", None)
-        refuse_ignored(given, options)
-        try:
-            return GenerationConfig(**options)
-        except ValueError as error:
-            name = str(error).partition(" ")[0]
-            if name in given or given.get("preset") is None:
-                raise
-            raise ValueError(f"{error} (--preset {given['preset']} sets it)") from None
+
+def decoding_options(given: dict[str, Any], preset: str | None = None) -> GenerationConfig:
+    """Fill in what decoding flags imply: the sampling of sample.py, 100 new tokens, a preset's.
+
+    Raises ValueError, whose text starts with a flag's name, for values that do not go together.
+    """
+    options = given
+    if preset in TASKS:
+        options = TASKS[preset].options | options
+    elif not any(name in given for name in DECODING_FLAGS):
+        options = SENSIBLE_SAMPLING | options
+    elif not any(name in given for name in SEARCH_FLAGS):
+        options = {"do_sample": True} | options
+    if "max_length" not in given:
+        options = {"max_new_tokens": 100} | options
+    elif "max_new_tokens" not in given:
+        options = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    refuse_ignored(given, options)
+    try:
+        return GenerationConfig(**options)
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        if name in given or preset is None:
+            raise
+        raise ValueError(f"{error} (--preset {preset} sets it)") from None
 
 
 def _check_classify(given: dict[str, Any]) -> None:
@@ -281,6 +327,20 @@ def _check_classify(given: dict[str, Any]) -> None:
         raise ValueError(
             "model must be the path of a classifier with --classify (train.py makes one)"
         )
+
+
+def _check_inspect(given: dict[str, Any]) -> None:
+    """Raise ValueError for a flag without effect beside those that show the inside of the model."""
+    asked = next((name for name in INSPECT_FLAGS if given.get(name)), None)
+    if asked is None:
+        if given.get("html") is not None:
+            fail("--html must come with --attention, --lens or --tokens")
+        return
+    for name in given:
+        if name not in BESIDE_INSPECT_FLAGS:
+            raise ValueError(f"{name} must be left out where --{asked} is given")
+    if not any(given.get(name) for name in ("prompt", "prompt_file")):
+        fail(f"PROMPT is missing: --{asked} needs a text or --prompt_file")
 
 
 def refuse_ignored(given: dict[str, Any], options: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request
+from nanogpt2.generation.request import PrefixAllowedTokens, Processor, Request, Watcher
 
 INF = float("inf")
+RAW = "raw"  # the stage before the processors
 # tokens that top_p examines before it sorts all, and the error allowed in a sum of float32
 TOP_P_CANDIDATES = 1024
 ROUNDING = 1e-5
@@ -35,7 +36,21 @@ def processors_for(request: Request, rows: int | None = None) -> list[tuple[str,
         chain += _warpers(request)
     if request.config.renormalize_logits:
         chain.append(("renormalize_logits", renormalise))
-    return chain
+    return chain if request.watch is None else _watched(chain, request.watch)
+
+
+def _watched(chain: list[tuple[str, Processor]], watch: Watcher) -> list[tuple[str, Processor]]:
+    """Show the scores to a watcher, raw and after each processor."""
+
+    def shown(name: str, process: Processor) -> Processor:
+        def step(ids: Tensor, scores: Tensor) -> Tensor:
+            scores = process(ids, scores)
+            watch(name, scores)
+            return scores
+
+        return step
+
+    return [(RAW, shown(RAW, lambda _, scores: scores)), *((n, shown(n, p)) for n, p in chain)]
 
 
 def _preferences(request: Request, rows: int) -> list[tuple[str, Processor]]:

@@ -19,6 +19,8 @@ DEFAULT_NEW_TOKENS = 20
 MOST_DRAWN = 2**24
 Processor = Callable[[Tensor, Tensor], Tensor]
 PrefixAllowedTokens = Callable[[int, Tensor], list[int]]
+# takes a processor's name and the scores after it
+Watcher = Callable[[str, Tensor], None]
 StoppingCriterion = Callable[[Tensor, tuple[Tensor, ...] | None], Tensor | bool]
 
 
@@ -39,6 +41,7 @@ class Request:
     prefix_allowed_tokens: PrefixAllowedTokens | None = None
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     seeds: tuple[int, ...] | None = None  # one for each prompt; by default config.seed for all
+    watch: Watcher | None = None  # sees the scores of each step, raw and after each processor
 
     @property
     def prompt_length(self) -> int:
