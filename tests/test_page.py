@@ -25,7 +25,7 @@ PAGE = ROOT / "nanogpt2/serve/page.html"
 PICTURE = ROOT / "docs/pictures/page.png"
 PARTS = ("Write", "Why", "Beams", "Inside", "Compare")
 PROMPT = "The state of the Union is"
-PATIENCE = 600_000  # milliseconds after which a page counts as hung, however busy the machine
+PATIENCE = 30_000  # milliseconds after which a page counts as hung, however busy the machine
 SETTINGS = {"Length": "12", "Seed": "3"}
 
 
@@ -44,7 +44,7 @@ def other(tmp_path_factory, tokenizer):
     """The folder of a second model: the demo with its last layer norm changed."""
     changed = load_model("demo")
     with torch.no_grad():
-        changed.transformer.ln_f.weight.mul_(torch.linspace(0.5, 1.5, changed.config.n_embd))
+        changed.ln_f.weight.mul_(torch.linspace(0.5, 1.5, changed.config.n_embd))
     folder = tmp_path_factory.mktemp("models") / "tuned"
     save_model(changed, folder, tokenizer)
     return str(folder)
@@ -55,15 +55,15 @@ def address(other):
     """The address of a server with both models."""
     command = [sys.executable, "-m", "nanogpt2.serve", "--model", "demo"]
     command += ["--compare_model", other, "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
-            for line in server.stderr:
+            for line in server.stdout:
                 if found := re.search(r"http://127\.0\.0\.1:\d+", line):
                     break
             else:
                 raise AssertionError(f"the server ended with {server.wait()}")
             # what it logs is read, so that it never waits for a reader
-            with subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL):
+            with subprocess.Popen(["cat"], stdin=server.stdout, stdout=subprocess.DEVNULL):
                 yield found[0] + "/"
                 server.terminate()
         finally:
@@ -186,10 +186,10 @@ def distributions(model, ids, first):
         return model(torch.tensor([ids]))[0, first - 1 : -1].log_softmax(dim=1)
 
 
-def sampled(model, tokenizer, prompt=PROMPT, **options):
+def sampled(model, reader, prompt=PROMPT, **options):
     """What generate() writes with the page's defaults: ids of the prompt, new ids."""
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": 3} | options
-    ids = tokenizer.encode(prompt)
+    ids = reader.encode(prompt)
     out = generate(model, torch.tensor([ids]), **({"max_new_tokens": 12} | options))
     return ids, out.sequences[0, len(ids) :].tolist()
 
@@ -417,13 +417,13 @@ def test_colours_are_those_of_the_model(page, model, tokenizer):
 
 
 def test_opened_token_shows_settings_and_rivals(page, model, tokenizer):
-    ids, new = sampled(model, tokenizer)
-    write(page)
+    ids, new = sampled(model, tokenizer, top_k=3)
+    write(page, **{"Top k": "3"})
     show(page, "Why")
     token(page, 5).click()
     logp = distributions(model, ids + new, len(ids))[5]
     heads = page.locator("#token thead th").all_inner_texts()
-    assert heads == ["token", "model", "temperature 0.8", "top k 50", "top p 0.95"]
+    assert heads == ["token", "model", "temperature 0.8", "top k 3", "top p 0.95"]
     row = page.locator("#token tr.chosen td").all_inner_texts()
     p, cooled = logp.exp()[new[5]].item(), (logp / 0.8).softmax(dim=0)[new[5]].item()
     for cell, expected in zip(row[1:3], (p, cooled), strict=True):
@@ -533,7 +533,7 @@ def test_inside(page, tokenizer):
     assert found["tokens"][most] in page.locator("#looks").text_content()
     # the same by the keyboard, for another head
     with page.expect_response("**/api/inspect") as answer:
-        panel.get_by_label("Head").select_option("2")
+        panel.get_by_label("Head", exact=True).select_option("2")
     idle(page)
     other = answer.value.json()["attention"]["weights"]
     assert other != weights
@@ -565,7 +565,7 @@ def test_compare_colours_the_change(page, model, tokenizer, other):
     panel = page.get_by_role("tabpanel", name="Compare")
     panel.get_by_label("Seed").fill("3")
     panel.get_by_label("Tokens to add").fill("12")
-    assert panel.get_by_label("Model").nth(1).input_value() == other
+    assert panel.get_by_label("Model", exact=True).nth(1).input_value() == other
     panel.get_by_role("button", name="Compare").click()
     idle(page)
     tuned = load_model(other)
@@ -583,19 +583,38 @@ def test_compare_colours_the_change(page, model, tokenizer, other):
         assert float(cell.strip("%<")) == pytest.approx(100 * math.exp(logp), rel=0.06)
 
 
-def test_compare_two_settings_of_one_model(page):
+def test_compare_two_settings_of_one_model(page, model, tokenizer):
+    page.get_by_label("Your beginning").first.fill(PROMPT)
     show(page, "Compare")
     panel = page.get_by_role("tabpanel", name="Compare")
-    for model in panel.get_by_label("Model").all():
-        model.select_option("demo")
-    panel.get_by_label("Temperature").nth(1).fill("0")
+    for box in panel.get_by_label("Model", exact=True).all():
+        box.select_option("demo")
+    for n, (temperature, top_k) in enumerate((("0.5", "0"), ("2", "2"))):
+        panel.get_by_label("Temperature").nth(n).fill(temperature)
+        panel.get_by_label("Top k").nth(n).fill(top_k)
+        panel.get_by_label("Top p").nth(n).fill("1")
     panel.get_by_label("Tokens to add").fill("10")
+    panel.get_by_label("Seed").fill("3")
     panel.get_by_role("button", name="Compare").click()
     idle(page)
     assert page.get_by_role("radio", name="the probability after the settings").is_checked()
-    # greedy decoding takes its tokens for certain
-    token(page, 0, "#text-b").click()
-    assert page.locator("#change tbody td").last.inner_text() == "100%"
+    options = {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "max_new_tokens": 10}
+    ids, new = sampled(model, tokenizer, **options)
+    logp = distributions(model, ids + new, len(ids))
+    sides = []
+    for n, row in enumerate(logp):
+        token(page, n, "#text-a").click()
+        cells = page.locator("#change tbody td").all_inner_texts()
+        cool, best = (row / 0.5).softmax(dim=0), row.topk(2).indices
+        hot = (row[best] / 2).softmax(dim=0).tolist()
+        expected = dict(zip(best.tolist(), hot, strict=True)).get(new[n])
+        assert float(cells[2].strip("%<")) == pytest.approx(100 * cool[new[n]].item(), rel=0.06)
+        if expected is None:
+            assert cells[5] == "out" and levels(page, "#text-a")[n] == -2
+        else:
+            assert float(cells[5].strip("%<")) == pytest.approx(100 * expected, rel=0.06)
+        sides.append(expected is None)
+    assert {True, False} == {*sides}
 
 
 # ---- for everybody
@@ -706,6 +725,7 @@ def test_markup_in_a_text_stays_text(page):
     for part in fill_every_part(page):
         assert page.locator("main img, main b, main script").count() == 0, part
     page.reload()
+    show(page, "Write")
     page.locator("#history").get_by_text("<img src=x").first.wait_for()
     assert page.title() == "nanogpt2"
 
