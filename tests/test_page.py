@@ -306,6 +306,18 @@ def test_full_store_loses_the_oldest_texts_only(page):
     expecting(page.locator("#output")).to_have_text(last)
 
 
+def test_two_tabs_keep_all_texts(page, address):
+    second = page.context.new_page()
+    second.goto(address)
+    expecting(second.get_by_label("Length", exact=True)).to_have_value("100")
+    write(page)
+    expecting(second.locator("#history button")).to_have_count(1)
+    write(second, "My fellow citizens")
+    expecting(page.locator("#history button")).to_have_count(2)
+    page.reload()
+    expecting(page.locator("#history button")).to_have_count(2)
+
+
 def test_task_shows_its_template_and_searches_with_beams(page, model, tokenizer):
     page.get_by_label("Task").select_option("question-answering")
     page.get_by_label("Your beginning").first.fill("Who was Lincoln?")
