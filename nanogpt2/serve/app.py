@@ -93,7 +93,7 @@ class Guard:
         """Answer a request."""
         if scope["type"] != "http":
             return
-        scope["state"] = {"tokens": None}
+        scope["state"] = {"counts": None}
         begin, status = time.monotonic(), 0
 
         async def checked_send(message: Message) -> None:
@@ -139,8 +139,8 @@ class Guard:
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    tokens = scope["state"]["tokens"]
-    count = "" if tokens is None else f", {tokens[0]} + {tokens[1]} tokens"
+    counts = scope["state"]["counts"]
+    count = f", {counts.prompt_tokens} + {counts.new_tokens} tokens" if counts else ""
     # a path that no route has is the client's own words
     path = scope["path"] if scope["path"] in ENDPOINTS else "(another path)"
     terminal.note(f"{scope['method']} {path} {status} {seconds:.2f} s{count}")

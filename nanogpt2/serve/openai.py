@@ -190,7 +190,7 @@ def _conversation(messages: Any) -> Prompt:
 def _prompts(value: Any, served: Served) -> list[Prompt]:
     """Read a text, texts, token ids or lists of them."""
     several = value if isinstance(value, list) and value else [value]
-    if all(type(each) is int for each in several):
+    if several is value and all(type(each) is int for each in value):
         several = [several]
     if len(several) > MOST_CHOICES:
         raise RefusalError(400, f"prompt must have {MOST_CHOICES} texts at most", "prompt")
@@ -221,9 +221,11 @@ def _options(
     stop = asked.take("stop", [])
     given = _given(asked)
     asked.end()
-    if not (isinstance(stop, str) or _are_texts(stop)) or "" in stop:
-        raise RefusalError(400, f"stop must be a text or texts, not {show(stop)}", "stop")
-    if strings := [*([stop] if isinstance(stop, str) else stop), *stops]:
+    stop = [stop] if isinstance(stop, str) else stop
+    if not (isinstance(stop, list) and all(isinstance(each, str) and each for each in stop)):
+        message = f"stop must be a text or texts, none empty, not {show(stop)}"
+        raise RefusalError(400, message, "stop")
+    if strings := [*stop, *stops]:
         given["stop_strings"] = strings
     if most is not None or "max_length" not in given:
         given["max_new_tokens"] = most or default
@@ -268,10 +270,6 @@ def _given(asked: Fields) -> dict[str, Any]:
     return given
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
 @contextmanager
 def refusals() -> Iterator[None]:
     """Answer a ValueError inside with 400; an option of ours is named as OpenAI does."""
@@ -295,6 +293,7 @@ async def _answer(request: Request, asked: Asked) -> Response:
             yield from write(asked.served, asked.task, most)
 
     answer = Answer(asked)
+    log_tokens(request, answer)
     stack = AsyncExitStack()
     async with stack:
         job = await stack.enter_async_context(running(house.worker, request.receive, work))
@@ -303,14 +302,13 @@ async def _answer(request: Request, asked: Asked) -> Response:
         if not asked.stream:
             async for event in events:
                 answer.add(event)
-            log_tokens(request, answer.prompt_tokens, answer.new_tokens)
             return json_response(answer.whole())
-        return EventStream(_streamed(request, answer, events, stack.pop_all()))
+        return EventStream(_streamed(answer, events, stack.pop_all()))
     raise AssertionError
 
 
 async def _streamed(
-    request: Request, answer: "Answer", events: AsyncIterator[Any], stack: AsyncExitStack
+    answer: "Answer", events: AsyncIterator[Any], stack: AsyncExitStack
 ) -> AsyncGenerator[bytes]:
     async with stack:
         try:
@@ -322,11 +320,10 @@ async def _streamed(
             for chunk in answer.last_chunks():
                 yield encoded(chunk)
         except ReaderLeftError:
-            return
+            raise
         except Exception as error:
             # the status is sent, so the error is an event
             yield encoded(refusal_of(error).as_json())
-        log_tokens(request, answer.prompt_tokens, answer.new_tokens)
         yield b"[DONE]"
 
 

@@ -207,7 +207,7 @@ async def _sent(
             async for event in events:
                 yield event
         except ReaderLeftError:
-            return
+            raise
         except Exception as error:
             # the status is sent, so the error is an event
             yield encoded({"type": "error", "message": str(refusal_of(error))})

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -62,9 +62,11 @@ def refusal_of(error: Exception) -> RefusalError:
         return RefusalError(503, "the server is stopping", headers={"Retry-After": "10"})
     if is_out_of_memory(error):
         return RefusalError(503, out_of_memory_line(error))
-    if isinstance(error, FloatingPointError):
+    # options may leave nothing to draw only later in a text
+    is_request = isinstance(error, ValueError) or str(error).startswith("do_sample must")
+    if isinstance(error, FloatingPointError) and not is_request:
         return RefusalError(500, str(error))
-    if isinstance(error, ValueError):
+    if is_request:
         # the text starts with an option's name
         name = str(error).partition(" ")[0]
         return RefusalError(400, str(error), param=name if name.isidentifier() else None)
@@ -182,9 +184,16 @@ async def running(
             await left
 
 
-def log_tokens(request: Request, prompt: int, new: int) -> None:
-    """Note for the access log how many tokens were read and written."""
-    request.scope["state"]["tokens"] = (prompt, new)
+class Counted(Protocol):
+    """Counts tokens for the access log."""
+
+    prompt_tokens: int
+    new_tokens: int
+
+
+def log_tokens(request: Request, counts: Counted) -> None:
+    """Let the access log say how many tokens were read and written in the end."""
+    request.scope["state"]["counts"] = counts
 
 
 class EventStream(Response):
