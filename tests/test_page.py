@@ -280,6 +280,17 @@ def test_go_on_and_undo(page):
     assert page.get_by_label("Your beginning").first.input_value() == PROMPT
 
 
+def test_go_on_after_a_stop_string(page):
+    first = write(page, **{"Stop at": "of"})
+    page.get_by_label("Stop at").first.fill("")
+    page.get_by_role("button", name="Go on").click()
+    idle(page)
+    second = output(page)
+    assert "of" not in first.removeprefix(PROMPT)
+    assert second.startswith(first + "of")
+    assert run(command(page)) == second
+
+
 def test_reload_finds_the_texts(page):
     first = write(page)
     second = write(page, "My fellow citizens")
