@@ -24,6 +24,7 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import regex
@@ -70,6 +71,12 @@ class Piece(NamedTuple):
     merges: tuple[Merge, ...]
     tokens: tuple[str, ...]  # the parts that are left, in the printable alphabet
     ids: tuple[int, ...]
+
+    def after(self, count: int) -> list[str]:
+        """Return the parts after the first `count` merges: single letters for 0."""
+        gone = {merge.start + len(merge.left) for merge in self.merges[:count]}
+        cuts = [at for at in range(len(self.letters) + 1) if at not in gone]
+        return [self.letters[start:end] for start, end in pairwise(cuts)]
 
 
 def attention_maps(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:

@@ -38,6 +38,11 @@ def prepare() -> None:
     _on_signals(lambda number: sys.exit(128 + number))
 
 
+def ignore_broken_pipes() -> None:
+    """Let a write to a closed pipe or socket raise OSError, instead of ending the process."""
+    _on_broken_pipe(signal.SIG_IGN)
+
+
 _colours = True  # False where a script's stdout takes no escape sequences
 
 
@@ -328,7 +333,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         [visible(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows
     ]
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    limit = _columns()
+    limit = screen_columns()
     if limit is not None and (needed := widths[0] + 2 + max(widths[1:], default=-2)) > limit:
         note(f"the table needs {needed} columns, the terminal has {limit}")
         limit = needed
@@ -352,7 +357,7 @@ def _row(row: Sequence[str], widths: Sequence[int], first: int, end: int) -> str
     return "  ".join(cells).rstrip()
 
 
-def _columns() -> int | None:
+def screen_columns() -> int | None:
     """Return the width of the terminal; None where standard output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
@@ -370,7 +375,7 @@ def tree(nodes: Sequence[Node]) -> str:
 
     On a terminal a label that does not fit loses its middle.
     """
-    lines, limit = [], _columns()
+    lines, limit = [], screen_columns()
     # a stack of (node, indent, True for the last sibling)
     waiting = [(node, "", node is nodes[-1]) for node in reversed(nodes)]
     while waiting:

@@ -221,6 +221,7 @@ def test_an_attempt_that_is_answered(here, capsys, typed, said):
         ("nanogpt2 finetune book.txt", "nanogpt2 train book.txt"),
         ("nanogpt2 generate", "nanogpt2 sample"),
         ("nanogpt2 eval book.txt", "nanogpt2 evaluate book.txt --model out"),
+        ("nanogpt2 server", "nanogpt2 serve --model demo"),
         ("nanogpt2 pull gpt2", "the commands are sample, train, evaluate, quantize"),
         ("nanogpt2 'Once upon a time'", "the commands are sample, train, evaluate, quantize"),
     ],

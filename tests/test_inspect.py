@@ -3,7 +3,7 @@
 import json
 import random
 import string
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 import torch
@@ -268,13 +268,6 @@ def bpe_of(most):
     return BPE(vocab=tok.vocabulary, merges=pairs)
 
 
-def after(piece, merge_count):
-    """A piece's parts after some of its merges: cut everywhere but where two parts were joined."""
-    joined = {m.start + len(m.left) for m in piece.merges[:merge_count]}
-    cuts = [i for i in range(len(piece.letters)) if i not in joined] + [len(piece.letters)]
-    return [piece.letters[i:j] for i, j in pairwise(cuts)]
-
-
 def test_pieces_and_every_merge_are_those_of_tokenizers():
     pieces = merges(gpt2_tokenizer(), WORDS)
     split = ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str(WORDS)
@@ -286,8 +279,8 @@ def test_pieces_and_every_merge_are_those_of_tokenizers():
         for rank in {*ranks}:
             # tokenizers' own parts once it knows the merges up to this one
             theirs = [token.value for token in bpe_of(rank + 1).tokenize(piece.letters)]
-            assert after(piece, sum(r <= rank for r in ranks)) == theirs
-        assert [*piece.tokens] == after(piece, len(ranks))
+            assert piece.after(sum(r <= rank for r in ranks)) == theirs
+        assert [*piece.tokens] == piece.after(len(ranks)) and piece.after(0) == [*piece.letters]
         assert [*piece.ids] == [token.id for token in bpe_of(50000).tokenize(piece.letters)]
 
 

@@ -28,6 +28,8 @@ MODES = {
     "tree": [*DEMO, "--num_beams", "3", "--tree"],
     "explain": [*DEMO[:-4], "--max_new_tokens", "2", "--seed", "1", "--top_p", "0.9", "--explain"],
     "compare": [*DEMO, "--compare", "demo"],
+    "inside": [*DEMO[:3], "--attention", "--lens", "--tokens"],
+    "head": [*DEMO[:3], "--attention", "2.1"],
     "classify": ["a sheep", "--classify", "--model", "labels"],
     "train": ["book.txt", "--init", "scratch", "--tokenizer", "bytes", "--n_layer", "1"],
 }

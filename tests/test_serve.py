@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import ROOT, run_module
-from serve_process import BYTES, events, save_byte_model, serving
+from serve_process import BYTES, Running, events, save_byte_model, serving
 
 from nanogpt2 import generate
 from nanogpt2.checkpoints.load import load_generator
@@ -571,6 +571,27 @@ def test_a_hundred_clients_for_a_minute(folder):
                 before = rss(server)
         assert rss(server) - before < 2**24
         assert "Traceback" not in server.log()
+
+
+def test_a_log_that_nobody_reads_ends_nothing(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanogpt2.serve", "--port", "0", "--model", "plain"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        server = Running(process, folder)
+        process.stderr.close()
+        for _ in range(2):
+            assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
+        assert server.end() == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 # ---- the end

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 
 import openai
@@ -11,7 +12,7 @@ from reference import HUNG
 from serve_process import BYTES, events, save_byte_model, serving
 from transformers import AutoTokenizer
 
-from nanogpt2 import GenerationConfig, generate, load_model
+from nanogpt2 import GenerationConfig, generate, load_model, open_checkpoint
 from nanogpt2.checkpoints.load import load_generator
 
 
@@ -264,6 +265,15 @@ def test_a_chat_ends_where_the_next_turn_begins(client):
     assert choice.finish_reason == "stop" and "You" not in choice.message.content
 
 
+def test_the_template_is_known_as_transformers_saves_it(folder, tmp_path):
+    shutil.copytree(folder / "talker", tmp_path / "again")
+    AutoTokenizer.from_pretrained(folder / "talker").save_pretrained(tmp_path / "again")
+    for name, chats in ((tmp_path / "again", True), (folder / "plain", False), ("demo", False)):
+        with open_checkpoint(name) as checkpoint:
+            assert checkpoint.is_chat == chats
+    assert (tmp_path / "again/chat_template.jinja").exists()
+
+
 def test_a_model_without_the_template_has_no_chat(client):
     with pytest.raises(openai.BadRequestError, match=r"'plain' is not a model for chat: train\.py"):
         client.chat.completions.create(model="plain", messages=MESSAGES)
@@ -289,6 +299,7 @@ def test_a_model_without_the_template_has_no_chat(client):
         ({"prompt": "a", "max_length": 9999}, 400, "max_length", "2,048 tokens at most"),
         ({"prompt": "abc", "max_length": 3}, 400, "max_length", "must be > 3"),
         ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", "a whole number"),
+        ({"prompt": "a", "max_tokens": 2000, "n": 64, "logprobs": 9}, 400, "max_tokens", "262,144"),
         ({"prompt": "a", "temperature": -1}, 400, "temperature", "must be a finite number >= 0"),
         ({"prompt": "a", "temperature": "hot"}, 400, "temperature", "not 'hot'"),
         ({"prompt": "a", "top_p": 2}, 400, "top_p", "<= 1"),

@@ -170,6 +170,7 @@ def test_looking_inside(server, folder):
     near = inspect.token_neighbours(model, 98, 3)
     assert [each["id"] for each in found["neighbours"]["nearest"]] == [each.token for each in near]
     assert "".join(word["word"] for word in found["merges"]) == PROMPT
+    assert found["merges"][0]["steps"] == [["a", "b", "c"]]
     only = server.ask("/api/inspect", {"ids": IDS, "kinds": ["norms"]})[2]
     assert {*only} == {"ids", "tokens", "norms"} and only["norms"] == found["norms"]
 

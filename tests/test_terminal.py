@@ -232,7 +232,7 @@ def test_sparkline():
 
 @pytest.fixture(params=[40, 80, 120])
 def columns(monkeypatch, request):
-    monkeypatch.setattr(terminal, "_columns", lambda: request.param)
+    monkeypatch.setattr(terminal, "screen_columns", lambda: request.param)
     return request.param
 
 
@@ -250,7 +250,7 @@ def test_a_wide_table_goes_on_below(columns, capsys):
 
 
 def test_a_table_says_the_columns_it_needs(monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "_columns", lambda: 20)
+    monkeypatch.setattr(terminal, "screen_columns", lambda: 20)
     drawn = terminal.table([["x" * 15, "y" * 9, "z"], ["a", "b", "c"]])
     assert "the table needs 26 columns, the terminal has 20" in capsys.readouterr().err
     assert drawn.split() == ["x" * 15, "y" * 9, "a", "b", "x" * 15, "z", "a", "c"]

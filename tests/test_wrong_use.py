@@ -425,6 +425,53 @@ TRAIN = [
         where="adapter",
     ),
 ]
+LENS = ["--model", "model", "--lens"]
+# the inside of the model: what the command line itself forbids, then what takes files to know
+BAD_LOOKS = [
+    (["--lens"], ["PROMPT is missing", "--lens", "--prompt_file"]),
+    (["", "--tokens"], ["PROMPT is missing", "--tokens"]),
+    (["Hi", "--attention=3"], ["--attention", "LAYER.HEAD", "'3'"]),
+    (["Hi", "--attention", "-1.0"], ["--attention", "LAYER.HEAD", "'-1.0'"]),
+    (["Hi", "--attention", "9" * 5000 + ".0"], ["--attention", "LAYER.HEAD", "..."]),
+    (["Hi", "--attention=head"], ["--attention", "LAYER.HEAD", "'head'"]),
+    (["Hi", "--attention", "head"], ["'head' is a second PROMPT"]),
+    (["Hi", "--html", "new.html"], ["--html", "--attention, --lens or --tokens"]),
+    (["Hi", "--lens", "--html="], ["--html", "empty"]),
+    (["Hi", "--lens", "--html"], ["--html", "value"]),
+    *(
+        (["Hi", "--attention", *words], [words[0], "left out", "--attention"])
+        for words in (
+            ["--json"],
+            ["--explain"],
+            ["--tree"],
+            ["--interactive"],
+            ["--color", "rank"],
+            ["--compare", "demo"],
+            ["--temperature", "2"],
+            ["--max_new_tokens", "5"],
+            ["--num_beams", "2"],
+            ["--seed", "5"],
+        )
+    ),
+    (["--prompts", "book.txt", "--lens"], ["--prompts", "left out", "--lens"]),
+    (["Hi", "--classify", "--lens", "--model", "classifier"], ["--lens", "left out"]),
+]
+BAD_LOOKS_AT_FILES = [
+    (["Hi", "--model", "classifier", "--lens"], ["--model", "classifier"]),
+    (["Hi", "--model", "missing", "--tokens"], ["--model", "missing"]),
+    (["Hi", "--model", "no_tokenizer", "--tokens"], ["--model", "vocabulary"]),
+    (["Hi", "--model", "model", "--attention", "1.0"], ["--attention", "0 to 0", "1.0"]),
+    (["Hi", "--model", "model", "--attention", "0.2"], ["--attention", "0 to 1", "0.2"]),
+    (["x" * 33, *LENS], ["PROMPT", "32", "33"]),
+    (["--prompt_file", "empty.txt", *LENS], ["--prompt_file 'empty.txt' is empty"]),
+    (["-", *LENS], "PROMPT is empty"),
+    (["Hi", *LENS, "--html", "book.txt"], ["--html", "'book.txt' exists"]),
+    (["Hi", *LENS, "--html", "model"], ["--html", "folder 'model'"]),
+    (["Hi", *LENS, "--html", "new.html/"], ["--html", "folder 'new.html/'"]),
+    (["Hi", *LENS, "--html", "missing/new.html"], ["--html", "'missing' is not a folder"]),
+    (["Hi", *LENS, "--html", "/dev/null"], ["--html", "'/dev/null' is no regular file"]),
+    (["Hi", *LENS, "--html", "n" * 300], ["--html", "too long"]),
+]
 SAMPLE = [
     *flag_cases(SAMPLE_FLAGS, ["--model", "demo"], NEEDED_BY_SAMPLE),
     *(
@@ -451,8 +498,10 @@ SAMPLE = [
             (["--prompts", "missing.jsonl", "--model", "model"], ["--prompts", "missing"]),
             (["--prompts", "array.jsonl", "--model", "model"], ["--prompts", "line 1"]),
             (["--prompts", "latin1.txt", "--model", "model"], ["--prompts", "1863"]),
+            *BAD_LOOKS_AT_FILES,
         ]
     ),
+    *(Case(["--model", "demo", *argv], named, parsed=True) for argv, named in BAD_LOOKS),
 ]
 
 

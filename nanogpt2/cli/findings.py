@@ -5,7 +5,7 @@ know how the findings are drawn.
 """
 
 from collections.abc import Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer
 
 SEVERAL = 3  # tokens shown for one: those that it looks at most, the likeliest guesses
+PIECE = 25  # letters of the longest piece that is spelled out after every merge
 PICTURE = 64  # last tokens in the small picture of a head
 
 
@@ -37,6 +38,7 @@ class Inside(NamedTuple):
     """The findings about one text; None where not asked for."""
 
     model: str
+    text: str
     names: list[str]  # of the tokens
     heads: list[Head] | None
     head: tuple[str, Tensor] | None  # LAYER.HEAD and its weights (T, T)
@@ -67,7 +69,7 @@ def look(
     if config.tokens:
         pieces = inspect.merges(tokenizer, text, allow_special=not config.literal_prompt)
     names = [token_name(tokenizer, i) for i in ids]
-    return Inside(config.model, names, heads, head, lens, pieces)
+    return Inside(config.model, text, names, heads, head, lens, pieces)
 
 
 def in_short(name: str, weights: Tensor) -> Head:
@@ -92,8 +94,6 @@ def layer_names(count: int) -> list[str]:
     return ["embedding", *(f"layer {layer}" for layer in range(count - 1))]
 
 
-def parts_after(piece: Piece, count: int) -> list[str]:
-    """A piece's parts after its first `count` merges."""
-    gone = {merge.start + len(merge.left) for merge in piece.merges[:count]}
-    cuts = [at for at in range(len(piece.letters) + 1) if at not in gone]
-    return [piece.letters[start:end] for start, end in pairwise(cuts)]
+def spelled(piece: Piece, count: int) -> str:
+    """Spell a piece's parts after its first `count` merges; "" for a long piece."""
+    return " ".join(piece.after(count)) if len(piece.letters) <= PIECE else ""

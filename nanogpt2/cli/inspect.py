@@ -12,15 +12,16 @@ from torch import Tensor
 from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import inspect_page
-from nanogpt2.cli.findings import SEVERAL, Head, Inside, counts, layer_names, look, parts_after
-from nanogpt2.config import GPTConfig, SampleConfig, fail, usage_error
+from nanogpt2.cli.findings import SEVERAL, Head, Inside, counts, layer_names, look, spelled
+from nanogpt2.config import PRESETS, GPTConfig, SampleConfig, fail, usage_error
 from nanogpt2.inspect import Guesses, Piece
 from nanogpt2.memory import is_out_of_memory
+from nanogpt2.model import GPT
+from nanogpt2.tokenizer import Tokenizer, gpt2_tokenizer
 
 COLUMNS = 80
 NAME = 9  # columns of a token's name in a table
 POSITIONS = 4  # positions of the lens that fit side by side
-PIECE = 25  # letters of the longest piece that is spelled out after every merge
 
 
 def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -> None:
@@ -30,14 +31,9 @@ def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -
         fail(f"{where} is empty: there is nothing to look into")
     with usage_error("--html"):
         page = None if config.html is None else inspect_page.path_of(config.html)
-    text, how = template.format(prompt), (device, config.dtype, config.quantize, config.kernels)
-    with usage_error("--model"), open_checkpoint(config.model) as checkpoint:
-        tokenizer = checkpoint.tokenizer
-        ids = tokenizer.encode(text, allow_special=not config.literal_prompt)
-        reads = config.attention is not None or config.lens
-        if reads:
-            check(config, checkpoint.config, len(ids))
-        model = checkpoint.generator(*how) if reads else None
+    text = template.format(prompt)
+    with usage_error("--model"):
+        tokenizer, ids, model = load(config, device, text)
     if model is not None:
         terminal.note(ops.describe_kernels(config.kernels, model.kernels, device))
     try:
@@ -56,10 +52,30 @@ def show_inside(config: SampleConfig, device: str, prompt: str, template: str) -
         terminal.note(f"wrote {config.html}")
 
 
+def load(config: SampleConfig, device: str, text: str) -> tuple[Tokenizer, list[int], GPT | None]:
+    """Return the tokenizer, the text's ids, and the model where one must read them.
+
+    Raises ValueError or OSError as `open_checkpoint` does.
+    """
+    special = not config.literal_prompt
+    if not config.reads and config.model in PRESETS:
+        # the tokens alone need no weights, which may have to be downloaded
+        tokenizer = gpt2_tokenizer()
+        return tokenizer, tokenizer.encode(text, allow_special=special), None
+    with open_checkpoint(config.model) as checkpoint:
+        tokenizer = checkpoint.tokenizer
+        ids = tokenizer.encode(text, allow_special=special)
+        if not config.reads:
+            return tokenizer, ids, None
+        check(config, checkpoint.config, len(ids))
+        how = device, config.dtype, config.quantize, config.kernels
+        return tokenizer, ids, checkpoint.generator(*how)
+
+
 def check(config: SampleConfig, shape: GPTConfig, length: int) -> None:
     """Fail for a prompt that the context cannot hold, and for a head that the model lacks."""
     if length > shape.block_size:
-        fail(f"PROMPT must have {shape.block_size} tokens, the model's context, not {length}")
+        fail(f"PROMPT must be at most {shape.block_size} tokens, the model's context, not {length}")
     if config.attention not in (None, "all"):
         layer, head = map(int, config.attention.split("."))
         if layer >= shape.n_layer or head >= shape.n_head:
@@ -85,7 +101,7 @@ def draw(inside: Inside) -> str:
 
 def draw_heads(heads: Sequence[Head], names: Sequence[str]) -> str:
     """Draw a table with a row for each head."""
-    rows = [["head", "itself", "one before", "first", "the last token's most"]]
+    rows = [["head", "itself", "one before", "first", "the last token looks at"]]
     for head in heads:
         means = ("-" if x is None else f"{x:.2f}" for x in (head.itself, head.before, head.first))
         rows.append([head.name, *means, f"{_short(names[head.most])} {head.weight:.2f}"])
@@ -129,21 +145,23 @@ def draw_lens(guesses: Guesses, guessed: dict[int, str], names: Sequence[str]) -
 
 def draw_merges(pieces: Sequence[Piece]) -> str:
     """Draw each piece: its merges, and its tokens with their ids."""
+    columns = min(COLUMNS, terminal.screen_columns() or COLUMNS)
     tokens, merges = counts(pieces)
     lines = [
         f"tokens: {tokens} by {merges} merges, each with its place in the list of merges",
         "(a letter stands for a byte; Ġ is a space)",
     ]
     for piece in pieces:
-        lines += ["", terminal.shorten(repr(piece.text), COLUMNS)]
+        lines += ["", terminal.shorten(repr(piece.text), columns)]
         for count, merge in enumerate(piece.merges, start=1):
-            pair = terminal.shorten(f"{merge.left} + {merge.right}", COLUMNS - 9)
-            after = " ".join(parts_after(piece, count)) if len(piece.letters) <= PIECE else ""
-            lines.append(f"{merge.rank:7}  {pair:20}  {after}".rstrip())
+            pair = terminal.shorten(f"{merge.left} + {merge.right}", columns - 9)
+            line = f"{merge.rank:7}  {pair}"
+            whole = f"{line:29}  {spelled(piece, count)}".rstrip()
+            lines.append(whole if len(whole) <= columns else line)
         named = "  ".join(f"{t} {i}" for t, i in zip(piece.tokens, piece.ids, strict=True))
         lines += textwrap.wrap(
             f"= {named}",
-            COLUMNS,
+            columns,
             initial_indent=" " * 7,
             subsequent_indent=" " * 9,
             break_on_hyphens=False,

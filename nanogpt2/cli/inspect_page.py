@@ -1,8 +1,9 @@
 """sample.py --html: the findings about a text as a page for a browser.
 
 The page is one file of HTML with its style inside: no script, nothing loaded from anywhere, light
-or dark as the reader's system is. Colour shows a weight or a probability, and a title on each cell
-says it in words. All text is escaped. This file does not know how the findings are computed.
+or dark as the reader's system is. The strength of a colour shows a probability, or the root of a
+weight; a title on each cell gives the number. All text is escaped. This file does not know how the
+findings are computed.
 """
 
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 from torch import Tensor
 
 from nanogpt2.atomic import whole_file
-from nanogpt2.cli.findings import Head, Inside, counts, layer_names, parts_after
+from nanogpt2.cli.findings import Head, Inside, counts, layer_names, spelled
 from nanogpt2.filesystem import open_regular
 from nanogpt2.inspect import Guesses, Piece
+from nanogpt2.terminal import visible
 
 # how a page of ours begins: only such a file is written over
 OPENING = (
@@ -35,6 +37,7 @@ body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sa
   margin: 2em; }
 .wide { overflow-x: auto; }
 pre, table, text { font: 13px/1.5 ui-monospace, monospace; white-space: pre; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 th, td { padding: 0 .5em; text-align: left; font-weight: normal; }
 th, .dim { color: var(--dim); }
 td[style] { background: color-mix(in srgb, var(--heat) calc(100% * var(--p)), transparent); }
@@ -76,7 +79,9 @@ def write(path: Path, text: str) -> None:
 def page(inside: Inside) -> str:
     """Return the whole page."""
     parts = [OPENING, HEAD, f"<title>{escape(inside.model)}, inside</title>\n"]
-    parts.append(f"<h1>{escape(inside.model)}, inside</h1>\n")
+    parts.append(
+        f"<h1>{escape(inside.model)}, inside</h1>\n<pre>{escape(visible(inside.text))}</pre>\n"
+    )
     named = [f"{place} {name}" for place, name in enumerate(inside.names)]
     if inside.heads is not None:
         parts += _heads(inside.heads, named)
@@ -109,7 +114,7 @@ def _heads(heads: Sequence[Head], names: Sequence[str]) -> Iterator[str]:
 
 def _small_picture(weights: Tensor) -> str:
     """Draw weights (S, S) without words: one path for each shade."""
-    shades, size = (weights * LEVELS).round().int(), len(weights)
+    shades, size = (weights.sqrt() * LEVELS).round().int(), len(weights)
     paths = []
     for shade in range(1, LEVELS + 1):
         places = (shades == shade).nonzero().tolist()
@@ -134,7 +139,7 @@ def _head(name: str, weights: Tensor, names: Sequence[str]) -> Iterator[str]:
         for x, weight in enumerate(row[: y + 1]):
             if weight >= LEAST:
                 yield f'<rect x="{left + CELL * x}" y="{left + CELL * y}" width="{CELL}" '
-                yield f'height="{CELL}" fill-opacity="{weight:.2f}"><title>'
+                yield f'height="{CELL}" fill-opacity="{weight**0.5:.2f}"><title>'
                 yield f"{escape(names[y])} looks at {escape(names[x])}: {weight:.2f}</title></rect>"
         yield "\n"
     yield "</svg></div>\n"
@@ -166,7 +171,6 @@ def _merges(pieces: Sequence[Piece]) -> Iterator[str]:
         yield f"<details open><summary><code>{escape(repr(piece.text))}</code> "
         yield f'<span class="dim">{escape(named)}</span></summary><div class="wide"><table>\n'
         for count, merge in enumerate(piece.merges, start=1):
-            parts = parts_after(piece, count)
             yield f'<tr><td class="dim">{merge.rank}</td><td>{escape(merge.left)} + '
-            yield f"{escape(merge.right)}</td><td>{escape(' '.join(parts))}</td></tr>\n"
+            yield f"{escape(merge.right)}</td><td>{escape(spelled(piece, count))}</td></tr>\n"
         yield "</table></div></details>\n"

@@ -43,7 +43,7 @@ MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
-# a word that is the value of a flag which may stand alone; other words stand for themselves
+# of the words behind a flag that may stand alone, these are its value
 NUMBERS = re.compile(r"-?\d[\d.]*")
 LONGEST_SHORT = 4  # characters of a flag with one hyphen, such as llama.cpp's -ngl
 

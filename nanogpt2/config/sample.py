@@ -62,6 +62,7 @@ CLASSIFY_FLAGS = (
     "json",
     "list_presets",
 )
+HEAD = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}")  # LAYER.HEAD
 # flags that show the inside of the model instead of a text
 INSPECT_FLAGS = ("attention", "lens", "tokens")
 # the flags that have an effect with one of them
@@ -94,12 +95,12 @@ class SampleConfig:
         'python sample.py "Once upon a time"',
         'python sample.py "Once upon a time" --temperature 0.7 --top_k 50',
         "python sample.py --model out --interactive",
-        'python sample.py "Once upon a time" --attention --lens --html inside.html',
     )
     GROUPS: ClassVar[dict[str, str]] = {
         "prompt_file": "the prompt and the model",
         "prompts": "many prompts",
         "classify": "other modes",
+        "attention": "the inside of the model, and no text",
     }
     ALIASES: ClassVar[dict[str, str]] = {
         "length": "max_new_tokens",  # gpt-2's and transformers' scripts
@@ -166,6 +167,9 @@ class SampleConfig:
         "greedy": "use --do_sample false",
         "stream": "text is streamed already, without --json",
         "logprobs": "use --explain, or --explain --json",
+        "output_attentions": "use --attention",  # transformers
+        "output_hidden_states": "use --lens",  # transformers
+        "tokenize": "use --tokens",
         "fp16": "use --dtype float16, or --quantize fp16 on a CPU",
         "bf16": "use --dtype bfloat16",
         "load_in_8bit": "use --quantize int8",
@@ -219,6 +223,7 @@ class SampleConfig:
     color: str | None = flag(None, "colour the tokens", choices=("prob", "entropy", "rank"))
     tree: bool = flag(False, "draw the beams: where they split, were pruned, ended")
     json: bool = flag(False, "print JSON: one object for each text")
+    # the inside of the model
     attention: str | None = flag(
         None,
         "show which tokens every head looks at; --attention 3.0: layer 3, head 0 in detail",
@@ -241,9 +246,7 @@ class SampleConfig:
             raise ValueError(f"{chosen[1]} must be left out where --{chosen[0]} is given")
         if self.json and chosen and chosen[0] in ("interactive", "color", "tree"):
             raise ValueError(f"json must be left out where --{chosen[0]} is given")
-        if self.attention not in (None, "all") and not re.fullmatch(
-            r"[0-9]+\.[0-9]+", self.attention
-        ):
+        if self.attention not in (None, "all") and not HEAD.fullmatch(self.attention):
             raise ValueError(
                 f"attention must be all or LAYER.HEAD, such as 3.0, not {show(self.attention)}"
             )
@@ -262,7 +265,12 @@ class SampleConfig:
     @property
     def inspects(self) -> bool:
         """True where the inside of the model is asked for, and no text."""
-        return any(getattr(self, name) for name in INSPECT_FLAGS)
+        return self.reads or self.tokens
+
+    @property
+    def reads(self) -> bool:
+        """True where the model must read the prompt for that; the tokens need no model."""
+        return self.attention is not None or self.lens
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "SampleConfig":

@@ -288,11 +288,6 @@ def look(
 
 def _steps(piece: inspect.Piece) -> list[list[str]]:
     """Return the parts of a word before the first merge and after each one."""
-    # start of a part -> the part
-    parts = dict(enumerate(piece.letters)) if piece.merges else {0: piece.letters}
-    found = [[*parts.values()]]
-    for merge in piece.merges:
-        parts[merge.start] = merge.left + merge.right
-        del parts[merge.start + len(merge.left)]
-        found.append([*parts.values()])
-    return found
+    if not piece.merges:
+        return [[*piece.tokens]]
+    return [piece.after(count) for count in range(len(piece.merges) + 1)]

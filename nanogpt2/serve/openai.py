@@ -7,13 +7,14 @@ chooses a search, tokens are drawn. logprobs are those of the model, before any 
 Source: platform.openai.com/docs/api-reference/completions and .../chat.
 """
 
+import asyncio
 import codecs
 import math
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,8 @@ from nanogpt2.config import SEARCH_FLAGS, GenerationConfig, refuse_ignored
 from nanogpt2.config.flags import show
 from nanogpt2.data.chat import segments
 from nanogpt2.data.records import Record
-from nanogpt2.serve.house import OPTIONS, House, house_of, read_ids, read_options
+from nanogpt2.serve.house import OPTIONS, House, Work, house_of, read_ids, read_options
 from nanogpt2.serve.web import (
-    EventStream,
     Fields,
     RefusalError,
     encoded,
@@ -35,6 +35,7 @@ from nanogpt2.serve.web import (
     read_json,
     refusal_of,
     running,
+    stream,
 )
 from nanogpt2.serve.worker import ReaderLeftError
 from nanogpt2.serve.writing import (
@@ -294,23 +295,21 @@ async def _answer(request: Request, asked: Asked) -> Response:
 
     answer = Answer(asked)
     log_tokens(request, answer)
-    stack = AsyncExitStack()
-    async with stack:
-        job = await stack.enter_async_context(running(house.worker, request.receive, work))
+    if asked.stream:
+        return await stream(_streamed(request, answer, work))
+    async with running(house.worker, request.receive, work) as job:
+        async for event in job.events():
+            answer.add(event)
+    # a long answer takes a moment
+    return json_response(await asyncio.to_thread(lambda: encoded(answer.whole())))
+
+
+async def _streamed(request: Request, answer: "Answer", work: Work) -> AsyncGenerator[bytes]:
+    """Yield what EventStream sends, after one item that says that the request is right."""
+    async with running(house_of(request).worker, request.receive, work) as job:
         events = job.events()
         answer.add(await anext(events))
-        if not asked.stream:
-            async for event in events:
-                answer.add(event)
-            return json_response(answer.whole())
-        return EventStream(_streamed(answer, events, stack.pop_all()))
-    raise AssertionError
-
-
-async def _streamed(
-    answer: "Answer", events: AsyncIterator[Any], stack: AsyncExitStack
-) -> AsyncGenerator[bytes]:
-    async with stack:
+        yield b""
         try:
             for chunk in answer.first_chunks():
                 yield encoded(chunk)

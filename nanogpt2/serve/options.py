@@ -22,7 +22,7 @@ class ServeConfig:
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "python -m nanogpt2.serve --model demo",
         "python -m nanogpt2.serve --model out --compare_model gpt2",
-        "python -m nanogpt2.serve --host 0.0.0.0 --api_key SECRET",
+        "python -m nanogpt2.serve --host 0.0.0.0 --api_key A-LONG-SECRET",
     )
     GROUPS: ClassVar[dict[str, str]] = {
         "model": "the model",
@@ -60,8 +60,8 @@ class ServeConfig:
             "put a proxy that speaks TLS before the server",
         ),
         **dict.fromkeys(("tensor_parallel_size", "tp"), "the server runs on one device"),
-        "share": "use --host 0.0.0.0 --api_key SECRET",
-        "api_keys": "use --api_key SECRET",
+        "share": "use --host 0.0.0.0 --api_key A-LONG-SECRET",
+        "api_keys": "use --api_key A-LONG-SECRET",
         "chat_template": "the model's own is used; train.py --task chat writes it",
         "n_predict": "a request says max_tokens; --max_tokens is the most",
         "threads": "set them before the command: OMP_NUM_THREADS=4",

@@ -4,8 +4,7 @@ Options are sample.py's: its rules and defaults, so that the command line writes
 """
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
 from dataclasses import fields, replace
 from functools import partial
 from importlib.resources import files
@@ -18,10 +17,9 @@ from nanogpt2 import __version__
 from nanogpt2.config import MAX_SEED, GenerationConfig, decoding_options
 from nanogpt2.config.presets import TASKS
 from nanogpt2.serve import inside
-from nanogpt2.serve.house import OPTIONS, House, Work, house_of, read_ids, read_options
+from nanogpt2.serve.house import OPTIONS, Work, house_of, read_ids, read_options
 from nanogpt2.serve.web import (
     MOST_BYTES,
-    EventStream,
     Fields,
     RefusalError,
     encoded,
@@ -29,6 +27,7 @@ from nanogpt2.serve.web import (
     read_json,
     refusal_of,
     running,
+    stream,
 )
 from nanogpt2.serve.worker import ReaderLeftError
 from nanogpt2.serve.writing import MOST_PROMPT_TOKENS, MOST_TEXTS, Prompt, Served
@@ -124,7 +123,7 @@ async def generate(request: Request) -> Response:
     asked.end()
     _refuse_several(options, "/api/beams")
     work = partial(inside.generate, served, prompt, options, alternatives, house.max_tokens)
-    return await _stream(request, house, work)
+    return await stream(_streamed(request, work))
 
 
 async def beams(request: Request) -> Response:
@@ -137,7 +136,7 @@ async def beams(request: Request) -> Response:
     if options.num_beams == 1:
         raise RefusalError(400, "num_beams must be above 1, not 1", "num_beams")
     work = partial(inside.beams, served, prompt, options, house.max_tokens)
-    return await _stream(request, house, work)
+    return await stream(_streamed(request, work))
 
 
 async def compare(request: Request) -> Response:
@@ -154,7 +153,8 @@ async def compare(request: Request) -> Response:
         sides.append((served, replace(options, seed=seed)))
     prompt = _prompt(asked, sides[0][0])
     asked.end()
-    return await _stream(request, house, partial(inside.compare, sides, prompt, house.max_tokens))
+    work = partial(inside.compare, sides, prompt, house.max_tokens)
+    return await stream(_streamed(request, work))
 
 
 def _prompt(asked: Fields, served: Served, name: str = "prompt") -> Prompt:
@@ -187,21 +187,12 @@ def _refuse_several(options: GenerationConfig, instead: str) -> None:
             raise RefusalError(400, f"{name} must be 1 here, not {value}{other}", name)
 
 
-async def _stream(request: Request, house: House, work: Work) -> Response:
-    """Answer with what the work yields, as it comes."""
-    stack = AsyncExitStack()
-    async with stack:
-        job = await stack.enter_async_context(running(house.worker, request.receive, work))
+async def _streamed(request: Request, work: Work) -> AsyncGenerator[bytes]:
+    """Yield what the work yields, after one item that says that the request is right."""
+    async with running(house_of(request).worker, request.receive, work) as job:
         events = job.events()
         first = await anext(events)
-        return EventStream(_sent(first, events, stack.pop_all()))
-    raise AssertionError
-
-
-async def _sent(
-    first: bytes, events: AsyncIterator[bytes], stack: AsyncExitStack
-) -> AsyncGenerator[bytes]:
-    async with stack:
+        yield b""
         yield first
         try:
             async for event in events:
@@ -223,7 +214,7 @@ async def score(request: Request) -> Response:
     prompt = _prompt(asked, served, "text")
     alternatives = asked.whole("alternatives", 4, 0, MOST_ALTERNATIVES) or 0
     asked.end()
-    return await _whole(request, house, partial(inside.score, served, prompt, alternatives))
+    return await _whole(request, partial(inside.score, served, prompt, alternatives))
 
 
 async def inspect(request: Request) -> Response:
@@ -244,13 +235,11 @@ async def inspect(request: Request) -> Response:
         raise RefusalError(400, "token must be given for neighbours", "token")
     asked.end()
     work = partial(inside.look, served, prompt, kinds, layer, head, k, token or 0)
-    return await _whole(request, house, work)
+    return await _whole(request, work)
 
 
-async def _whole(
-    request: Request, house: House, work: Callable[[], Iterator[bytes | None]]
-) -> Response:
+async def _whole(request: Request, work: Work) -> Response:
     """Answer with the only thing that the work yields."""
-    async with running(house.worker, request.receive, work) as job:
+    async with running(house_of(request).worker, request.receive, work) as job:
         (answer,) = [event async for event in job.events()]
     return json_response(answer)

@@ -23,6 +23,8 @@ from nanogpt2.serve.writing import Served
 
 def serve(config: ServeConfig, listener: socket.socket) -> None:
     """Answer requests until SIGINT or SIGTERM, which let the running request finish."""
+    # neither a client that goes nor a closed log ends the server
+    terminal.ignore_broken_pipes()
     with usage_error("--device"):
         device = choose_device(config.device)
     with usage_error():

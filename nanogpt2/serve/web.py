@@ -196,6 +196,12 @@ def log_tokens(request: Request, counts: Counted) -> None:
     request.scope["state"]["counts"] = counts
 
 
+async def stream(data: AsyncGenerator[bytes]) -> Response:
+    """Return an event stream of the data but the first item, before which an error has a status."""
+    await anext(data)
+    return EventStream(data)
+
+
 class EventStream(Response):
     """Server-sent events: `data: ...` for each of the data, as they come."""
 

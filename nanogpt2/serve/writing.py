@@ -24,6 +24,7 @@ from nanogpt2.tokenizer import Tokenizer
 
 MOST_PROMPT_TOKENS = 2**14
 MOST_TEXTS = 64  # side by side, of one prompt
+MOST_NUMBERS = 2**18  # of a request: its new tokens and the likeliest ones named beside each
 CHUNK = 64  # rows of logits computed at once
 
 
@@ -133,6 +134,13 @@ def write(served: Served, task: Task, most_new: int) -> Iterator[Usage | Piece |
     if task.echo and task.likeliest is not None and longest > block_size:
         raise ValueError(
             f"prompt must have {block_size} tokens at most with echo and logprobs, not {longest}"
+        )
+    longest_new = max((r.max_length - r.prompt_length for r in requests or []), default=0)
+    numbers = len(rows) * task.best_of * longest_new * (1 + (task.likeliest or 0))
+    if numbers > (most := max(MOST_NUMBERS, most_new)):
+        raise ValueError(
+            f"max_tokens must be lower: texts x max_tokens x (1 + logprobs) may be {most:,} at "
+            f"most, not {numbers:,}"
         )
     yield Usage(prompt=sum(map(len, rows)))
     for number, (prompt, ids) in enumerate(zip(task.prompts, rows, strict=True)):
