@@ -57,19 +57,17 @@ def cases(R: int, L: int, S: int, H: int, D: int, beams: bool):
             k, v = k[parents], v[parents]
         return (q @ k.transpose(-1, -2) * D**-0.5).softmax(dim=-1) @ v
 
-    # the token that decode_step writes is the one that the cache ends with
-    before, arrived = lengths - 1, torch.zeros(R * H, dtype=torch.int32, device=gpu.DEVICE)
+    # decode_step writes the last token, so it gets caches of its own
+    rows = parents if beams else torch.arange(R, device=gpu.DEVICE)
+    qkv = torch.stack([q[:, :, 0], k[rows, :, L - 1], v[rows, :, L - 1]], dim=1).flatten(1)
+    caches, before = (k.clone(), v.clone()), lengths - 1
     chip = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     splits = step_splits(R, H, S, chip.multi_processor_count if chip else 1)
-    own = torch.arange(R, device=gpu.DEVICE), slice(None), L - 1
-    if beams:
-        ancestors[:, L - 1] = own[0]
-    qkv = torch.stack([q[:, :, 0], k[own], v[own]], dim=1).flatten(1)
+    arrived = torch.zeros(R * H, dtype=torch.int32, device=gpu.DEVICE)
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        qkv[:, : H * D] = q.flatten(1)
         options = {"ancestors": ancestors, "splits": splits, "arrived": arrived}
-        return decode_step(qkv, k, v, before, **options).view(q.shape)
+        return decode_step(qkv, *caches, before, **options).view(q.shape)
 
     functions = {
         "ours": lambda q, k, v: decode_attention(

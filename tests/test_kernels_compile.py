@@ -38,7 +38,10 @@ SEEN = {
         ("attention D=64 padded bfloat16", "sm_100"): 16,
         ("decode_linear N=768 K=3072 R=8 bfloat16", "gfx942"): 1,
     },
-    "3.9": {},
+    "3.9": {
+        ("sampling draw V=50257 top-k, top-p", "sm_90"): 8,
+        ("sampling draw V=50257 top-p", "sm_90"): 8,
+    },
 }
 
 
