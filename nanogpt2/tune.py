@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from nanogpt2 import terminal
 from nanogpt2.config import SCHEMES, check_model, parse, usage_error
-from nanogpt2.config.flags import check, flag
+from nanogpt2.config.flags import MOST_THREADS, check, flag
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TuneConfig:
     SECOND: ClassVar[str] = "one MODEL is timed at a time"
     model: str = flag("gpt2", "the model", positional=True)
     quantize: str | None = flag(None, "narrow the weights first", choices=SCHEMES)
-    threads: int | None = flag(None, "threads (default: all it may use)", low=1)
+    threads: int | None = flag(None, "threads (default: all it may use)", low=1, high=MOST_THREADS)
     passes: int = flag(15, "passes over each layout", low=1, high=1000)
     json: bool = flag(False, "print one JSON object")
 

@@ -40,6 +40,7 @@ class FromFlags(Protocol):
 
 MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
+MOST_THREADS = 1024
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
 LONGEST_SHORT = 4  # characters of a flag with one hyphen, such as llama.cpp's -ngl

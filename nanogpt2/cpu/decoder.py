@@ -54,7 +54,7 @@ class CPUDecoder:
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         """rows: those of each prompt."""
         c = model.config
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._max_length = model, rows, max_length
         self._prepared = prepared_for(model)
         self._layers = self._prepared.layers
         self._H, self._D = c.n_head, c.n_embd // c.n_head
@@ -102,6 +102,9 @@ class CPUDecoder:
             mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min / 2)
         if self._writes_own:
             self._grow(T)
+        if not self.length:
+            new = min(self._max_length, self._model.config.block_size) - T
+            self._prepared.begin(len(self._origin), R * T, new)
         self._prepared.count(R * T)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
         for n in range(len(self._layers)):

@@ -59,19 +59,29 @@ def table_for(
     if not anew and sum(map(_bytes, products)) < LEAST_BYTES:
         return None
     key = _key(products)
-    path = cache_folder() / f"layouts-{sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    if not anew and (table := _read(path, key)) is not None:
-        return table
+    name = f"layouts-{sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    folder = cache_folder()
+    if not anew:
+        table = _measured.get(name) or (folder and _read(folder / name, key))
+        if table:
+            return table
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
-    table = measure(products, passes)
-    if anew or not busy:
-        _write(path, key, table)
+    # a busy machine's table serves this process alone
+    _measured[name] = table = measure(products, passes)
+    if folder and (anew or not busy):
+        _write(folder / name, key, table)
     return table
 
 
-def cache_folder() -> Path:
-    """Return the folder of the tables."""
-    return Path.home() / ".cache" / "nanogpt2"
+_measured: dict[str, Table] = {}  # by the files' names
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of the tables; None for a user without a home."""
+    try:
+        return Path.home() / ".cache" / "nanogpt2"
+    except RuntimeError:
+        return None
 
 
 @torch.inference_mode()
@@ -236,9 +246,11 @@ def _read(path: Path, key: dict[str, Any]) -> Table | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] != json.loads(json.dumps(key)):
             return None
-        return dict(_entries(stored["times"]))
+        table = dict(_entries(stored["times"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    timings = [t for layouts in table.values() for t in layouts.values()]
+    return table if all(sorted(t.rows) == [*ROWS] for t in timings) else None
 
 
 def _entries(times: list[Any]) -> Iterator[tuple[Shape, dict[str, Timing]]]:
@@ -246,7 +258,7 @@ def _entries(times: list[Any]) -> Iterator[tuple[Shape, dict[str, Timing]]]:
         yield (
             (N, K),
             {
-                name: Timing({int(rows): float(ms) for rows, ms in t["rows"].items()}, t["lay_out"])
+                name: Timing({int(n): float(ms) for n, ms in t["rows"].items()}, float(t["lay_out"]))
                 for name, t in layouts.items()
             },
         )
