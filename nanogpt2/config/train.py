@@ -213,7 +213,9 @@ class TrainConfig:
     # where
     seed: int = flag(1337, "for the weights, the data's order and dropout", low=0, high=MAX_SEED)
     device: str = flag("auto", "where to run", choices=DEVICES)
-    threads: int | None = flag(None, "threads on a CPU (default: all it may use)", low=1, high=MOST_THREADS)
+    threads: int | None = flag(
+        None, "threads on a CPU (default: all it may use)", low=1, high=MOST_THREADS
+    )
     dtype: str = flag("auto", "precision of the matrix products", choices=("auto", *DTYPES))
     kernels: str = flag(
         "auto",

@@ -258,7 +258,9 @@ def _entries(times: list[Any]) -> Iterator[tuple[Shape, dict[str, Timing]]]:
         yield (
             (N, K),
             {
-                name: Timing({int(n): float(ms) for n, ms in t["rows"].items()}, float(t["lay_out"]))
+                name: Timing(
+                    {int(n): float(ms) for n, ms in t["rows"].items()}, float(t["lay_out"])
+                )
                 for name, t in layouts.items()
             },
         )
