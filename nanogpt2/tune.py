@@ -57,6 +57,7 @@ if __name__ == "__main__":
         CONFIG = parse(TuneConfig, sys.argv[1:])
 
 from nanogpt2.checkpoints.load import open_checkpoint
+from nanogpt2.cpu.decoder import can_run
 from nanogpt2.cpu.prepared import prepared_for
 from nanogpt2.cpu.tuning import ROWS, Table, table_for
 from nanogpt2.devices import choose_device
@@ -67,9 +68,9 @@ def main(config: TuneConfig) -> None:
     choose_device("cpu", config.threads)
     with usage_error("MODEL"), open_checkpoint(config.model) as checkpoint:
         model = checkpoint.generator(quantize=config.quantize)
+        if not can_run(model):
+            raise ValueError("needs a PyTorch with oneDNN: there is nothing to choose from")
     products = prepared_for(model, tuned=False).laid_out()
-    if not products:
-        raise SystemExit("weights of fp16 have one layout: there is nothing to time")
     table = table_for(products, anew=True, passes=config.passes)
     assert table is not None
     terminal.write(terminal.json_line(as_json(table)) if config.json else drawn(table))

@@ -57,7 +57,7 @@ def test_an_unknown_command(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         commands.main()
     assert capsys.readouterr().err == (
-        "error: 'sampel' is not a command; the commands are sample, train, evaluate, quantize\n"
+        "error: 'sampel' is not a command; the commands are sample, train, evaluate, quantize, tune\n"
     )
 
 

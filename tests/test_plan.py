@@ -87,7 +87,7 @@ def test_one_matrix_after_the_other():
         # never more time spent on laying out than was lost without it
         assert cost <= account
         # in the order of their use
-        assert [m.layout for m in matrices] == sorted((m.layout for m in matrices))
+        assert [m.layout for m in matrices] == sorted(m.layout for m in matrices)
     assert laid_out[:3] == [2, 1, 2]
     assert all(m.took == ["one"] for m in matrices)
     assert max(laid_out) == 2 and len(laid_out) > 5

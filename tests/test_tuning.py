@@ -264,7 +264,8 @@ if sys.argv[1:]:
         raise AssertionError("measured again")
     tuning.measure = measure
 table = tuning.table_for([FloatLinear(torch.randn(72, 24), None)])
-print(sorted((s, n, sorted(t.rows.items()), t.lay_out) for s, l in table.items() for n, t in l.items()))
+for shape, layouts in table.items():
+    print(shape, sorted((name, sorted(t.rows.items()), t.lay_out) for name, t in layouts.items()))
 """
 
 

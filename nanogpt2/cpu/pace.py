@@ -4,7 +4,8 @@ Several threads wait for each other dozens of times in a step. Beside other busy
 them is always late, and a single thread is faster; for a small model it may be so on an idle
 machine too. So both are timed while a text is generated: at the start, then every few seconds, and
 at once where the steps become slower. The number of threads changes no result: each output of a
-product is computed by one thread. Trials that fail take at most 2 % of the time. This file does not know what a step computes.
+product is computed by one thread. Trials that fail take at most 2 % of the time, unless the steps
+become slower again and again. This file does not know what a step computes.
 """
 
 import time
@@ -18,7 +19,7 @@ TRIAL = 3  # steps of a trial, after one that wakes the threads
 FIRST = 4  # steps before the first trial
 SHORTEST, LONGEST = 0.5, 4.0  # seconds between two trials
 BETTER = 0.95  # the other number must take less than this part of the time
-LOST = 0.02  # the part of the time that failed trials may take, beside those of SLOWER
+LOST = 0.02  # the part of the time that failed trials may take
 SLOWER = 1.5  # steps this much slower than before call for a trial
 MEMORY = 8  # steps in the mean of the present number
 
