@@ -57,7 +57,8 @@ def test_an_unknown_command(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         commands.main()
     assert capsys.readouterr().err == (
-        "error: 'sampel' is not a command; the commands are sample, train, evaluate, quantize, tune\n"
+        "error: 'sampel' is not a command; the commands are sample, train, evaluate, quantize, "
+        "tune\n"
     )
 
 
