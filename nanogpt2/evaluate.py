@@ -30,7 +30,7 @@ from nanogpt2.config import (
     parse,
     usage_error,
 )
-from nanogpt2.config.flags import MAX_SEED, check, flag
+from nanogpt2.config.flags import MAX_SEED, MOST_THREADS, check, flag
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -142,7 +142,9 @@ class EvaluateConfig:
     task: str = flag("perplexity", "what to measure", choices=TASKS)
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
-    threads: int | None = flag(None, "threads on a CPU (default: all it may use)", low=1)
+    threads: int | None = flag(
+        None, "threads on a CPU (default: all it may use)", low=1, high=MOST_THREADS
+    )
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
     kernels: str = flag(

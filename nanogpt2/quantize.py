@@ -62,6 +62,7 @@ class QuantizeConfig:
         "int8": "use --quantize int8",
         "fp16": "use --quantize fp16",
         "device": "narrow weights run on a CPU",
+        "threads": "set them before the command: OMP_NUM_THREADS=4",
     }
     SECOND: ClassVar[str] = "the folder to write is --out"
     model: str = flag(MISSING, "the model", positional=True)

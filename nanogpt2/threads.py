@@ -24,7 +24,7 @@ def allowed() -> int:
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, ZeroDivisionError):
         time, period = CONTAINER_LIMIT.read_text().split()
         count = min(count, ceil(int(time) / int(period)))
     return max(1, count)

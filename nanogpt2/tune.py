@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from nanogpt2 import terminal
 from nanogpt2.config import SCHEMES, check_model, fail, parse, usage_error
-from nanogpt2.config.flags import check, flag
+from nanogpt2.config.flags import MOST_THREADS, check, flag
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TuneConfig:
     SECOND: ClassVar[str] = "one MODEL is timed at a time"
     model: str = flag("gpt2", "the model", positional=True)
     quantize: str | None = flag(None, "narrow the weights first", choices=SCHEMES)
-    threads: int | None = flag(None, "threads (default: all it may use)", low=1)
+    threads: int | None = flag(None, "threads (default: all it may use)", low=1, high=MOST_THREADS)
     compile: bool = flag(False, "compile the blocks for one text in C, to be used from now on")
     passes: int = flag(15, "passes over each layout", low=1, high=1000)
     json: bool = flag(False, "print one JSON object")
@@ -66,6 +66,7 @@ if __name__ == "__main__":
 
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cpu import native
+from nanogpt2.cpu.decoder import can_run
 from nanogpt2.cpu.prepared import prepared_for
 from nanogpt2.cpu.tuning import ROWS, Table, table_for
 from nanogpt2.devices import choose_device
@@ -81,9 +82,9 @@ def main(config: TuneConfig) -> None:
             fail(f"--compile: {error}", code=1)
     with usage_error("MODEL"), open_checkpoint(config.model) as checkpoint:
         model = checkpoint.generator(quantize=config.quantize)
+        if not can_run(model):
+            raise ValueError("needs a PyTorch with oneDNN: there is nothing to choose from")
     products = prepared_for(model, tuned=False).laid_out()
-    if not products:
-        raise SystemExit("weights of fp16 have one layout: there is nothing to time")
     table = table_for(products, anew=True, passes=config.passes)
     assert table is not None
     terminal.write(terminal.json_line(as_json(table)) if config.json else drawn(table))

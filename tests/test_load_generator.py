@@ -8,16 +8,26 @@ import sys
 
 import pytest
 import torch
-from reference import ROOT, TINY, hf_model, official_tensors, prompts, write_official_file
+from reference import (
+    ROOT,
+    TINY,
+    force_layout,
+    hf_model,
+    official_tensors,
+    prompts,
+    write_official_file,
+)
 from safetensors.torch import load_file, save_file
 
 from nanogpt2 import GPT, generate, load_generator, load_model, save_model
 from nanogpt2.config import SCHEMES, GPTConfig
-from nanogpt2.cpu.inference_model import PAYS_AFTER, InferenceGPT, pack
-from nanogpt2.cpu.prepacked import FEW_ROWS, onednn_sums_exactly
+from nanogpt2.cpu import prepared
+from nanogpt2.cpu.inference_model import InferenceGPT, pack
+from nanogpt2.cpu.layouts import AS_STORED
+from nanogpt2.cpu.prepacked import onednn_sums_exactly
+from nanogpt2.cpu.prepared import prepared_for
 
-# enough for all to be laid out
-LONG = {"max_new_tokens": PAYS_AFTER + FEW_ROWS * TINY.n_layer, "eos_token_id": None}
+LONG = {"max_new_tokens": 20, "eos_token_id": None}
 VNNI = onednn_sums_exactly()
 CHANGES = {
     "as it is": dict,
@@ -29,6 +39,13 @@ CHANGES = {
         | {"lm_head.weight": tensors["transformer.wte.weight"].half().float()}
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def laid_out_at_once(monkeypatch):
+    """A layout of both float32 and int8."""
+    monkeypatch.setattr(prepared, "table_for", prepared.table_for)
+    force_layout("tiles_64")
 
 
 @pytest.fixture
@@ -79,8 +96,10 @@ def test_data_at_any_alignment(tmp_path, residue, scheme):
 def test_the_head_is_laid_out_where_its_rows_are_in_a_file(folder):
     for model, laid_out in ((load_generator(folder), True), (pack(load_model(folder)), False)):
         generate(model, prompts(1, 5), **LONG)
-        assert model.head._weight.is_mkldnn == laid_out
-        assert model.h[1].attn.c_attn._weight.is_mkldnn
+        assert (model.head.layout not in AS_STORED) == laid_out
+        assert all(
+            p.layout == "tiles_64" for p in prepared_for(model).laid_out() if p.shape[0] != 61
+        )
         same_parts(model, pack(load_model(folder)))
 
 
@@ -114,36 +133,40 @@ def test_a_head_of_its_own_is_refused(folder):
 
 MEMORY = """
 import re, sys, torch
+sys.path.insert(0, "tests")
+from reference import force_layout
 from nanogpt2 import generate, load_generator
 from nanogpt2.cpu.malloc import large_blocks_apart
 status = lambda: open("/proc/self/status").read()
 anonymous = lambda: 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status())[1])
+force_layout(sys.argv[3])
 start = anonymous()
 with large_blocks_apart():  # as sample.py does
     model = load_generator(sys.argv[1], quantize=sys.argv[2] or None)
 print(anonymous() - start)
-generate(model, torch.tensor([[0]]), max_new_tokens=int(sys.argv[3]), eos_token_id=None)
+generate(model, torch.tensor([[0]]), max_new_tokens=20, eos_token_id=None)
 print(anonymous() - start)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheme", "size", "loaded", "used"),
-    # fbgemm fills the inputs of its matrices up to 512s
+    ("scheme", "layout", "size", "loaded", "used"),
+    # fbgemm fills the inputs of its fp16 matrices up to 512s
     [
-        ("", 4, (-0.1, 0.1), (0.9, 1.1)),
-        ("fp16", 2, (0.9, 1.25), (0.9, 1.35)),
-        ("int8", 1, (0.9, 1.1 if VNNI else 1.5), (0.9, 1.25 if VNNI else 1.65)),
+        ("", "onednn_1", 4, (-0.1, 0.1), (0.9, 1.1)),
+        ("", "tiles_96", 4, (-0.1, 0.1), (0.9, 1.1)),
+        ("fp16", "none", 2, (0.9, 1.25), (0.9, 1.35)),
+        ("int8", "onednn_u8s8", 1, (0.9, 1.1), (0.9, 1.25 if VNNI else 1.65)),
+        ("int8", "tiles_96", 1, (0.9, 1.1), (0.9, 1.25)),
     ],
 )
-def test_memory(tmp_path, scheme, size, loaded, used):
+def test_memory(tmp_path, scheme, layout, size, loaded, used):
     """Nothing is copied on loading; what is laid out or narrowed is there once."""
     config = GPTConfig(vocab_size=9000, n_layer=8, n_embd=768)
     save_model(GPT(config), tmp_path)
-    steps = str(PAYS_AFTER + FEW_ROWS * config.n_layer)
-    argv = [sys.executable, "-c", MEMORY, str(tmp_path), scheme, steps]
-    out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    argv = [sys.executable, "-c", MEMORY, str(tmp_path), scheme, layout]
+    out = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     for taken, (low, high) in zip(out.split(), (loaded, used), strict=True):
         assert low <= int(taken) / (config.n_parameters * size) < high
 

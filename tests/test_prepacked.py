@@ -14,7 +14,8 @@ from transformers import GPT2LMHeadModel
 
 from nanogpt2 import generate, load_classifier, load_model, load_tokenizer, save_model
 from nanogpt2.config import SCHEMES
-from nanogpt2.cpu.inference_model import MATRICES, PAYS_AFTER, pack
+from nanogpt2.cpu.inference_model import MATRICES, pack
+from nanogpt2.cpu.layouts import AS_STORED, BYTES, FLOAT
 from nanogpt2.cpu.prepacked import (
     FloatLinear,
     HalfHead,
@@ -25,6 +26,7 @@ from nanogpt2.cpu.prepacked import (
     prepacked_linear_for,
     to_int8,
 )
+from nanogpt2.cpu.prepared import prepared_for
 from nanogpt2.model import GPT
 from nanogpt2.quantize import measure
 
@@ -128,6 +130,21 @@ def test_int8_by_hand(parts, kind):
 
 
 @pytest.mark.parametrize("kind", NARROW)
+def test_int8_is_the_same_to_the_bit_in_every_layout(parts, kind):
+    x, weight, bias = parts
+    product, released = NARROW[kind](weight, bias), []
+    product._release = released.append
+    q, usual = product.stored()[""], product(x)
+    assert product.layout == product.usual and len(released) == 1 and released[0] is q
+    assert product.layouts == (product.usual, *(n for n in BYTES if n.startswith("tiles")))
+    for name in [*product.layouts, *reversed(product.layouts)]:
+        product.lay_out(name)
+        assert torch.equal(product(x), usual)
+        assert torch.equal(product.stored()[""], q)
+    assert len(released) == 1
+
+
+@pytest.mark.parametrize("kind", NARROW)
 def test_int8_of_the_largest_numbers(kind):
     assert_holds_the_largest(NARROW[kind])
 
@@ -141,9 +158,7 @@ def assert_holds_the_largest(product):
 
 
 def test_the_product_chosen_here_holds_the_largest_numbers():
-    assert_holds_the_largest(
-        lambda weight, _: prepacked_linear_for(weight, None, None, "int8", 0, None)
-    )
+    assert_holds_the_largest(lambda weight, _: prepacked_linear_for(weight, None, None, "int8"))
 
 
 LARGEST = """
@@ -151,7 +166,7 @@ import torch
 from nanogpt2.cpu.prepacked import prepacked_linear_for
 x, weight = torch.ones(2, 64), torch.full((16, 64), -3.0)
 x[:, 0] = 0
-product = prepacked_linear_for(weight, None, None, "int8", 0, None)
+product = prepacked_linear_for(weight, None, None, "int8")
 torch.testing.assert_close(product(x), torch.full((2, 16), -3.0 * 63), rtol=5e-3, atol=0)
 print(type(product).__name__)
 """
@@ -205,19 +220,31 @@ def test_what_is_no_number_stays_none(rows, wrong, kind):
     assert not found[0].isfinite().any() and found[1:].isfinite().all()
 
 
-def test_a_matrix_is_laid_out_once_that_pays(parts):
+@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_matrix_takes_every_layout_after_every_other(parts, keeps, order):
+    """The weight stays equal to the bit; it is released once, when it is not read any more."""
     x, weight, bias = parts
-    # 5 rows at a time
-    product = FloatLinear(weight, bias, prepacks_after=2 * M + 1)
-    expected = product(x)
-    # many rows are no step of decoding
-    for _ in range(5):
-        product(x.repeat(9, 1))
-    assert not product._weight.is_mkldnn
-    product(x)
-    assert ratio(product(x), expected) < 1e-6
-    assert product._weight.is_mkldnn
-    assert torch.equal(product.stored()[""], weight)
+    weight = weight if order == "rows" else weight.t().contiguous().t()
+    released = []
+    product = FloatLinear(weight, bias, released.append, keeps=keeps)
+    assert product.layout == "onednn" and product.shape == (N, K)
+    expected, residual = F.linear(x, weight, bias), torch.randn(M, N)
+    for n, name in enumerate([*FLOAT, *reversed(FLOAT), "tiles_96", "onednn_1"]):
+        product.lay_out(name)
+        assert product.layout == name
+        assert bool(released) == (n >= len(AS_STORED))
+        assert all(t.data_ptr() == weight.data_ptr() for t in released[:1])
+        for found, wanted in (
+            (product(x), expected),
+            (product.gelu(x), F.gelu(expected, approximate="tanh")),
+            (product.plus(x, residual), expected + residual),
+        ):
+            assert ratio(found, wanted) < 1e-6
+        assert torch.equal(product.stored()[""], weight)
+        assert (product.stored()[""].data_ptr() == weight.data_ptr()) == (
+            keeps or (name in AS_STORED and not released)
+        )
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
@@ -231,11 +258,14 @@ def test_a_packed_model_is_the_model(model, tmp_path, scheme):
     assert abs(packed(ids, ids) / loss - 1) < tolerance
     assert not packed.training and not any(p.requires_grad for p in packed.parameters())
     if scheme is None:
-        # 6 rows a step
-        options = {"max_new_tokens": PAYS_AFTER // 6 + 9, "num_beams": 3, "eos_token_id": None}
-        found, plain = (generate(m, ids, **options).sequences for m in (packed, model))
-        assert packed.h[1].mlp.c_fc._weight.is_mkldnn
-        assert torch.equal(found, plain)
+        options = {"max_new_tokens": 20, "num_beams": 3, "eos_token_id": None}
+        plain = generate(model, ids, **options).sequences
+        for name in FLOAT:
+            for product in prepared_for(packed).laid_out():
+                if name in product.layouts:
+                    product.lay_out(name)
+            assert packed.h[1].mlp.c_fc.layout == name
+            assert torch.equal(generate(packed, ids, **options).sequences, plain)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -354,5 +384,5 @@ def test_the_shape_is_stated_beside_it(model, tmp_path):
 @pytest.mark.parametrize(("K", "kind"), [(256, HalfLinear), (512, HalfLinear), (768, HalfHead)])
 def test_only_a_head_is_in_two_parts(K, kind):
     weight = torch.randn(9, K)
-    assert type(prepacked_linear_for(weight, None, None, "fp16", 0, None)) is kind
-    assert type(prepacked_linear_for(weight, None, torch.ones(9), "fp16", 0, None)) is HalfLinear
+    assert type(prepacked_linear_for(weight, None, None, "fp16")) is kind
+    assert type(prepacked_linear_for(weight, None, torch.ones(9), "fp16")) is HalfLinear

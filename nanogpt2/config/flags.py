@@ -41,6 +41,7 @@ class FromFlags(Protocol):
 
 MOST = 2**31 - 1  # the largest number of every flag but a seed
 MAX_SEED = 2**63 - 1
+MOST_THREADS = 1024
 OTHERS_WAIT = 2  # seconds
 HELP_COLUMNS = 80
 # of the words behind a flag that may stand alone, these are its value

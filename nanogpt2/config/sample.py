@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from nanogpt2.config.flags import check, fail, flag, show, usage_error
+from nanogpt2.config.flags import MOST_THREADS, check, fail, flag, show, usage_error
 from nanogpt2.config.generation import SENSIBLE_SAMPLING, GenerationConfig
 from nanogpt2.config.model import (
     DEVICES,
@@ -153,7 +153,7 @@ class SampleConfig:
         "n_gpu_layers": "use --device cuda: all layers go there",
         "gpu_layers": "use --device cuda: all layers go there",
         "ngl": "use --device cuda: all layers go there",
-        "num_thread": "set them before the command: OMP_NUM_THREADS=4",
+        "num_thread": "use --threads",
         "no_cuda": "use --device cpu",
         "use_cpu": "use --device cpu",
         "conversation": "use --interactive --preset dialogue",
@@ -185,7 +185,9 @@ class SampleConfig:
     prompt_file: str | None = flag(None, "a file that holds the prompt")
     model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
     device: str = flag("auto", "where to run", choices=DEVICES)
-    threads: int | None = flag(None, "threads on a CPU (default: all, or one, by time)", low=1)
+    threads: int | None = flag(
+        None, "threads on a CPU (default: all, or one, by time)", low=1, high=MOST_THREADS
+    )
     dtype: str = flag("float32", "the weights' type", choices=DTYPES)
     quantize: str | None = flag(None, "narrow the weights, on a CPU", choices=SCHEMES)
     kernels: str = flag(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from nanogpt2.config.flags import MAX_SEED, check, fail, flag, show, usage_error
+from nanogpt2.config.flags import MAX_SEED, MOST_THREADS, check, fail, flag, show, usage_error
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.config.sources import check_data
 
@@ -213,7 +213,9 @@ class TrainConfig:
     # where
     seed: int = flag(1337, "for the weights, the data's order and dropout", low=0, high=MAX_SEED)
     device: str = flag("auto", "where to run", choices=DEVICES)
-    threads: int | None = flag(None, "threads on a CPU (default: all it may use)", low=1)
+    threads: int | None = flag(
+        None, "threads on a CPU (default: all it may use)", low=1, high=MOST_THREADS
+    )
     dtype: str = flag("auto", "precision of the matrix products", choices=("auto", *DTYPES))
     kernels: str = flag(
         "auto",

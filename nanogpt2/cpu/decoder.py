@@ -54,7 +54,7 @@ class CPUDecoder:
     def __init__(self, model: GPT, prompts: int, rows: int, max_length: int) -> None:
         """rows: those of each prompt."""
         c = model.config
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._max_length = model, rows, max_length
         self._prepared = prepared_for(model)
         self._layers = self._prepared.layers
         self._H, self._D = c.n_head, c.n_embd // c.n_head
@@ -103,7 +103,8 @@ class CPUDecoder:
         if self._writes_own:
             self._grow(T)
         if not self.length:
-            self._prepared.begin(len(self._own[0][0]), R * T, self._shared.size(-2) - T)
+            new = min(self._max_length, self._model.config.block_size) - T
+            self._prepared.begin(len(self._origin), R * T, new)
         self._prepared.count(R * T)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
         if self._prepared.blocks is not None and mask is None and self._own[0].size(1) == 1:

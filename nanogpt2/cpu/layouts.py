@@ -168,9 +168,11 @@ class OneDNNBytes(ByteLayout):
     def product(self, u: Tensor, middle: int) -> Tensor:
         # no bias, an output scale of 1, no fused operation
         rest: tuple[Any, ...] = None, 1.0, 0, torch.float32, "none", [], ""
-        return torch.ops.onednn.qlinear_pointwise(
+        y = torch.ops.onednn.qlinear_pointwise(
             u, 1.0, middle, self._packed, self._scale, ZERO, *rest
         )
+        # without rows it drops the leading dimensions
+        return y.view(*u.shape[:-1], self._N)
 
     @override
     def dense(self) -> Tensor:

@@ -119,10 +119,15 @@ def library() -> Any:
 
 
 def library_path() -> Path:
-    """Return the library's place: its name tells the source, the flags and the processor."""
+    """Return the library's place: its name tells the source, the flags and the processor.
+
+    Raises OSError for a user without a home.
+    """
     parts = SOURCE.read_text(), *FLAGS, _target(), processor_flags(), *_openmp()
     digest = sha256("\n".join(parts).encode()).hexdigest()[:16]
-    return cache_folder() / f"blocks-{digest}.so"
+    if (folder := cache_folder()) is None:
+        raise OSError("this user has no home folder to keep the library in")
+    return folder / f"blocks-{digest}.so"
 
 
 def compile_library() -> Path:

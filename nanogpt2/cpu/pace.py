@@ -4,7 +4,8 @@ Several threads wait for each other dozens of times in a step. Beside other busy
 them is always late, and a single thread is faster; for a small model it may be so on an idle
 machine too. So both are timed while a text is generated: at the start, then every few seconds, and
 at once where the steps become slower. The number of threads changes no result: each output of a
-product is computed by one thread. This file does not know what a step computes.
+product is computed by one thread. Trials that fail take at most 2 % of the time, unless the steps
+become slower again and again. This file does not know what a step computes.
 """
 
 import time
@@ -18,6 +19,7 @@ TRIAL = 3  # steps of a trial, after one that wakes the threads
 FIRST = 4  # steps before the first trial
 SHORTEST, LONGEST = 0.5, 4.0  # seconds between two trials
 BETTER = 0.95  # the other number must take less than this part of the time
+LOST = 0.02  # the part of the time that failed trials may take
 SLOWER = 1.5  # steps this much slower than before call for a trial
 MEMORY = 8  # steps in the mean of the present number
 
@@ -48,7 +50,8 @@ class Pace:
 
     def __exit__(self, *error: object) -> None:
         now = time.perf_counter()
-        torch.set_num_threads(self._before)
+        if self._before != self.threads:
+            torch.set_num_threads(self._before)
         if self._most > 1 and not threads.fixed and error[0] is None:
             self._count(now - self._start, now)
 
@@ -78,8 +81,9 @@ class Pace:
         else:
             self._change()
             self._between = min(LONGEST, 2 * self._between)
+        lost = sum(self._trial) - len(self._trial) * self._usual
         self._trial, self._left = None, FIRST
-        self._next_trial = now + self._between
+        self._next_trial = now + max(self._between, lost / LOST)
 
     def _change(self) -> None:
         self.threads = 1 if self.threads > 1 else self._most

@@ -87,14 +87,17 @@ class _Group:
         return before - after if after < WORTH * before or after > before else 0.0
 
     def _lay_out(self, name: str) -> None:
-        cost = self._timings[name].lay_out
-        for product in self._products:
-            if product.layout != name:
-                if self._saved[name] <= cost:
-                    return
-                product.lay_out(name)
-                self._saved[name] -= cost
-        self._saved = dict.fromkeys(self._saved, 0.0)
+        others = [product for product in self._products if product.layout != name]
+        for product in others:
+            assert product.layout is not None
+            # the way back costs as much: a single prompt must not undo what a text has paid for
+            cost = max(self._timings[n].lay_out for n in (name, product.layout))
+            if self._saved[name] <= cost:
+                return
+            product.lay_out(name)
+            self._saved[name] -= cost
+        if others:
+            self._saved = dict.fromkeys(self._saved, 0.0)
 
 
 def _column(rows: int) -> int:

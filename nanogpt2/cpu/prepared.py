@@ -3,8 +3,9 @@
 An InferenceGPT's layers are prepared already. Those of a GPT that may be trained are made here: as
 the weights are stored, at first, and they read them live. A layout is a second copy of a weight.
 It is dropped once a gradient is computed, and made again after the weight has changed. A change is
-noticed before each text: by the weight's place in memory, PyTorch's count of its changes and a sum
-of all its bits. This file does not know how tokens are chosen.
+noticed before each text: by the module, by the weight's place in memory, by PyTorch's count of its
+changes, and by a sum of its bits, for `.data` counts nothing. Only a change by `.data` that keeps
+the sum, as swapping two weights does, stays unseen. This file does not know how tokens are chosen.
 """
 
 from typing import Any, NamedTuple
@@ -56,9 +57,12 @@ class Prepared:
         else:
             self.head = FloatLinear(model.wte.weight, None, keeps=True)
         self.layers = [_layer(block) for block in model.h]
-        self._sources = [] if isinstance(model, InferenceGPT) else _sources(model)
-        self._seen = [_state(tensor) for tensor in self._sources]
+        self._modules = _modules(model)
+        self._seen = [_state(tensor) for tensor in _weights(model)]
         products = self.laid_out()
+        # of each weight that a layout copies, the sum of its bits when it was copied
+        self._sums: dict[int, int] = {}
+        self._may_change = [] if isinstance(model, InferenceGPT) else products
         table = table_for(products) if products and tuned else None
         head = [p for p in products if p is self.head]
         self._body = Plan([p for p in products if p is not self.head], table)
@@ -67,21 +71,20 @@ class Prepared:
         self.blocks = None
         self._model = ref(model)
         self._single_rows = 0
-        self._sums: dict[int, int] = {}
 
     def laid_out(self) -> list[LaidOut]:
         """Return the layers whose layout can change, in the order of their use."""
         products = [p for layer in self.layers for p in layer.products()]
         return [p for p in [*products, self.head] if isinstance(p, LaidOut)]
 
-    def is_current(self) -> bool:
-        """Return False once a weight was replaced or changed."""
-        if [_state(tensor) for tensor in self._sources] != self._seen:
+    def is_current(self, model: GPT) -> bool:
+        """Return False once a weight or a layer of this model was replaced or changed."""
+        if [*map(id, _modules(model))] != [*map(id, self._modules)]:
             return False
-        sums = self._sums_of_copies()
-        same = all(self._sums.get(n, total) == total for n, total in sums.items())
-        self._sums = sums
-        return same
+        if [_state(tensor) for tensor in _weights(model)] != self._seen:
+            return False
+        stored = [product.stored()[""] for product in self._may_change]
+        return all(_sum_of_bits(stored[n]) == total for n, total in self._sums.items())
 
     def begin(self, rows: int, prompt: int, new: int) -> None:
         """Choose the first layouts; see Plan.begin."""
@@ -95,10 +98,12 @@ class Prepared:
         else:
             self.blocks = None
             self._body.count(rows)
+        self._sum_copies()
 
     def count_head(self, rows: int) -> None:
         """Account for scoring this many rows."""
         self._head.count(rows)
+        self._sum_copies()
 
     def layouts(self) -> dict[str, str]:
         """Return the present layout of each kind of matrix; several are joined by `+`."""
@@ -144,13 +149,13 @@ class Prepared:
         shape |= {"epsilon": c.layer_norm_epsilon, "middle": middle}
         return native.Blocks(layers, tensors, shape)
 
-    def _sums_of_copies(self) -> dict[int, int]:
-        """Sum the bits of each weight that a layout copies."""
-        return {
-            n: _sum_of_bits(product.stored()[""])
-            for n, product in enumerate(self.laid_out() if self._sources else [])
-            if product.layout not in AS_STORED
-        }
+    def _sum_copies(self) -> None:
+        """Sum the bits of each weight that has just been copied."""
+        for n, product in enumerate(self._may_change):
+            if product.layout in AS_STORED:
+                self._sums.pop(n, None)
+            elif n not in self._sums:
+                self._sums[n] = _sum_of_bits(product.stored()[""])
 
 
 _prepared: WeakKeyDictionary[GPT, Prepared] = WeakKeyDictionary()
@@ -162,7 +167,7 @@ def prepared_for(model: GPT, tuned: bool = True) -> Prepared:
     tuned: see Prepared.
     """
     prepared = _prepared.get(model)
-    if prepared is None or not prepared.is_current():
+    if prepared is None or not prepared.is_current(model):
         first = prepared is None
         _prepared[model] = prepared = Prepared(model, tuned)
         if first:
@@ -214,29 +219,34 @@ def _product(layer: Any) -> PrepackedLinear:
     return FloatLinear(layer.weight, layer.bias, keeps=True)
 
 
-def _sources(model: GPT) -> list[tuple[nn.Module, str]]:
-    """Name all weights and biases that prepared layers or blocks.c read."""
-    found: list[tuple[nn.Module, str]] = [(model.wte, "weight")]
-    for block in model.h:
-        modules = (*matrices(block), block.ln_1, block.ln_2)
-        found += [(m, name) for m in modules for name in ("weight", "bias")]  # type: ignore[misc]
-    return found
+def _modules(model: GPT) -> list[nn.Module]:
+    """Return all modules that prepared layers read."""
+    head = model.head if isinstance(model, InferenceGPT) else model.wte
+    blocks: list[Any] = [*model.h]
+    return [head, *(m for b in blocks for m in (b.ln_1, b.ln_2, *matrices(b)))]
 
 
-def _state(source: tuple[nn.Module, str]) -> tuple[int, int]:
+def _weights(model: GPT) -> list[Tensor]:
+    """Return all weights and biases that prepared layers read and that may change."""
+    if isinstance(model, InferenceGPT):
+        return []
+    layers: list[Any] = [m for block in model.h for m in matrices(block)]
+    return [model.wte.weight, *(t for m in layers for t in (m.weight, m.bias))]
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
     """Return a tensor's place in memory and PyTorch's count of its changes."""
-    tensor = getattr(*source)
     # PyTorch counts no changes of an inference tensor
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _sum_of_bits(weight: Tensor) -> int:
-    """Sum a weight's bits as whole numbers, so that any changed bit changes the sum."""
+    """Sum a weight's bits as whole numbers, so that one changed number changes the sum."""
     flat = weight.detach().t() if weight.t().is_contiguous() else weight.detach().contiguous()
     flat = flat.reshape(-1)
     even = len(flat) // 2 * 2
     total = int(flat[even:].view(torch.int32).sum())
-    if flat.data_ptr() % 8 == 0:
+    if flat.data_ptr() % 8 == 0 and flat.storage_offset() % 2 == 0:
         return total + int(flat[:even].view(torch.int64).sum())
     return total + int(flat[:even].view(torch.int32).sum())
 

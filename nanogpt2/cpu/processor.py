@@ -9,9 +9,12 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def cache_folder() -> Path:
-    """Return the folder of all that is measured or compiled on this machine."""
-    return Path.home() / ".cache" / "nanogpt2"
+def cache_folder() -> Path | None:
+    """Return the folder of all that is measured or compiled here; None for a user without a home."""
+    try:
+        return Path.home() / ".cache" / "nanogpt2"
+    except RuntimeError:
+        return None
 
 
 def processor_name() -> str:
