@@ -23,7 +23,12 @@ ALWAYS = {("_decode_attention_join_kernel", "SPLITS")}
 
 # bytes a thread that releases of Triton were seen to spill of what GPT-2 does train with
 SEEN = {
-    "3.5": {("attention D=64 deterministic bfloat16", "sm_80"): 24},
+    "3.5": {
+        ("attention D=64 deterministic bfloat16", "sm_80"): 24,
+        ("decode_step D=64 R=1 splits=16 bfloat16", "sm_90"): 8,
+        ("decode_step D=64 R=5 splits=4 beams bfloat16", "sm_90"): 8,
+        ("sampling draw V=50257 top-k, end of a step", "sm_90"): 8,
+    },
     "3.6": {("sampling draw V=50257 top-k, end of a step", "sm_80"): 8},
     "3.7": {
         ("attention D=64 deterministic bfloat16", "sm_80"): 16,
