@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "ops",
         "threads",
     ],
-    "cuda": ["cuda", "kv_cache", "model", "ops", "terminal"],
+    "cuda": ["cuda", "kernels", "kv_cache", "model", "ops", "terminal"],
     "checkpoints": [
         "atomic",
         "checkpoints",

@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 
-import openai
 import pytest
 import torch
 from reference import HUNG
@@ -33,6 +32,8 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def client(server):
+    import openai
+
     with openai.OpenAI(base_url=server.url + "v1", api_key="none", max_retries=0) as client:
         yield client
 
@@ -202,6 +203,8 @@ def test_best_of_returns_the_likeliest(client, model):
 def test_the_list_of_models(client):
     assert [each.id for each in client.models.list()] == ["plain", "talker"]
     assert client.models.retrieve("talker").owned_by == "nanogpt2"
+    import openai
+
     with pytest.raises(openai.NotFoundError, match="'nobody' is not served"):
         client.models.retrieve("nobody")
 
@@ -275,6 +278,8 @@ def test_the_template_is_known_as_transformers_saves_it(folder, tmp_path):
 
 
 def test_a_model_without_the_template_has_no_chat(client):
+    import openai
+
     with pytest.raises(openai.BadRequestError, match=r"'plain' is not a model for chat: train\.py"):
         client.chat.completions.create(model="plain", messages=MESSAGES)
 

@@ -10,7 +10,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of all that is measured or compiled here; None for a user without a home."""
+    """Return the folder of all that is measured or compiled; None for a user without a home."""
     try:
         return Path.home() / ".cache" / "nanogpt2"
     except RuntimeError:

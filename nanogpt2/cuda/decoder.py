@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt2 import ops
+from nanogpt2.cuda import ops as step_ops
 from nanogpt2.cuda.graph import Graphs
 from nanogpt2.kv_cache import SharedCache
 from nanogpt2.model import GPT
@@ -66,7 +66,7 @@ class CUDADecoder:
         self._cache.v.zero_()
         self._length = 0
         self._graphs = Graphs(device)
-        scratch = ops.decode_scratch(N, model.config.n_head, device, model.kernels)
+        scratch = step_ops.decode_scratch(N, model.config.n_head, device, model.kernels)
         self._how: dict[str, Any] = {"kernels": model.kernels, "scratch": scratch}
         self._hidden = torch.empty(N, model.config.n_embd, device=device, dtype=self._cache.k.dtype)
         self._own = torch.arange(N, dtype=torch.int32, device=device)[:, None]
@@ -133,13 +133,13 @@ class CUDADecoder:
             self.ancestors.scatter_(1, self.lengths[:, None].long(), self._own)
             ancestors = self.ancestors[:, :bucket]
         tables = model.wte.weight, model.wpe.weight
-        x = ops.decode_embedding(
+        x = step_ops.decode_embedding(
             self.tokens, self.lengths, self.start, *tables, model.kernels
         )  # (N, C)
         for n, block in enumerate(blocks):
             kv = self._cache.k[n, :, :, :bucket], self._cache.v[n, :, :, :bucket]
             qkv = self._product(x, block.attn.c_attn, norm=_norm(block.ln_1))  # (N, 3C)
-            y = ops.decode_attention(
+            y = step_ops.decode_attention(
                 qkv, *kv, self.lengths, start=self.start, ancestors=ancestors, **how
             )  # (N, C)
             x = self._product(y, block.attn.c_proj, residual=x)
@@ -150,7 +150,7 @@ class CUDADecoder:
     def scores(self, x: Tensor) -> Tensor:
         """Score the next token by what `step` returns: (N, C) -> float32 (N, V)."""
         weight, norm = self.head
-        return ops.decode_linear(x, weight, None, norm=norm, **self._how).float()
+        return step_ops.decode_linear(x, weight, None, norm=norm, **self._how).float()
 
     @property
     def head(self) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
@@ -158,7 +158,7 @@ class CUDADecoder:
         return self._model.wte.weight, _norm(self._model.ln_f)
 
     def _product(self, x: Tensor, layer: Any, **options: Any) -> Tensor:
-        return ops.decode_linear(x, layer.weight, layer.bias, **options, **self._how)
+        return step_ops.decode_linear(x, layer.weight, layer.bias, **options, **self._how)
 
     def logits(self, x: Tensor) -> Tensor:
         """GPT.logits: (..., C) -> (..., V)."""

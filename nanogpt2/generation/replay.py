@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from nanogpt2 import ops
+from nanogpt2.cuda import ops as step_ops
 from nanogpt2.cuda.decoder import CUDADecoder, can_run
 from nanogpt2.generation.beam import (
     Beams,
@@ -246,7 +246,7 @@ class Rows(Texts):
             "cache_lengths": self._decoder.lengths,
             "failed": self._failed,
         }
-        tokens = ops.decode_draw(x, *self._decoder.head, options, text, state)
+        tokens = step_ops.decode_draw(x, *self._decoder.head, options, text, state)
         self._decoder.tokens.copy_(tokens)
         # the draw has counted the token
         self._faults.index_copy_(0, self._at, self._failed)
