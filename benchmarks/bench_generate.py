@@ -50,9 +50,11 @@ AGAINST = "transformers"
 ARMS: dict[str, dict[str, Callable]] = {
     "cpu": {
         "ours": Ours,
+        "ours, in C": partial(Ours, compiled=True),
         "ours, counter noise": partial(Ours, noise="counter"),
         "ours, fp16": partial(Ours, quantize="fp16"),
         "ours, int8": partial(Ours, quantize="int8"),
+        "ours, int8, in C": partial(Ours, quantize="int8", compiled=True),
         "transformers": Transformers,
         "CTranslate2": CTranslate2,
         "CTranslate2, int8": partial(CTranslate2, weights="int8"),
@@ -70,7 +72,7 @@ ARMS: dict[str, dict[str, Callable]] = {
     },
 }
 # in float32 on a CPU these arms must give exactly transformers' tokens
-EXACT = ("ours", "no cache, as nanoGPT")
+EXACT = ("ours", "ours, in C", "no cache, as nanoGPT")
 OTHER_NOISE = "counter noise"
 SETTLED = 256  # rows decoded one by one, after which ours has packed all its weights
 LEAST_AGREEMENT = 0.5  # of next tokens along transformers' text; a broken arm has about 0
@@ -94,11 +96,20 @@ class Row:
 
 WIDE = ("ours", "transformers", "transformers, static cache, compiled", "CTranslate2")
 SAMPLERS = ("ours", "ours, counter noise", *WIDE[1:3])
-NARROW = ("ours, fp16", "ours, int8", "transformers", "CTranslate2, int8", "llama.cpp, Q8_0")
+NARROW = (
+    "ours, fp16",
+    "ours, int8",
+    "ours, int8, in C",
+    "transformers",
+    "CTranslate2, int8",
+    "llama.cpp, Q8_0",
+)
 ALONE = ("ours", "ours, fp16", "ours, int8", *WIDE[1:])
 ROWS = {
-    "greedy": Row("greedy, one row", "ms a token", (*WIDE, "llama.cpp", EXACT[1]), {}, 32),
-    "sampled": Row("sampled, one row", "ms a token", SAMPLERS, SAMPLED, 32),
+    "greedy": Row(
+        "greedy, one row", "ms a token", ("ours, in C", *WIDE, "llama.cpp", EXACT[2]), {}, 32
+    ),
+    "sampled": Row("sampled, one row", "ms a token", ("ours, in C", *SAMPLERS), SAMPLED, 32),
     "beams": Row("5 beams", "ms a token", WIDE, BEAMS, 24),
     "mission": Row(
         "the mission's command: 5 beams, sampled, T 0.7, top-k 50, no repeated bigram",
@@ -229,8 +240,9 @@ class Bench:
 
     def weights(self, name: str) -> int:
         """Bytes of the weights as the arm uses them, without the scales of narrow weights."""
-        narrow = {"fp16": 2, "int8": 1, "Q8_0": 1}.get(name.rpartition(", ")[2])
-        return self.parameters * (narrow or (4 if self.device == "cpu" else 2))
+        narrow = {"fp16": 2, "int8": 1, "Q8_0": 1}
+        sizes = [narrow[part] for part in name.split(", ") if part in narrow]
+        return self.parameters * (sizes[0] if sizes else 4 if self.device == "cpu" else 2)
 
     def limit(self, name: str) -> float:
         """Seconds in which this machine reads the arm's weights once, measured now."""

@@ -25,7 +25,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -127,25 +130,34 @@ class Ours:
         dtype: str = "float32",
         quantize: str | None = None,
         noise: str = "hf",
+        compiled: bool = False,
     ) -> None:
+        """compiled: as after `nanogpt2 tune --compile`, else as before it."""
         from nanogpt2 import load_generator
+        from nanogpt2.cpu import native
         from nanogpt2.cpu.malloc import large_blocks_apart
 
-        with large_blocks_apart():  # as sample.py does
+        if compiled:
+            native.compile_library()
+        self._as_told = (
+            nullcontext if compiled else partial(patch.object, native, "library", lambda: None)
+        )
+        with self._as_told(), large_blocks_apart():  # as sample.py does
             self.model = load_generator(folder, device, dtype, quantize)
         self.noise = noise
 
     def generate(self, prompt: list[int], new: int, seed: int = 0, **options) -> list[int]:
         from nanogpt2 import generate
 
-        found = generate(
-            self.model,
-            torch.tensor([prompt]),
-            max_new_tokens=new,
-            seed=seed,
-            noise=self.noise,
-            **options,
-        )
+        with self._as_told():
+            found = generate(
+                self.model,
+                torch.tensor([prompt]),
+                max_new_tokens=new,
+                seed=seed,
+                noise=self.noise,
+                **options,
+            )
         return found.sequences[0, len(prompt) :].tolist()
 
     def steps(self, *arguments, **options) -> list[float]:

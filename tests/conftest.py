@@ -39,8 +39,11 @@ GPT2 = {"D": [64], "N": [768, 3072], "V": [50257], "dtype": [torch.float32, torc
 
 @pytest.fixture(autouse=True)
 def home_of_its_own(tmp_path_factory, monkeypatch):
-    """Caches go to a temporary folder."""
+    """Caches go to a temporary folder, from which no compiled library is left open."""
+    from nanogpt2.cpu import native
+
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    native.library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
