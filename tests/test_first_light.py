@@ -247,7 +247,7 @@ def test_a_wrong_room_is_an_error(quiet, monkeypatch):
 def test_a_wrong_model_is_an_error(quiet, monkeypatch):
     found = first_light_parts.model_case("triton", autocast=False)
     assert "error" not in found and len(found["ratios"]) == 2 + 16
-    monkeypatch.setattr(room("gelu"), "gelu", scaled(room("gelu").gelu, 1.001))
+    monkeypatch.setattr(room("gelu"), "bias_gelu", scaled(room("gelu").bias_gelu, 1.001))
     found = first_light_parts.model_case("triton", autocast=False)
     assert "results are wrong: logits" in found["error"]
 

@@ -64,7 +64,7 @@ def test_at_the_vocabulary_of_gpt2(tmp_path):
 @pytest.mark.parametrize("way", [(0, None), (1.0, 5)], ids=str)
 def test_generate_by_model_py_itself(models, monkeypatch, way):
     """generate() with the decoder that runs model.py as well, as on a GPU."""
-    monkeypatch.setattr("nanogpt2.generation.decoder.can_run", lambda model: False)
+    monkeypatch.setattr("nanogpt2.cpu.decoder.can_run", lambda model: False)
     made = []
     start = ModelDecoder.__init__
     monkeypatch.setattr(

@@ -17,7 +17,7 @@ from nanogpt2 import terminal
 from nanogpt2.checkpoints.load import load_model
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.config import GPTConfig, SampleConfig, parse
-from nanogpt2.cpu.inference_model import InferenceGPT
+from nanogpt2.cpu.decoder import CPUDecoder
 from nanogpt2.generation import generate
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import byte_tokenizer
@@ -264,7 +264,7 @@ def test_too_little_memory_is_one_line(capfd, folder, monkeypatch, error):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(InferenceGPT, "logits", fail)
+    monkeypatch.setattr(CPUDecoder, "logits", fail)
     with pytest.raises(SystemExit) as stopped:
         run(folder, "Hello")
     assert stopped.value.code == 1
@@ -273,7 +273,7 @@ def test_too_little_memory_is_one_line(capfd, folder, monkeypatch, error):
 
 
 def test_other_errors_are_not_taken_for_it(folder, monkeypatch):
-    monkeypatch.setattr(InferenceGPT, "logits", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(CPUDecoder, "logits", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         run(folder, "Hello")
 

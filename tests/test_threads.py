@@ -114,7 +114,7 @@ def test_every_script_asks_for_it_before_torch_loads(script):
         "class Watch:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch':\n"
-        "            print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
         "            os._exit(0)\n"
         "sys.meta_path.insert(0, Watch())\n"
         "sys.argv = sys.argv[1:]\n"

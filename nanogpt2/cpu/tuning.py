@@ -53,8 +53,8 @@ def table_for(
 ) -> Table | None:
     """Return the times of these matrices' layouts, measured here unless the cache has them.
 
-    None for a model too small to gain. anew: measure in any case,
-    by this number of passes.
+    None for a model too small to gain, unless `nanogpt2 tune` was run for it. anew: measure in any
+    case, by this number of passes.
     """
     key = _key(products)
     name = f"layouts-{sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
@@ -63,6 +63,8 @@ def table_for(
         table = _measured.get(name) or (folder and _read(folder / name, key))
         if table:
             return table
+        if sum(map(_bytes, products)) < LEAST_BYTES:
+            return None
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
     # a busy machine's table serves this process alone
     _measured[name] = table = measure(products, passes)
