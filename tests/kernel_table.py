@@ -385,7 +385,11 @@ def record(words=(), chips=tuple(TARGETS)):
 
 def choices(launch):
     """Whether each compile-time choice is on, and each tensor that may be None is there."""
-    found = {name: True for name, kind in launch.signature.items() if kind.startswith("*")}
+    found = {
+        name: True
+        for name, kind in launch.signature.items()
+        if kind.startswith(("*", "tensordesc"))
+    }
     for name, value in launch.constexprs.items():
         if name in OFF:
             found[name] = value > OFF[name]
