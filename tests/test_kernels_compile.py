@@ -42,6 +42,7 @@ SEEN = {
         ("attention D=64 bfloat16", "sm_100"): 16,
         ("attention D=64 padded bfloat16", "sm_100"): 16,
         ("decode_linear N=768 K=3072 R=8 bfloat16", "gfx942"): 1,
+        ("sampling draw V=50257 top-k, top-p", "sm_90"): 8,
     },
     "3.9": {
         ("sampling draw V=50257 top-k, top-p", "sm_90"): 8,
