@@ -339,6 +339,8 @@ WRONG_SAMPLE += [
     (["--min_length", "50", "--min_new_tokens", "9"], "--min_length"),
     (["--batch_size", "3"], "--batch_size"),
     (["--output_scores"], "--output_scores"),
+    (["--bad_words_ids", "[" * 400 + "]" * 400], "--bad_words_ids"),
+    (["--bad_words_ids", "[" * 9000 + "]" * 9000], "--bad_words_ids"),
 ]
 WRONG_TRAIN = [
     (["--out", ""], "--out"),

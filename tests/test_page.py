@@ -317,6 +317,22 @@ def test_full_store_loses_the_oldest_texts_only(page):
     expecting(page.locator("#output")).to_have_text(last)
 
 
+def test_damaged_texts_are_left_out(page):
+    written = write(page)
+    for damaged in ("null", "{}", '{"id": "a", "tokens": [null]}'):
+        page.evaluate(
+            """(damaged) => {
+                const kept = JSON.parse(localStorage.getItem("nanogpt2.texts"));
+                kept.texts.unshift(JSON.parse(damaged));
+                localStorage.setItem("nanogpt2.texts", JSON.stringify(kept));
+            }""",
+            damaged,
+        )
+        page.reload()
+        expecting(page.locator("#output")).to_have_text(written)
+        expecting(page.locator("#history button")).to_have_count(1)
+
+
 def test_two_tabs_keep_all_texts(page, address):
     second = page.context.new_page()
     second.goto(address)

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from reference import ROOT, run_module
+import uvicorn
+from reference import HUNG, ROOT, run_module
 from serve_process import BYTES, Running, events, save_byte_model, serving
+from uvicorn.server import ServerState
 
 from nanogpt2 import generate
 from nanogpt2.checkpoints.load import load_generator
@@ -24,6 +27,7 @@ from nanogpt2.config import parse
 from nanogpt2.serve import app, web
 from nanogpt2.serve.house import OPTIONS
 from nanogpt2.serve.options import ServeConfig
+from nanogpt2.serve.server import Connection
 from nanogpt2.serve.worker import QueueFullError, ReaderLeftError, StoppingError, Worker
 
 
@@ -190,13 +194,15 @@ def test_a_key_is_asked_for_everywhere_but_at_the_page(folder):
     with serving(folder, "--model", "plain", "--api_key", key, log="key.log") as server:
         assert server.ask("/")[0] == 200
         body = {"prompt": "a", "max_tokens": 1}
-        for wrong in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": key}):
+        for given in ({}, "Bearer wrong", key, "Bearer", f"Basic {key}", f"Bearer {key} "[:-2]):
+            wrong = {"Authorization": given} if given else {}
             for path, sent in (("/v1/completions", body), ("/api/models", None)):
                 status, headers, answer = server.ask(path, sent, headers=wrong)
                 assert status == 401 and answer["error"]["code"] == "invalid_api_key"
                 assert headers["www-authenticate"] == "Bearer"
-        right = {"Authorization": f"Bearer {key}"}
-        assert server.ask("/v1/completions", body, headers=right)[0] == 200
+        for scheme in ("Bearer", "bearer"):
+            right = {"Authorization": f"{scheme} {key}"}
+            assert server.ask("/v1/completions", body, headers=right)[0] == 200
         assert key not in server.log()
 
 
@@ -214,10 +220,13 @@ def test_the_log_has_no_text(server):
     server.ask(f"/{words.split()[0]}?{words.split()[1]}")
     server.ask("/v1/completions", {"prompt": [words, 1]})
     server.ask("/api/score", {"text": words})
+    _, _, answer = server.ask("/", method="zebra" * 9_000)
+    assert len(answer["error"]["message"]) < 200
     log = server.log()
     assert "zebra" not in log and "quagga" not in log
     assert re.search(r"^POST /v1/completions 200 \d+\.\d\d s, 12 \+ 3 tokens$", log, re.M)
     assert re.search(r"^GET \(another path\) 404 \d+\.\d\d s$", log, re.M)
+    assert re.search(r"^\(another method\) / 405 \d+\.\d\d s$", log, re.M)
 
 
 # ---- malformed bodies
@@ -260,6 +269,17 @@ def test_a_thousand_malformed_bodies(server):
         assert error["message"] and error["type"] == "invalid_request_error"
     assert "Traceback" not in server.log() and "error:" not in server.log()
     assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+@pytest.mark.parametrize("name", ["bad_words_ids", "sequence_bias", "force_words_ids"])
+@pytest.mark.parametrize("depth", [8, 9, 300, 400, 600, 900])
+def test_lists_in_lists_are_refused(server, name, depth):
+    for path in ("/v1/completions", "/api/generate"):
+        value = f'{{"{name}": {"[" * depth}{"]" * depth}}}'
+        body = value if path.startswith("/v1") else f'{{"options": {value}}}'
+        status, _, answer = server.ask(path, data=f'{{"prompt": "a", {body[1:]}'.encode())
+        assert status == 400 and name in answer["error"]["message"], answer
+    assert "error:" not in server.log()
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
@@ -438,6 +458,53 @@ def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch):
 
 
 # ---- clients that leave, that do not read, many at once
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+BODY = b'{"prompt": "a", "max_tokens": 1}'
+REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        HEAD[:20],
+        REQUEST + HEAD[:20],
+        HEAD.replace(b"json", b"text") + b"Content-Length: 9\r\n\r\n",
+    ],
+    ids=["nothing", "a part", "a part after a request", "no body after a refusal"],
+)
+def test_a_client_that_sends_no_request_is_cut_off(sent):
+    async def test():
+        # looks pass while a request runs, which keeps its connection
+        answered = []
+
+        async def app(scope, receive, send):
+            await asyncio.sleep(0.5)
+            start = {"type": "http.response.start", "status": 200}
+            await send(start | {"headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+            answered.append(scope["path"])
+
+        config = uvicorn.Config(app, lifespan="off", http=Connection, timeout_keep_alive=9999)
+        config.load()
+        state = ServerState()
+        loop = asyncio.get_running_loop()
+        served = await loop.create_server(lambda: Connection(config, state, {}), "127.0.0.1")
+        reader, writer = await asyncio.open_connection(*served.sockets[0].getsockname())
+        writer.write(sent)
+        with suppress(ConnectionResetError):
+            await asyncio.wait_for(reader.read(), HUNG)
+        while state.connections:
+            await asyncio.sleep(0.01)
+        writer.close()
+        served.close()
+        assert len(answered) == sent.count(b"\r\n\r\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanogpt2.serve.server.IDLE_SECONDS", 0.2)
+        asyncio.run(test())
 
 
 def open_stream(server, **body):
@@ -633,6 +700,24 @@ def test_an_interrupt_ends_an_idle_server(folder):
         kept.getresponse().read()  # the connection stays open
         assert server.end(signal.SIGINT) == 128 + signal.SIGINT
         kept.close()
+
+
+def test_a_second_interrupt_ends_the_running_request(folder):
+    with serving(folder, "--model", "plain", "--max_tokens", "1000000", log="twice.log") as server:
+        connection, file = open_stream(server, max_tokens=1_000_000)
+        server.process.send_signal(signal.SIGINT)
+        refused = False
+        while not refused:
+            # no connection is taken any more: the first signal has arrived
+            try:
+                socket.create_connection(("127.0.0.1", server.port)).close()
+            except OSError:
+                refused = True
+        assert server.end(signal.SIGINT) == 128 + signal.SIGINT
+        file.close()
+        connection.close()
+        assert re.search(r"^POST /v1/completions 499 \d+\.\d\d s", server.log(), re.M)
+        assert "Traceback" not in server.log() and "ASGI" not in server.log()
 
 
 def test_a_failure_is_one_line_for_the_client_and_in_the_log(capsys):

@@ -299,6 +299,10 @@ def test_a_model_without_the_template_has_no_chat(client):
         ({"prompt": ["a"] * 129, "n": 2}, 400, "prompt", "256 texts at most"),
         ({"prompt": "a" * 20_000}, 400, "prompt", "16,384 tokens at most, not 20,000"),
         ({"prompt": "a" * 65, "echo": True, "logprobs": 1}, 400, "prompt", "64 tokens at most"),
+        (
+            {"prompt": ["a" * 64] * 4, "n": 60, "echo": True, "logprobs": 20, "max_tokens": 0},
+            *(400, "prompt", "262,144 at most, not 322,560"),
+        ),
         ({"prompt": "a", "model": "b"}, 404, "model", "the models are plain, talker"),
         ({"prompt": "a", "max_tokens": 2049}, 400, "max_tokens", "from 0 to 2048"),
         ({"prompt": "a", "max_length": 9999}, 400, "max_length", "2,048 tokens at most"),

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, get_args
 from nanogpt2.config.flags import MAX_SEED, check, flag, show
 from nanogpt2.config.model import TokenIds
 
+DEEPEST = 8  # levels of lists in an option's value; force_words_ids has 3
 FROM_CHECKPOINT = -1  # the default eos_token_id: take the checkpoint's
 # transformers' options that change a text and do not exist here
 FOREIGN = (
@@ -140,7 +141,11 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _plain(f.type, f.default, getattr(self, f.name)))
+            try:
+                value = _plain(f.type, f.default, getattr(self, f.name))
+            except RecursionError:
+                raise ValueError(f"{f.name} must have fewer levels of lists") from None
+            object.__setattr__(self, f.name, value)
         check(self)
         if isinstance(self.eos_token_id, tuple) and FROM_CHECKPOINT in self.eos_token_id:
             raise ValueError(
@@ -248,15 +253,20 @@ class GenerationConfig:
         return self.do_sample and self.temperature > 0
 
 
-def _plain(kind: Any, default: Any, value: Any) -> Any:
-    """Return a value as plain Python: numpy's and torch's numbers, lists of ids, None for unset."""
+def _plain(kind: Any, default: Any, value: Any, levels: int = DEEPEST) -> Any:
+    """Return a value as plain Python: numpy's and torch's numbers, lists of ids, None for unset.
+
+    Raises RecursionError for more than `levels` levels of lists and tables.
+    """
+    if levels < 0:
+        raise RecursionError
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        several = [_plain(Any, None, each) for each in value]
+        several = [_plain(Any, None, each, levels - 1) for each in value]
         return tuple(several) if kind == TokenIds or isinstance(value, tuple) else several
     if isinstance(value, dict):
-        return {_plain(Any, None, k): _plain(Any, None, v) for k, v in value.items()}
+        return {_plain(Any, None, k): _plain(Any, None, v, levels - 1) for k, v in value.items()}
     takes_none = kind is Any or NoneType in get_args(kind)
     return default if value is None and not takes_none and default is not MISSING else value
 

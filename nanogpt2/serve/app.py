@@ -27,6 +27,7 @@ from nanogpt2.serve.worker import QueueFullError, ReaderLeftError, StoppingError
 # seconds after which a client that takes nothing is cut off
 STALLED_SECONDS = 30
 OWN_NAMES = ("127.0.0.1", "localhost")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 PAGE = "/"
 ENDPOINTS = {
     PAGE: page.page,
@@ -70,7 +71,7 @@ async def _error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    said = {404: "is not a path of this server", 405: f"does not take {request.method}"}
+    said = {404: "is not a path of this server", 405: f"does not take {request.method[:20]}"}
     message = f"{request.url.path[:60]!r} {said.get(error.status_code, error.detail)}"
     headers = dict(error.headers or {})
     return RefusalError(error.status_code, message, headers=headers).response()
@@ -87,7 +88,7 @@ class Guard:
         cut_off: Callable[[Any], None],
     ) -> None:
         self._app, self._is_local, self._cut_off = app, is_local, cut_off
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -112,9 +113,12 @@ class Guard:
                 await refused.response()(scope, receive, checked_send)
             else:
                 await self._app(scope, receive, checked_send)
-        except ReaderLeftError:
+        except (ReaderLeftError, asyncio.CancelledError):
+            # a second SIGINT cancels all requests
             status = 499  # as nginx says that the client left
             self._cut_off(scope)
+            # uvicorn has to see the end of the connection, or it reports an error
+            await asyncio.sleep(0)
         except Exception as error:
             terminal.note(f"error: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
             if not status:
@@ -129,9 +133,10 @@ class Guard:
             host = headers.get(b"host", b"").decode("latin-1")
             if host.partition(":")[0].lower() not in OWN_NAMES:
                 return RefusalError(403, f"Host must be localhost, not {host[:60]!r}")
-        if self._expected is not None and scope["path"] != PAGE:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+        if self._key is not None and scope["path"] != PAGE:
+            # the scheme's name has no case (RFC 9110, 11.1)
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key):
                 message = "the key is missing or wrong: send Authorization: Bearer KEY"
                 wanted = {"WWW-Authenticate": "Bearer"}
                 return RefusalError(401, message, code="invalid_api_key", headers=wanted)
@@ -141,6 +146,7 @@ class Guard:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     counts = scope["state"]["counts"]
     count = f", {counts.prompt_tokens} + {counts.new_tokens} tokens" if counts else ""
-    # a path that no route has is the client's own words
+    # other methods and paths are the client's own words
+    method = scope["method"] if scope["method"] in METHODS else "(another method)"
     path = scope["path"] if scope["path"] in ENDPOINTS else "(another path)"
-    terminal.note(f"{scope['method']} {path} {status} {seconds:.2f} s{count}")
+    terminal.note(f"{method} {path} {status} {seconds:.2f} s{count}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import uvicorn
 from typing_extensions import override
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints.load import open_checkpoint
@@ -19,6 +20,9 @@ from nanogpt2.serve.house import House
 from nanogpt2.serve.options import LOOPBACK, ServeConfig
 from nanogpt2.serve.worker import Worker
 from nanogpt2.serve.writing import Served
+
+# seconds after which a connection without a request is cut off, at the latest twice as many
+IDLE_SECONDS = 30
 
 
 def serve(config: ServeConfig, listener: socket.socket) -> None:
@@ -60,6 +64,33 @@ def load(config: ServeConfig, flag: str, name: str, device: str) -> Served:
     return Served(name, model, tokenizer, is_chat)
 
 
+class Connection(H11Protocol):
+    """A connection that ends when no request comes for a while; uvicorn waits for ever.
+
+    uvicorn's own limit holds for connections that are silent after an answer. A client that sends a
+    part of a request would keep its connection, and at last all that the process may open.
+    """
+
+    @override
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._next_look = self.loop.call_later(IDLE_SECONDS, self._look, None)
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, answered: Any) -> None:
+        """Abort where nothing came since the last look; answered: the request answered by then."""
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self.cycle is answered:
+            self.transport.abort()
+            return
+        answered = self.cycle if is_idle else None
+        self._next_look = self.loop.call_later(IDLE_SECONDS, self._look, answered)
+
+
 class Server(uvicorn.Server):
     """uvicorn, with the worker told when a signal comes."""
 
@@ -70,7 +101,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=Connection,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -142,6 +142,13 @@ def write(served: Served, task: Task, most_new: int) -> Iterator[Usage | Piece |
             f"max_tokens must be lower: texts x max_tokens x (1 + logprobs) may be {most:,} at "
             f"most, not {numbers:,}"
         )
+    if task.echo and task.likeliest is not None:
+        numbers = sum(map(len, rows)) * task.n * (1 + task.likeliest)
+        if numbers > MOST_NUMBERS:
+            raise ValueError(
+                "prompt must be shorter: with echo, its tokens x n x (1 + logprobs) may be "
+                f"{MOST_NUMBERS:,} at most, not {numbers:,}"
+            )
     yield Usage(prompt=sum(map(len, rows)))
     for number, (prompt, ids) in enumerate(zip(task.prompts, rows, strict=True)):
         places = range(number * task.n, (number + 1) * task.n)
