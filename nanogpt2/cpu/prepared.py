@@ -227,11 +227,14 @@ def _modules(model: GPT) -> list[nn.Module]:
 
 
 def _weights(model: GPT) -> list[Tensor]:
-    """Return all weights and biases that prepared layers read and that may change."""
-    if isinstance(model, InferenceGPT):
-        return []
-    layers: list[Any] = [m for block in model.h for m in matrices(block)]
-    return [model.wte.weight, *(t for m in layers for t in (m.weight, m.bias))]
+    """Return all weights and biases that prepared layers or blocks.c read and that may change."""
+    blocks: list[Any] = [*model.h]
+    layers: list[Any] = [ln for block in blocks for ln in (block.ln_1, block.ln_2)]
+    weights: list[Tensor] = []
+    if not isinstance(model, InferenceGPT):
+        layers += [m for block in blocks for m in matrices(block)]
+        weights.append(model.wte.weight)
+    return [*weights, *(t for m in layers for t in (m.weight, m.bias))]
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:

@@ -63,6 +63,8 @@ def table_for(
         table = _measured.get(name) or (folder and _read(folder / name, key))
         if table:
             return table
+        if sum(map(_bytes, products)) < LEAST_BYTES:
+            return None
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
     # a busy machine's table serves this process alone
     _measured[name] = table = measure(products, passes)
