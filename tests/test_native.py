@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference import TINY, prompts, twins
+from torch import nn
 
 from nanogpt2 import generate
 from nanogpt2.cpu import native, prepared
@@ -155,14 +156,66 @@ def test_a_text_longer_than_the_context(library, pair, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ln_1", "mlp.c_proj", "attn.c_attn"])
 def test_a_changed_weight_is_noticed(library, pair, name):
+    """A prompt of one token does not prepare the blocks anew by itself."""
     model, _ = pair
+    ids = prompts(1, 1)
     options = {"max_new_tokens": 20, "eos_token_id": None}
-    generate(model, prompts(1, 5), **options)
+    generate(model, ids, **options)
     assert uses_blocks(model)
     weight = model.h[1].get_submodule(name).weight
     weight.data = torch.randn_like(weight)
-    expected = generate(deepcopy(model), prompts(1, 5), **options).sequences
-    assert torch.equal(generate(model, prompts(1, 5), **options).sequences, expected)
+    expected = generate(deepcopy(model), ids, **options).sequences
+    assert torch.equal(generate(model, ids, **options).sequences, expected)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_replaced_layer_norm_of_a_packed_model_is_noticed(library, pair, scheme):
+    model, ids = pack(pair[0], scheme), prompts(1, 1)
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    before = generate(model, ids, **options).sequences
+    assert uses_blocks(model)
+    model.h[1].ln_2.weight = nn.Parameter(torch.randn(TINY.n_embd), requires_grad=False)
+    expected = generate(deepcopy(model), ids, **options).sequences
+    assert not torch.equal(expected, before)
+    assert torch.equal(generate(model, ids, **options).sequences, expected)
+
+
+def test_a_call_within_another_disturbs_nothing(library, pair, monkeypatch):
+    """As two threads that write texts by one model: each call has its own shape and room."""
+    blocks = a_text(pair[0])
+    caches = [torch.empty(TINY.n_layer, 2, 1, TINY.n_head, length, 8) for length in (7, 30)]
+    scratches, rest = [], [caches[1]]
+
+    class Library:
+        def blocks(self, x, layers, shape, cache, past, scratch):
+            scratches.append(scratch)
+            if rest:
+                blocks(torch.empty(TINY.n_embd), rest.pop(), 0)
+                assert shape._obj.length == 7
+
+    monkeypatch.setattr(native, "library", Library)
+    blocks(torch.empty(TINY.n_embd), caches[0], 0)
+    assert len({*scratches}) == 2
+
+
+@torch.inference_mode()
+def test_blocks_that_another_thread_prepared_read_no_prompt(library, pair, monkeypatch):
+    model, _ = pair
+    a_text(model)
+    monkeypatch.setattr(prepared.Prepared, "count", lambda self, rows: None)
+    ids = prompts(1, 9)
+    decoder = CPUDecoder(model, 1, 1, TINY.block_size)
+    found = decoder.read(ids, None, None)
+    assert uses_blocks(model)
+    torch.testing.assert_close(found, model.hidden_states(ids), rtol=1e-4, atol=1e-4)
+
+
+def a_text(model):
+    """Write one; return the model's blocks."""
+    generate(model, prompts(1, 5), max_new_tokens=20, eos_token_id=None)
+    blocks = prepared.prepared_for(model).blocks
+    assert blocks is not None
+    return blocks
 
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
@@ -204,6 +257,20 @@ def test_a_library_of_someone_else_is_not_opened(compiled, tmp_path, monkeypatch
     native.library.cache_clear()
     assert native.library() is None
     native.library.cache_clear()
+
+
+def test_torchs_openmp_among_files_of_any_name(tmp_path, monkeypatch):
+    """Its own, even where another package's comes first and a model's folder is no UTF-8."""
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(native, "MAPS", maps)
+    monkeypatch.setattr(native.torch, "__file__", "/my venv/torch/__init__.py")
+    line = b"7f00-7f01 r-xp 00001000 fe:01 1234                       "
+    names = [b"/m\xe8re/model", b"/my venv/learn/libgomp-a.so", b"/my venv/torch/lib/libgomp.so.1"]
+    maps.write_bytes(b"".join(line + name + b"\n" for name in [b"", *names]))
+    assert native._openmp() == ("/my venv/torch/lib/libgomp.so.1",)
+    maps.write_bytes(line + b"/m\xe8re/libgomp.so.1\n")
+    assert native._openmp() == ("/m\udce8re/libgomp.so.1",)
+    assert native.library_path().parent == native.cache_folder()
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):

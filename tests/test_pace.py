@@ -1,6 +1,7 @@
 """The choice between all threads and one, with a clock and a torch that the test moves."""
 
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -116,6 +117,23 @@ def test_an_error_restores_the_callers_number_and_is_not_timed(machine):
             raise KeyError
         assert machine.present == MOST
     assert machine.run(pace, 1) == [1]
+
+
+def test_a_step_of_another_thread_meanwhile(machine):
+    """It runs with its own number, and the caller's is restored all the same."""
+    pace = Pace()
+    machine.run(pace, FIRST + 1)
+    with pace:
+        assert machine.present == 1
+        before = [*machine.set]
+        with ThreadPoolExecutor(1) as other:
+            other.submit(pace.__enter__).result()
+            other.submit(pace.__exit__, None).result()
+        assert machine.set == before
+    assert machine.present == MOST
+    # and steps are timed again
+    machine.seconds = lambda number: 0.01 * number
+    assert machine.run(pace, 100)[-1] == 1
 
 
 def test_a_number_that_the_caller_changes_holds(machine):

@@ -107,8 +107,10 @@ class CPUDecoder:
             self._prepared.begin(len(self._origin), R * T, new)
         self._prepared.count(R * T)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
-        if self._prepared.blocks is not None and mask is None and self._own[0].size(1) == 1:
-            self._prepared.blocks(x, self._shared, self._shared_length)
+        # read once, and ask for one token: another thread's text changes the model's blocks
+        blocks = self._prepared.blocks
+        if blocks is not None and R * T == len(self._origin) == 1 and mask is None:
+            blocks(x, self._shared, self._shared_length)
         else:
             for n in range(len(self._layers)):
                 x = self._add_attention(n, x, mask)

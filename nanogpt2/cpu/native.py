@@ -31,6 +31,7 @@ from nanogpt2.cpu.processor import cache_folder, processor_flags
 SOURCE = Path(__file__).with_name("blocks.c")
 FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC")
 POINTER = ctypes.c_void_p
+MAPS = Path("/proc/self/maps")  # all files that this process has mapped
 
 
 class Matrix(ctypes.Structure):
@@ -69,8 +70,7 @@ class Blocks:
     ) -> None:
         self._layers = (Layer * len(layers))(*layers)
         self._tensors = tensors
-        self._shape = Shape(**shape)
-        self._scratch = torch.empty(8 * self._shape.n_embd)
+        self._shape = shape
 
     def __call__(self, x: Tensor, cache: Tensor, past: int) -> None:
         """Replace x, float32 (C,), the embedding, by the last block's output.
@@ -79,14 +79,16 @@ class Blocks:
         """
         found = library()
         assert found is not None and cache.is_contiguous() and x.is_contiguous()
-        self._shape.length = cache.size(-2)
+        # a call's own: threads may write texts by one model
+        shape = Shape(length=cache.size(-2), **self._shape)
+        scratch = torch.empty(8 * shape.n_embd)
         found.blocks(
             x.data_ptr(),
             self._layers,
-            ctypes.byref(self._shape),
+            ctypes.byref(shape),
             cache.data_ptr(),
             past,
-            self._scratch.data_ptr(),
+            scratch.data_ptr(),
         )
 
 
@@ -124,7 +126,7 @@ def library_path() -> Path:
     Raises OSError for a user without a home.
     """
     parts = SOURCE.read_text(), *FLAGS, _target(), processor_flags(), *_openmp()
-    digest = sha256("\n".join(parts).encode()).hexdigest()[:16]
+    digest = sha256(os.fsencode("\n".join(parts))).hexdigest()[:16]
     if (folder := cache_folder()) is None:
         raise OSError("this user has no home folder to keep the library in")
     return folder / f"blocks-{digest}.so"
@@ -174,9 +176,11 @@ def _target() -> str:
 
 
 def _openmp() -> tuple[str, ...]:
-    """Return the path of GNU's OpenMP library in this process."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    """Return the path of GNU's OpenMP library in this process, torch's own where it has one."""
+    if not MAPS.exists():
         return ()
-    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "/libgomp" in line}
-    return tuple(sorted(paths)[:1])
+    # bytes: other files' names may have any; a name with spaces is the last of six fields
+    lines = [line for line in MAPS.read_bytes().splitlines() if b"/libgomp" in line]
+    paths = {os.fsdecode(line.split(maxsplit=5)[-1]) for line in lines}
+    folder = str(Path(torch.__file__).parent)
+    return tuple(sorted(paths, key=lambda path: (not path.startswith(folder), path))[:1])

@@ -9,6 +9,7 @@ become slower again and again. This file does not know what a step computes.
 """
 
 import time
+from threading import Lock, get_ident
 from typing import Self
 
 import torch
@@ -25,9 +26,15 @@ MEMORY = 8  # steps in the mean of the present number
 
 
 class Pace:
-    """Time each step inside `with pace:`; outside, torch has the caller's number of threads."""
+    """Time each step inside `with pace:`; outside, torch has the caller's number of threads.
+
+    Where several threads write texts by one model, one step at a time is timed; the others keep
+    their own number.
+    """
 
     def __init__(self) -> None:
+        self._timed = Lock()
+        self._owner: int | None = None  # the thread whose step is timed
         self._begin(torch.get_num_threads())
 
     def _begin(self, most: int) -> None:
@@ -39,6 +46,9 @@ class Pace:
         self._trial: list[float] | None = None
 
     def __enter__(self) -> Self:
+        if not self._timed.acquire(blocking=False):
+            return self
+        self._owner = get_ident()
         self._before = torch.get_num_threads()
         if self._before != self._most:
             # the caller has changed it
@@ -50,10 +60,14 @@ class Pace:
 
     def __exit__(self, *error: object) -> None:
         now = time.perf_counter()
+        if self._owner != get_ident():
+            return
         if self._before != self.threads:
             torch.set_num_threads(self._before)
         if self._most > 1 and not threads.fixed and error[0] is None:
             self._count(now - self._start, now)
+        self._owner = None
+        self._timed.release()
 
     def _count(self, seconds: float, now: float) -> None:
         if self._trial is not None:

@@ -252,8 +252,9 @@ class Int8Linear(LaidOut):
         return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
 
     def _weight(self) -> Tensor:
-        if self._q is not None:
-            return self._q
+        # read once: another thread's text may lay it out now
+        if (q := self._q) is not None:
+            return q
         assert self._layout is not None
         return self._layout.dense()
 

@@ -8,6 +8,7 @@ changes, and by a sum of its bits, for `.data` counts nothing. Only a change by 
 the sum, as swapping two weights does, stays unseen. This file does not know how tokens are chosen.
 """
 
+from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -71,6 +72,7 @@ class Prepared:
         self.blocks = None
         self._model = ref(model)
         self._single_rows = 0
+        self._choosing = Lock()  # one thread at a time changes layouts
 
     def laid_out(self) -> list[LaidOut]:
         """Return the layers whose layout can change, in the order of their use."""
@@ -88,22 +90,25 @@ class Prepared:
 
     def begin(self, rows: int, prompt: int, new: int) -> None:
         """Choose the first layouts; see Plan.begin."""
-        self._body.begin(rows, prompt, new)
-        self._head.begin(rows, 1, new)
+        with self._choosing:
+            self._body.begin(rows, prompt, new)
+            self._head.begin(rows, 1, new)
 
     def count(self, rows: int) -> None:
         """Account for reading this many rows."""
-        if rows == 1 and self._can_compile():
-            self._prepare_blocks()
-        else:
-            self.blocks = None
-            self._body.count(rows)
-        self._sum_copies()
+        with self._choosing:
+            if rows == 1 and self._can_compile():
+                self._prepare_blocks()
+            else:
+                self.blocks = None
+                self._body.count(rows)
+            self._sum_copies()
 
     def count_head(self, rows: int) -> None:
         """Account for scoring this many rows."""
-        self._head.count(rows)
-        self._sum_copies()
+        with self._choosing:
+            self._head.count(rows)
+            self._sum_copies()
 
     def layouts(self) -> dict[str, str]:
         """Return the present layout of each kind of matrix; several are joined by `+`."""
@@ -227,11 +232,14 @@ def _modules(model: GPT) -> list[nn.Module]:
 
 
 def _weights(model: GPT) -> list[Tensor]:
-    """Return all weights and biases that prepared layers read and that may change."""
-    if isinstance(model, InferenceGPT):
-        return []
-    layers: list[Any] = [m for block in model.h for m in matrices(block)]
-    return [model.wte.weight, *(t for m in layers for t in (m.weight, m.bias))]
+    """Return all weights and biases that prepared layers or blocks.c read and that may change."""
+    blocks: list[Any] = [*model.h]
+    layers: list[Any] = [ln for block in blocks for ln in (block.ln_1, block.ln_2)]
+    weights: list[Tensor] = []
+    if not isinstance(model, InferenceGPT):
+        layers += [m for block in blocks for m in matrices(block)]
+        weights.append(model.wte.weight)
+    return [*weights, *(t for m in layers for t in (m.weight, m.bias))]
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
