@@ -626,11 +626,11 @@ def compiled_later(table):
 
 
 def test_no_kernel_is_compiled_after_a_first_step(launched):
-    """Over the borders of three buckets, and for a second text of another length and start."""
+    """Over the borders of three buckets; for a second text of another length and start."""
     assert not compiled_later(launched)
     for name, found in launched.items():
         kernels = [kernel for _, kernel in found["variants"][0]]
-        assert kernels.count("_decode_step_kernel") == 4 and len(kernels) >= 10, name
+        assert kernels.count("_decode_step_kernel") == 3 and len(kernels) >= 9, name
 
 
 @pytest.mark.parametrize("mistake", ["changing splits", "compile late"])

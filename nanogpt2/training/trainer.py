@@ -21,7 +21,7 @@ This file does not know the data, the files or the schedule.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt2 import terminal
+from nanogpt2 import ops, terminal
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.cpu import training as cpu_training
@@ -114,15 +114,19 @@ class Trainer:
             self.world.device_type, dtype or torch.bfloat16, enabled=dtype is not None
         )
 
-    def keeping_casts(self) -> AbstractContextManager[None]:
-        """Let autocast cast a weight once a step: inside, its copies outlive a micro-batch.
+    @contextmanager
+    def keeping_casts(self) -> Iterator[None]:
+        """Cast a weight once a step: inside, the narrow copies outlive a micro-batch.
 
-        On a GPU, where each cast is a launch. FSDP's copies would be as large as the whole model.
+        On a GPU, where each cast is a launch. They are dropped at the end, before the weights
+        change. FSDP's copies would be as large as the whole model.
         """
         if self.world.device_type not in KEEPS_CASTS or self.config.fsdp:
-            return nullcontext()
+            yield
+            return
         # autocast drops its copies when the outermost context ends, even one that casts nothing
-        return torch.autocast(self.world.device_type, enabled=False)
+        with ops.keeping_casts(), torch.autocast(self.world.device_type, enabled=False):
+            yield
 
     @contextmanager
     def exchanging_gradients(self, exchange: bool) -> Iterator[None]:
