@@ -294,7 +294,10 @@ class Counts(Operations):
 
 @pytest.mark.usefixtures("bf16_dots")
 def test_a_weight_is_cast_once_a_step(device, monkeypatch):
-    """However many micro-batches; the gradients are those of casts for each."""
+    """However many micro-batches; the gradients are those of casts for each.
+
+    The embedding, which is the head as well, adds up the same numbers in another order.
+    """
     counts, models = [], []
     for keeps in (False, True):
         torch.manual_seed(5)
@@ -310,7 +313,7 @@ def test_a_weight_is_cast_once_a_step(device, monkeypatch):
         models.append(model)
     # seven of the layer's, and the head's
     assert counts[0] - counts[1] == 8
-    assert_same_gradients(*models, bound=BOUND if device == "cuda" else 1e-30)
+    assert_same_gradients(*models)
 
 
 # ---- a whole step of training
@@ -353,7 +356,7 @@ class Reads(TorchFunctionMode):
 def learner(device, monkeypatch, capturable=True, **options):
     """The same Trainer each time, whose step is a GPU's on a CPU as well; its batches."""
     torch.manual_seed(5)
-    model, _ = pair(device, n_layer=1)
+    _, model = pair(device, n_layer=1)
     if capturable:
         monkeypatch.setattr(trainers, "CAPTURABLE", ("cpu", "cuda"))
         monkeypatch.setattr(trainers, "KEEPS_CASTS", ("cpu", "cuda"))
@@ -363,7 +366,7 @@ def learner(device, monkeypatch, capturable=True, **options):
     # counted on the host, where the batches are
     monkeypatch.setattr(train, "count_targets", lambda y: 4)
     # a rate that float32 holds, so that it may be a tensor
-    filled = {"batch_size": 1, "lr": 2**-8, "schedule": "constant"}
+    filled = {"batch_size": 1, "lr": 2**-8, "schedule": "constant", "kernels": "triton"}
     config = settings(**(filled | options))
     trainer = Trainer(config, model, World(device, 0, 1))
     return trainer, SimpleNamespace(rows=lambda first, count: rows)
@@ -384,6 +387,7 @@ def assert_waits_once(step):
     assert "_fused_adamw_" not in step.events[step.events.index(step.reads[0]) :]
 
 
+@pytest.mark.usefixtures("bf16_dots")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_waits_once_when_all_is_queued(device, monkeypatch, dtype):
     trainer, batches = learner(device, monkeypatch, dtype=dtype, grad_accum=2)
@@ -425,6 +429,7 @@ def test_a_step_that_waits_before_is_found(device, monkeypatch, mistake):
         assert_waits_once(step)
 
 
+@pytest.mark.usefixtures("bf16_dots")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_device_updates_as_the_host_does(device, monkeypatch, dtype):
     """The same bits, after a rate that changes."""
@@ -433,9 +438,9 @@ def test_the_device_updates_as_the_host_does(device, monkeypatch, dtype):
         with monkeypatch.context() as patch:
             if not capturable:
                 patch.setattr(trainers, "CAPTURABLE", ())
-            trainer, batches = learner(device, patch, capturable, dtype=dtype, warmup=4)
+            trainer, batches = learner(device, patch, capturable, dtype=dtype, warmup=2)
             assert trainer.is_capturable == capturable
-            steps = [taken(trainer, batches, number)[0] for number in range(1, 6)]
+            steps = [taken(trainer, batches, number)[0] for number in range(1, 5)]
         figures.append([(row["loss"], row["grad_norm"]) for row in steps])
         models.append(trainer.model)
     assert figures[0] == figures[1]
@@ -480,23 +485,25 @@ def test_the_device_updates_nothing_by_what_is_not_finite(device, monkeypatch, w
     assert taken(trainer, batches, number)[0]["loss"] > 0
 
 
+@pytest.mark.usefixtures("bf16_dots")
 def test_a_weight_is_cast_once_a_step_of_any_number_of_parts(device, monkeypatch):
     """And again in the next step, after the update."""
     counts, losses = {}, {}
     for accumulated, keeps in ((1, True), (4, True), (4, False)):
         trainer, batches = learner(device, monkeypatch, dtype="bfloat16", grad_accum=accumulated)
         monkeypatch.setattr(trainers, "KEEPS_CASTS", (device,) if keeps else ())
-        steps = [taken(trainer, batches, number) for number in (1, 2, 3)]
+        steps = [taken(trainer, batches, number) for number in (1, 2)]
         counts[accumulated, keeps] = [step.casts for _, step in steps]
         losses[accumulated, keeps] = [figures["loss"] for figures, _ in steps]
     # the layer's four weights and three biases, and the head
     once = counts[1, True]
-    assert once[0] >= 8 and once == [once[0]] * 3
+    assert once[0] >= 8 and once == [once[0]] * 2
     assert counts[4, True] == once
     assert counts[4, False] == [4 * n for n in once]
     # a copy that outlived the update would show here
-    assert losses[4, True] == losses[4, False]
-    assert len(set(losses[4, True])) == 3
+    assert losses[4, True] == pytest.approx(losses[4, False], rel=1e-6)
+    first, second = losses[4, True]
+    assert abs(first - second) > 1e-3
 
 
 def test_a_stream_is_the_sum(device):
