@@ -122,40 +122,42 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
 def take_step(config: TrainConfig, trainer: Trainer, batches: Batches, step: int) -> dict[str, Any]:
     """Update the model once and return the step's figures.
 
-    Raises FloatingPointError, before the update, when the loss or a gradient is not finite. Raises
+    Raises FloatingPointError, without an update, when the loss or a gradient is not finite. Raises
     OutOfMemoryError when a micro-batch of one sequence does not fit.
+
+    The host waits for a GPU once, to read the loss and the norm of the gradients, when the update
+    is queued: it finds out on the device that it must not be. Where the step is not
+    `is_capturable`, the host reads once more, before the update. A moving average comes last.
     """
     started = time.perf_counter()
     lr = learning_rate(step, config.steps, config.warmup, config.lr, config.schedule)
+    trainer.set_rate(lr)
     world = trainer.world
     sequences = config.batch_size * config.grad_accum // world.size  # of this process
     first = ((step - 1) * world.size + world.rank) * sequences
-    loss = None
-    while loss is None:
+    losses = None
+    while losses is None:
         starts = range(first, first + sequences, trainer.micro_batch)
         parts = [batches.rows(i, min(trainer.micro_batch, first + sequences - i)) for i in starts]
         own_targets = sum(count_targets(y) for _, y in parts)
         # summed over the processes
         targets, tokens = world.sum(own_targets, sum(x.numel() for x, _ in parts))
         try:
-            loss = add_gradients(trainer, parts, targets)
+            losses = add_gradients(trainer, parts, targets)
         except RuntimeError as error:
             # out of memory: halve the micro-batch and try again
             trainer.halve_micro_batch(error)
 
-    norm = trainer.clip_gradients()  # clips to config.grad_clip, returns the norm before
-    # float16's scaled gradients may overflow: lower the scale and skip this update
+    norms = trainer.clip_gradients()  # clips to config.grad_clip, returns the norm before
+    trainer.update(losses.isfinite() & norms.isfinite())  # optimizer.step()
+    loss, norm = torch.stack([losses, norms]).tolist()
+    # float16's scaled gradients may overflow: this update was skipped, lower the scale
     overflow = trainer.scaler.is_enabled() and not math.isfinite(norm)
     if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):
         raise FloatingPointError(
             f"step {step} (sequences {first} to {first + sequences - 1}): loss {loss}, gradient "
             f"norm {norm}: stopped before the update; the last checkpoint is kept. Try a lower --lr"
         )
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if not overflow:
-            trainer.scaler.step(optimizer)  # optimizer.step()
     trainer.finish_step(updated=not overflow)  # zero_grad(), loss scale, average of the weights
 
     speed = tokens / (time.perf_counter() - started)
@@ -163,18 +165,19 @@ def take_step(config: TrainConfig, trainer: Trainer, batches: Batches, step: int
     return figures | {"tokens_per_second": speed} | trainer.meter(speed)
 
 
-def add_gradients(trainer: Trainer, parts: list[tuple[Tensor, Tensor]], targets: float) -> float:
+def add_gradients(trainer: Trainer, parts: list[tuple[Tensor, Tensor]], targets: float) -> Tensor:
     """Run forward and backward on this process's micro-batches; return the loss of the step.
 
     parts: (inputs, targets) of each micro-batch, int64 (B, T). targets: their number in the step,
-    over all processes. The loss is the mean over them.
+    over all processes. The loss, (), is the mean over them. Nothing waits for a GPU.
     """
-    model, losses = trainer.forward, []
+    model, losses, device = trainer.forward, [], trainer.world.device
+    # every target counts the same, in whichever micro-batch
+    weights = torch.tensor([count_targets(y) / targets for _, y in parts], device=device)
+    # all at once: a copy to a GPU waits until it has done what is queued
+    placed = [(x.to(device), y.to(device)) for x, y in parts]
     with trainer.keeping_casts():
-        for number, (x, y) in enumerate(parts, 1):
-            # every target counts the same, in whichever micro-batch
-            weight = count_targets(y) / targets
-            x, y = x.to(trainer.world.device), y.to(trainer.world.device)
+        for number, ((x, y), weight) in enumerate(zip(placed, weights, strict=True), 1):
             # the processes exchange their gradients once a step, in the last backward pass
             with trainer.exchanging_gradients(number == len(parts)):
                 with trainer.precision():
@@ -183,8 +186,7 @@ def add_gradients(trainer: Trainer, parts: list[tuple[Tensor, Tensor]], targets:
             losses.append(loss.detach())
             # free the autograd graph before the next forward pass
             del loss
-    (total,) = trainer.world.sum(torch.stack(losses).sum().item())
-    return total
+    return trainer.world.total(torch.stack(losses).sum())
 
 
 def count_targets(y: Tensor) -> int:

@@ -13,6 +13,8 @@ This file does not know the model.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -207,7 +209,7 @@ def linear_cross_entropy(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = x.to(dtype), _narrowed(weight, dtype)
     if kernels == "reference":
         counted = targets != IGNORE_INDEX
         z, targets = _float32(x[counted] @ weight.t()), targets[counted]  # (N, V), (N,)
@@ -243,6 +245,29 @@ def sample(
     return sampling_kernel.sample(
         scores, seed, samples, step, temperature, top_k, ids, None, no_repeat_ngram_size
     )
+
+
+_casts: dict[tuple[int, torch.dtype], Tensor] | None = None
+
+
+@contextmanager
+def keeping_casts() -> Iterator[None]:
+    """Inside, `linear_cross_entropy` casts its weight once, as autocast does those of products."""
+    global _casts
+    _casts = {}
+    try:
+        yield
+    finally:
+        _casts = None
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if _casts is None or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    key = id(weight), dtype
+    if key not in _casts:
+        _casts[key] = weight.to(dtype)
+    return _casts[key]
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -221,11 +221,8 @@ def backward(trainer, x, y, loss_weight: float = 1.0, last: bool = True) -> torc
 
 def update(trainer, lr: float, apply: bool = True) -> None:
     """Update the weights by the gradients unless told not to; drop the gradients."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if apply:
-            trainer.scaler.step(optimizer)
+    trainer.set_rate(lr)
+    trainer.update(torch.tensor(apply))
     trainer.finish_step(updated=apply)
 
 

@@ -1,9 +1,9 @@
 """Count the launches of a decoding step, and the variants of its kernels that a text compiles.
 
-    python tests/step_launches.py [--mistake]
+    python tests/step_launches.py [--mistake NAME]
 
 No GPU is needed: Triton's launches are recorded and not run, as in kernel_table.py. The table goes
-to stdout as one JSON object. --mistake: let the splits change from token to token.
+to stdout as one JSON object. --mistake: one of MISTAKES, and the table of the first way alone.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from kernel_reference import record_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt2.config import PRESETS, GenerationConfig, GPTConfig
+from nanogpt2.cuda import ops as step_ops
 from nanogpt2.cuda.decoder import CUDADecoder
 from nanogpt2.generation.replay import Rows
 from nanogpt2.generation.request import Request
@@ -64,7 +65,8 @@ def text_of(config, prompt, length=NEW_TOKENS, **options):
     shape = (1, prompt + length, config.vocab_size, 1)
     request = Request(GenerationConfig(**options), ids, ids == 0, ids[0, :1], *shape)
     rows = Rows(request)
-    rows._decoder = CUDADecoder(model, 1, 1, config.block_size)
+    # as generation/engine.py does
+    rows._decoder = CUDADecoder(model, 1, 1, min(config.block_size, prompt + length))
     rows._decoder._fill(prompt)
     return rows
 
@@ -78,10 +80,14 @@ def launches(options):
     """By name, those of one step of the 124M."""
     rows = text_of(PRESETS["gpt2"], 100, **options)
     with record_launches() as found:
+        # the first step compiles, too
+        step(rows)
+        found.clear()
         with Operations() as operations:
             step(rows)
         # as it is without a dispatch mode
-        mode, found[:] = len(found), []
+        mode = len(found)
+        found.clear()
         step(rows)
     assert mode == len(found), "a dispatch mode changes the launches"
     return Counter(launch.kernel.__name__ for launch in found) + operations.launched
@@ -106,27 +112,61 @@ def variants(options):
     return found
 
 
-def prepare(mistake):
+def prepare():
     """Let the CPU's tensors stand for a GPU's, and its one processor for a GPU's many."""
     for room in (decode_attention, decode_linear, layer_norm, sampling):
         room.INTERPRETED = True
-    right, calls = decode_attention.step_splits, count()
+    right = decode_attention.step_splits
+    decode_attention.step_splits = lambda rows, n_head, positions, _: right(
+        rows, n_head, positions, PROCESSORS
+    )
 
-    def splits(rows, n_head, positions, processors):
-        if mistake:
-            return 1 << next(calls) % 3
-        return right(rows, n_head, positions, PROCESSORS)
 
-    decode_attention.step_splits = splits
+def changing_splits():
+    """The splits change from call to call."""
+    calls = count()
+    decode_attention.step_splits = lambda *_: 1 << next(calls) // 2 % 7
+
+
+def compile_late():
+    """A bucket's kernel is compiled when the text reaches it."""
+    CUDADecoder._compile_buckets = lambda self: None
+
+
+def copy_once():
+    """A step copies its result."""
+    right = CUDADecoder.step
+    CUDADecoder.step = lambda self, bucket: right(self, bucket).clone()
+
+
+def add_residuals_apart():
+    """A product's residual is added by a launch of its own."""
+    right = step_ops.decode_linear
+
+    def apart(*arguments, residual=None, **options):
+        y = right(*arguments, **options)
+        return y if residual is None else y + residual
+
+    step_ops.decode_linear = apart
+
+
+MISTAKES = {
+    "changing splits": changing_splits,
+    "compile late": compile_late,
+    "copy once": copy_once,
+    "add residuals apart": add_residuals_apart,
+}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mistake", action="store_true", help="make the check fail")
-    is_mistaken = parser.parse_args().mistake
-    prepare(is_mistaken)
+    parser.add_argument("--mistake", choices=MISTAKES, help="make a check fail")
+    mistake = parser.parse_args().mistake
+    prepare()
+    if mistake:
+        MISTAKES[mistake]()
     table = {
         name: {"launches": launches(options), "variants": variants(options)}
-        for name, options in [*WAYS.items()][: 1 if is_mistaken else None]
+        for name, options in [*WAYS.items()][: 1 if mistake else None]
     }
     print(json.dumps(table))

@@ -23,6 +23,7 @@ from test_sample import run as run_sample
 from test_train import metrics, numbers
 from test_train import run as run_train
 from test_trainer import stop_after
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -293,7 +294,10 @@ class Counts(Operations):
 
 @pytest.mark.usefixtures("bf16_dots")
 def test_a_weight_is_cast_once_a_step(device, monkeypatch):
-    """However many micro-batches; the gradients are those of casts for each."""
+    """However many micro-batches; the gradients are those of casts for each.
+
+    The embedding, which is the head as well, adds up the same numbers in another order.
+    """
     counts, models = [], []
     for keeps in (False, True):
         torch.manual_seed(5)
@@ -307,9 +311,199 @@ def test_a_weight_is_cast_once_a_step(device, monkeypatch):
         assert not torch.is_autocast_enabled(device)
         counts.append(operations.count["_to_copy"])
         models.append(model)
-    # seven of the layer's
-    assert counts[0] - counts[1] == 7
-    assert_same_gradients(*models, bound=BOUND if device == "cuda" else 1e-30)
+    # seven of the layer's, and the head's
+    assert counts[0] - counts[1] == 8
+    assert_same_gradients(*models)
+
+
+# ---- a whole step of training
+
+
+class Step(TorchDispatchMode):
+    """Notes the operations inside and what the host reads, in order; how often a weight is cast."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self._weights, self.events, self.casts = {p.data_ptr() for p in weights}, [], 0
+
+    @property
+    def reads(self):
+        return [name for name in self.events if name in (*Operations.WAITS, *Reads.NAMES)]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")[2].partition(".")[0]
+        self.events.append(name)
+        self.casts += name == "_to_copy" and args[0].data_ptr() in self._weights
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Notes reads that are no operation on a CPU."""
+
+    NAMES = ("tolist", "cpu", "numpy")
+
+    def __init__(self, step):
+        super().__init__()
+        self._step = step
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES:
+            self._step.events.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def learner(device, monkeypatch, capturable=True, **options):
+    """The same Trainer each time, whose step is a GPU's on a CPU as well; its batches."""
+    torch.manual_seed(5)
+    _, model = pair(device, n_layer=1)
+    if capturable:
+        monkeypatch.setattr(trainers, "CAPTURABLE", ("cpu", "cuda"))
+        monkeypatch.setattr(trainers, "KEEPS_CASTS", ("cpu", "cuda"))
+    # a CPU's own code, which reads what a CPU need not wait for
+    monkeypatch.setattr(trainers.cpu_training, "install", lambda *args, **kwargs: None)
+    rows = [each.cpu() for each in batch(device, B=1)]
+    # counted on the host, where the batches are
+    monkeypatch.setattr(train, "count_targets", lambda y: 4)
+    # a rate that float32 holds, so that it may be a tensor
+    filled = {"batch_size": 1, "lr": 2**-8, "schedule": "constant", "kernels": "triton"}
+    config = settings(**(filled | options))
+    trainer = Trainer(config, model, World(device, 0, 1))
+    return trainer, SimpleNamespace(rows=lambda first, count: rows)
+
+
+def taken(trainer, batches, number=1):
+    """Take one step of train.py, watched."""
+    step = Step(trainer.parameters.values())
+    with Reads(step), step:
+        figures = train.take_step(trainer.config, trainer, batches, number)
+    return figures, step
+
+
+def assert_waits_once(step):
+    """The host reads once, and after the update."""
+    assert len(step.reads) == 1, step.reads
+    assert "_fused_adamw_" in step.events
+    assert "_fused_adamw_" not in step.events[step.events.index(step.reads[0]) :]
+
+
+@pytest.mark.usefixtures("bf16_dots")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_waits_once_when_all_is_queued(device, monkeypatch, dtype):
+    trainer, batches = learner(device, monkeypatch, dtype=dtype, grad_accum=2)
+    before = trainer.model.wte.weight.detach().clone()
+    for number in (1, 2):
+        _, step = taken(trainer, batches, number)
+        assert_waits_once(step)
+    assert not torch.equal(trainer.model.wte.weight, before)
+
+
+def read_norm(trainer, monkeypatch):
+    clip = trainer.clip_gradients
+
+    def reading():
+        norm = clip()
+        assert norm.item() >= 0
+        return norm
+
+    monkeypatch.setattr(trainer, "clip_gradients", reading)
+
+
+def read_fit(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "is_capturable", False)
+
+
+def read_loss(trainer, monkeypatch):
+    total = World.total
+    monkeypatch.setattr(
+        World, "total", lambda world, tensor: total(world, tensor + tensor.tolist())
+    )
+
+
+@pytest.mark.parametrize("mistake", [read_norm, read_fit, read_loss], ids=lambda f: f.__name__)
+def test_a_step_that_waits_before_is_found(device, monkeypatch, mistake):
+    trainer, batches = learner(device, monkeypatch)
+    mistake(trainer, monkeypatch)
+    _, step = taken(trainer, batches)
+    with pytest.raises(AssertionError):
+        assert_waits_once(step)
+
+
+@pytest.mark.usefixtures("bf16_dots")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_device_updates_as_the_host_does(device, monkeypatch, dtype):
+    """The same bits, after a rate that changes."""
+    models, figures = [], []
+    for capturable in (False, True):
+        with monkeypatch.context() as patch:
+            if not capturable:
+                patch.setattr(trainers, "CAPTURABLE", ())
+            trainer, batches = learner(device, patch, capturable, dtype=dtype, warmup=2)
+            assert trainer.is_capturable == capturable
+            steps = [taken(trainer, batches, number)[0] for number in range(1, 5)]
+        figures.append([(row["loss"], row["grad_norm"]) for row in steps])
+        models.append(trainer.model)
+    assert figures[0] == figures[1]
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_device_updates_nothing_by_what_is_not_finite(device, monkeypatch, what, number):
+    """Not a weight, not the optimizer's state."""
+    trainer, batches = learner(device, monkeypatch, ema=0.5)
+    for earlier in range(1, number):
+        taken(trainer, batches, earlier)
+    forward = trainer.forward
+
+    def broken(x, y):
+        loss = forward(x, y)
+        if what == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    def state():
+        slots = {name: tensor.clone() for name, tensor in trainer._slots()}
+        averaged = trainer.eval_model.named_parameters()
+        return slots | {**trainer.parameters} | {f"average.{name}": p for name, p in averaged}
+
+    before = {name: tensor.detach().clone() for name, tensor in state().items()}
+    trainer.forward = broken
+    with pytest.raises(FloatingPointError, match=f"step {number} .* before the update"):
+        taken(trainer, batches, number)
+    after = state()
+    # weights, averages, and from the second step on three slots
+    assert len(before) == len(trainer.parameters) * (2 if number == 1 else 5)
+    for name, tensor in after.items():
+        # the first step makes the state, of zeros
+        assert torch.equal(tensor, before.get(name, torch.zeros_like(tensor))), name
+    # and the next step is as if the broken one had not been
+    trainer.forward = forward
+    trainer.drop_gradients()
+    assert taken(trainer, batches, number)[0]["loss"] > 0
+
+
+@pytest.mark.usefixtures("bf16_dots")
+def test_a_weight_is_cast_once_a_step_of_any_number_of_parts(device, monkeypatch):
+    """And again in the next step, after the update."""
+    counts, losses = {}, {}
+    for accumulated, keeps in ((1, True), (4, True), (4, False)):
+        trainer, batches = learner(device, monkeypatch, dtype="bfloat16", grad_accum=accumulated)
+        monkeypatch.setattr(trainers, "KEEPS_CASTS", (device,) if keeps else ())
+        steps = [taken(trainer, batches, number) for number in (1, 2)]
+        counts[accumulated, keeps] = [step.casts for _, step in steps]
+        losses[accumulated, keeps] = [figures["loss"] for figures, _ in steps]
+    # the layer's four weights and three biases, and the head
+    once = counts[1, True]
+    assert once[0] >= 8 and once == [once[0]] * 2
+    assert counts[4, True] == once
+    assert counts[4, False] == [4 * n for n in once]
+    # a copy that outlived the update would show here
+    assert losses[4, True] == pytest.approx(losses[4, False], rel=1e-6)
+    first, second = losses[4, True]
+    assert abs(first - second) > 1e-3
 
 
 def test_a_stream_is_the_sum(device):

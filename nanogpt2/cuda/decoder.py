@@ -13,8 +13,9 @@ Row n writes its tokens into row n of the cache. A prompt is stored once, in one
 rows, and read through `ancestors`; a row that continues another row copies a row of `ancestors`.
 
 A step looks at the first 64, 128, 256, ... positions of the cache, its bucket, and masks those that
-are not filled. There is one graph per bucket. The prompt, a slide and several tokens at once are
-read eagerly by model.py.
+are not filled. There is one graph per bucket. Triton compiles the attention for each; the first
+step of a text compiles them all, so that no later one waits. The prompt, a slide and several tokens
+at once are read eagerly by model.py.
 
 CUDADecoder implements the Decoder protocol of generation/decoder.py. Axes: B prompts, N rows,
 L layers, H heads, S positions, D = C // H. This file does not know how a token is chosen.
@@ -75,6 +76,7 @@ class CUDADecoder:
         self.start = torch.zeros(N, dtype=torch.int32, device=device)
         self.ancestors = self._own.repeat(1, max_length) if rows > 1 else None
         self.forked = rows == 1
+        self._compiled = model.kernels != "triton"
 
     @property
     def kernels(self) -> str:
@@ -120,6 +122,9 @@ class CUDADecoder:
         then: a function of static buffers, always the same one under this name; it adds 1 to
         `lengths`.
         """
+        if not self._compiled:
+            self._compile_buckets()
+            self._compiled = True
         bucket = min(bucket_of(self._length + 1), self._cache.max_length)
         self._graphs.run((name, bucket), lambda: then(self.step(bucket)))
         self._length += 1
@@ -146,6 +151,22 @@ class CUDADecoder:
             y = self._product(x, block.mlp.c_fc, norm=_norm(block.ln_2), bends=True)  # (N, 4C)
             x = self._product(y, block.mlp.c_proj, residual=x)
         return x
+
+    def _compile_buckets(self) -> None:
+        """Launch the attention of every bucket once.
+
+        It writes to the next position of the first block's cache, as the coming step does again.
+        """
+        N, most = len(self.tokens), self._cache.max_length
+        qkv = self._hidden.new_zeros(N, 3 * self._hidden.size(1))
+        end = bucket_of(most)
+        sizes = [min(end >> n, most) for n in range((end // LEAST_BUCKET).bit_length())]
+        for size in sizes:
+            kv = self._cache.k[0, :, :, :size], self._cache.v[0, :, :, :size]
+            ancestors = None if self.ancestors is None else self.ancestors[:, :size]
+            step_ops.decode_attention(
+                qkv, *kv, self.lengths, start=self.start, ancestors=ancestors, **self._how
+            )
 
     def scores(self, x: Tensor) -> Tensor:
         """Score the next token by what `step` returns: (N, C) -> float32 (N, V)."""

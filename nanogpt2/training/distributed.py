@@ -58,9 +58,15 @@ class World:
         if self.size == 1:
             return list(values)
         # MPS lacks float64, but always runs a single process
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in float64 if there are several. All must call it."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(torch.float64, copy=True)
         dist.all_reduce(total)
-        return total.tolist()
+        return total
 
     def largest(self, value: int) -> int:
         """Return the largest value of all processes. Every process must call this."""

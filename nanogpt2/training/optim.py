@@ -10,6 +10,7 @@ scale); Hu et al. 2024 (warm-up, stable, decay).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,23 +19,32 @@ DECAY_SHARE = 0.2  # of the steps, at the end of schedule wsd
 
 
 def make_optimizers(
-    model: nn.Module, name: str, lr: float, weight_decay: float
+    model: nn.Module, name: str, lr: float, weight_decay: float, capturable: bool = False
 ) -> list[torch.optim.Optimizer]:
     """Make the optimizers, which together hold every trained parameter exactly once.
 
     Matrices and embeddings decay, biases and layer norms do not. Frozen parameters are left out.
+    capturable: AdamW's rate is a tensor beside the weights, so that a CUDA graph may hold its step.
+    Muon's step reads its rate on the host: ValueError.
     """
+    if capturable and name == "muon":
+        raise ValueError('capturable must be False for optimizer "muon"')
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     muon = {n for n, p in trained.items() if name == "muon" and p.dim() == 2 and ".h." in f".{n}"}
     rest = [p for n, p in trained.items() if n not in muon]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers += [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+        rate = torch.tensor(lr, device=rest[0].device) if capturable else lr
+        optimizers += [
+            torch.optim.AdamW(
+                groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, fused=True, capturable=capturable
+            )
+        ]
     if muon:
         matrices = [trained[n] for n in sorted(muon)]
         optimizers += [

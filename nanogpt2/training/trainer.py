@@ -4,18 +4,24 @@ train.py takes the steps. A Trainer adds everything around the model: several de
 low-rank adapters, a moving average of the weights, float16's loss scale.
 
     trainer.forward(x, y)     the loss, through every wrapper of the model
-    trainer.clip_gradients()  call before the optimizers' step
-    trainer.finish_step()     call after the optimizers' step
+    trainer.set_rate(lr)      the learning rate of the step
+    trainer.clip_gradients()  call before `update`
+    trainer.update(is_fit)    the optimizers' step, unless the loss or the gradients are not finite
+    trainer.finish_step()     call after `update`
     trainer.eval_model        the model to evaluate: the averaged one, if the run keeps an average
     trainer.exported()        the plain model that this run would leave behind
     trainer.tensors()         a checkpoint's tensors beside the exported model; `restore` takes them
+
+On a GPU nothing from the forward pass to `update` waits for the device, and no number of the host
+that changes from step to step is part of it, so a CUDA graph could hold it (`is_capturable`). This
+does not hold for Muon, float16's loss scale, FSDP and several processes, whose exchange waits.
 
 This file does not know the data, the files or the schedule.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -26,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt2 import terminal
+from nanogpt2 import ops, terminal
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.config import TrainConfig
 from nanogpt2.cpu import training as cpu_training
@@ -44,6 +50,7 @@ SLOTS: dict[type, tuple[str, ...]] = {
 }
 FIRST_SCALE = 65536.0  # float16's loss scale at the start, GradScaler's default
 KEEPS_CASTS = ("cuda",)
+CAPTURABLE = ("cuda",)
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,7 +75,15 @@ class Trainer:
             for block in blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay)
+        self.is_capturable = (
+            world.device_type in CAPTURABLE
+            and config.optimizer == "adamw"
+            and config.dtype != "float16"
+            and not config.fsdp
+        )
+        self.optimizers = make_optimizers(
+            model, config.optimizer, config.lr, config.weight_decay, self.is_capturable
+        )
         self.scaler = torch.amp.GradScaler(
             world.device_type, FIRST_SCALE, enabled=config.dtype == "float16"
         )
@@ -99,15 +114,19 @@ class Trainer:
             self.world.device_type, dtype or torch.bfloat16, enabled=dtype is not None
         )
 
-    def keeping_casts(self) -> AbstractContextManager[None]:
-        """Let autocast cast a weight once a step: inside, its copies outlive a micro-batch.
+    @contextmanager
+    def keeping_casts(self) -> Iterator[None]:
+        """Cast a weight once a step: inside, the narrow copies outlive a micro-batch.
 
-        On a GPU, where each cast is a launch. FSDP's copies would be as large as the whole model.
+        On a GPU, where each cast is a launch. They are dropped at the end, before the weights
+        change. FSDP's copies would be as large as the whole model.
         """
         if self.world.device_type not in KEEPS_CASTS or self.config.fsdp:
-            return nullcontext()
+            yield
+            return
         # autocast drops its copies when the outermost context ends, even one that casts nothing
-        return torch.autocast(self.world.device_type, enabled=False)
+        with ops.keeping_casts(), torch.autocast(self.world.device_type, enabled=False):
+            yield
 
     @contextmanager
     def exchanging_gradients(self, exchange: bool) -> Iterator[None]:
@@ -127,12 +146,35 @@ class Trainer:
         """
         return self.scaler.scale(loss * self.world.size)
 
-    def clip_gradients(self) -> float:
-        """Clip the gradients to config.grad_clip; return their norm before."""
+    def set_rate(self, lr: float) -> None:
+        """Let the next `update` take steps of this learning rate."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients to config.grad_clip; return their norm before, float32 ()."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or math.inf
-        return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
+        return full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+
+    def update(self, is_fit: Tensor) -> None:
+        """Step the optimizers; where `is_fit`, bool (), is False, change no weight and no state.
+
+        Where the step `is_capturable`, the device decides; elsewhere the host waits and decides.
+        """
+        if self.is_capturable:
+            for optimizer in cast(list[Any], self.optimizers):
+                # the fused AdamW's argument for float16: at 1 it leaves everything as it is
+                optimizer.found_inf = (~is_fit).float()
+                optimizer.step()
+                del optimizer.found_inf
+        elif is_fit:
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     def finish_step(self, updated: bool) -> None:
         """Drop the gradients; if `updated`, let the average follow. Adapt float16's loss scale.
