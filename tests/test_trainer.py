@@ -374,6 +374,7 @@ KINDS = [{}, {"optimizer": "muon"}, {"ema": 0.5, "lora_rank": 2}, {"dtype": "flo
 def test_missing_malformed_and_unknown_tensors_are_named(options):
     trainer = learner_of(**options)
     backward(trainer, *batch(), 1.0, last=True)
+    trainer.clip_gradients()
     update(trainer, lr=0.1)
     tensors = trainer.tensors()
     trainer.check(tensors, step=1)
