@@ -12,23 +12,23 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from reference import HUNG, ROOT, run_module
 from serve_process import BYTES, Running, events, save_byte_model, serving
-from uvicorn.server import ServerState
 
 from nanogpt2 import generate
 from nanogpt2.checkpoints.load import load_generator
-from nanogpt2.config import parse
-from nanogpt2.serve import app, web
-from nanogpt2.serve.house import OPTIONS
+from nanogpt2.config import GenerationConfig, parse
 from nanogpt2.serve.options import ServeConfig
-from nanogpt2.serve.server import Connection
 from nanogpt2.serve.worker import QueueFullError, ReaderLeftError, StoppingError, Worker
+
+# modules that need starlette or uvicorn are imported where they are used: see test_bare_image.py
+OPTIONS = {f.name: f for f in fields(GenerationConfig) if f.metadata}
+MOST_BYTES = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_preflight_is_refused(server):
         ("/", "POST", {}, b"{}", 405),
         ("/v1/completions", "POST", {"Content-Type": "text/plain"}, b"{}", 415),
         ("/v1/completions", "POST", {"Content-Type": ""}, b"{}", 415),
-        ("/api/score", "POST", {}, b" " * (web.MOST_BYTES + 1), 413),
+        ("/api/score", "POST", {}, b" " * (MOST_BYTES + 1), 413),
     ],
     ids=str,
 )
@@ -182,7 +182,7 @@ def test_a_long_body_in_chunks_is_refused(server):
     connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
     chunk = b"10000\r\n" + b"x" * 2**16 + b"\r\n"
-    for _ in range(web.MOST_BYTES // 2**16 + 1):
+    for _ in range(MOST_BYTES // 2**16 + 1):
         connection.send(chunk)
     answer = connection.getresponse()
     assert answer.status == 413 and "1,048,576 bytes" in answer.read().decode()
@@ -241,6 +241,12 @@ WRONG = [{"x": [1]}, -77, "wat", [[None]], 1e308, [{}], ["a", 1], True, 2**70]
 IGNORED = ("model", "prompt", "stop", "messages")
 
 
+def test_the_limits_named_here_are_the_servers():
+    from nanogpt2.serve import house, web
+
+    assert house.OPTIONS == OPTIONS and web.MOST_BYTES == MOST_BYTES
+
+
 def malformed(number):
     """A body that no endpoint takes."""
     chance = random.Random(number)
@@ -248,11 +254,11 @@ def malformed(number):
         data = chance.choice(BROKEN)
         return data if number % 4 == 1 else data + chance.randbytes(chance.randrange(9)) + b"\x01"
     names = [name for name in sorted(OPTIONS) if OPTIONS[name].type is not bool]
-    fields = {chance.choice(names): chance.choice(WRONG[:1]) for _ in range(2)}
-    fields |= {chance.choice(names): chance.choice(WRONG) for _ in range(chance.randrange(3))}
-    fields |= {chance.choice(IGNORED): chance.choice(WRONG)}
-    fields |= {chance.choice(("nothing", "best_of", "n", "echo", "ids")): chance.choice(WRONG[:6])}
-    return json.dumps(fields).encode()
+    body = {chance.choice(names): chance.choice(WRONG[:1]) for _ in range(2)}
+    body |= {chance.choice(names): chance.choice(WRONG) for _ in range(chance.randrange(3))}
+    body |= {chance.choice(IGNORED): chance.choice(WRONG)}
+    body |= {chance.choice(("nothing", "best_of", "n", "echo", "ids")): chance.choice(WRONG[:6])}
+    return json.dumps(body).encode()
 
 
 def test_a_thousand_malformed_bodies(server):
@@ -442,6 +448,8 @@ def test_stopping_refuses_those_that_wait_and_finishes_the_one_that_runs():
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(monkeypatch):
+    from nanogpt2.serve import app
+
     monkeypatch.setattr(app, "STALLED_SECONDS", 0.01)
     cut = []
 
@@ -476,6 +484,11 @@ REQUEST = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
     ids=["nothing", "a part", "a part after a request", "no body after a refusal"],
 )
 def test_a_client_that_sends_no_request_is_cut_off(sent):
+    import uvicorn
+    from uvicorn.server import ServerState
+
+    from nanogpt2.serve.server import Connection
+
     async def test():
         # looks pass while a request runs, which keeps its connection
         answered = []
@@ -729,6 +742,8 @@ def test_a_failure_is_one_line_for_the_client_and_in_the_log(capsys):
     async def send(message):
         sent.append(message)
 
+    from nanogpt2.serve import app
+
     guard = app.Guard(fails, None, is_local=True, cut_off=print)
     headers = [(b"host", b"localhost")]
     scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
@@ -740,5 +755,7 @@ def test_a_failure_is_one_line_for_the_client_and_in_the_log(capsys):
 
 def test_out_of_memory_and_a_damaged_model_are_said():
     for error, status in ((MemoryError(), 503), (FloatingPointError("not finite"), 500)):
+        from nanogpt2.serve import web
+
         refused = web.refusal_of(error)
         assert refused.status == status and refused.as_json()["error"]["type"] == "server_error"

@@ -46,7 +46,10 @@ def serve(config: ServeConfig, listener: socket.socket) -> None:
     host = f"[{host}]" if ":" in host else host
     names = " and ".join(served.name for served in models)
     terminal.write(f"{names} on http://{host}:{port}/\n")
-    server.run(sockets=[listener])
+    try:
+        server.run(sockets=[listener])
+    finally:
+        house.worker.end()
 
 
 def load(config: ServeConfig, flag: str, name: str, device: str) -> Served:

@@ -17,6 +17,8 @@ from typing import Any
 
 # jobs whose answers are unread, for each place in the queue
 UNREAD = 4
+# seconds to wait for the thread at the end of the process
+LONGEST_TOKEN = 60
 
 
 class QueueFullError(Exception):
@@ -46,7 +48,7 @@ class Job:
         self._worker, self._work = worker, work
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Any] = asyncio.Queue()
-        self._is_wanted = True
+        self.is_wanted = True
 
     async def events(self) -> AsyncIterator[Any]:
         """Yield the events; raise what the work raised, and ReaderLeftError after `leave`."""
@@ -57,7 +59,7 @@ class Job:
 
     def leave(self) -> None:
         """End the job within a token, or take it out of the queue. For the event loop's thread."""
-        self._is_wanted = False
+        self.is_wanted = False
         self._worker.forget(self)
         self._items.put_nowait(ReaderLeftError())
 
@@ -66,7 +68,7 @@ class Job:
         try:
             with closing(self._work()) as events:  # type: ignore[type-var]
                 for event in events:
-                    if not self._is_wanted:
+                    if not self.is_wanted:
                         return
                     if event is not None:
                         self.put(event)
@@ -91,7 +93,8 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._open = 0  # jobs that wait, run or are being read
         self._seconds = 1.0  # a job's, on average
-        self._is_stopping = False
+        self._is_stopping = self._is_ended = False
+        self._running: Job | None = None
         self._change = threading.Condition()
         # a daemon: it must not keep a process alive that ends for another reason
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -131,14 +134,30 @@ class Worker:
         for job in waiting:
             job.put(StoppingError())
 
+    def end(self) -> None:
+        """End the running job within a token, then the thread; for the end of the process.
+
+        A thread that is inside torch while Python ends would abort the process.
+        """
+        self.stop()
+        with self._change:
+            self._is_ended = True
+            if self._running is not None:
+                self._running.is_wanted = False
+            self._change.notify()
+        self._thread.join(LONGEST_TOKEN)
+
     def _run(self) -> None:
         while True:
             with self._change:
                 while not self._waiting:
+                    if self._is_ended:
+                        return
                     self._change.wait()
-                job = self._waiting.popleft()
+                job = self._running = self._waiting.popleft()
             begin = time.monotonic()
             job.run()
+            self._running = None
             # without it the last job, and its events, would live until the next one
             del job
             self._seconds += 0.2 * (time.monotonic() - begin - self._seconds)
