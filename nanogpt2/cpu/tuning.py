@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanogpt2.atomic import whole_file
 from nanogpt2.cpu import malloc
@@ -32,6 +33,9 @@ ROWS = (1, 5, 64)  # a text, a few beams, a prompt
 LEAST_BYTES = 2**26  # of a model's matrices: a smaller model is not timed
 SAMPLE_BYTES = 7 * 2**24  # of the matrices timed, in float32: more than most caches hold
 HEAD_PART = 4  # a fourth of a head's outputs stands for all of them
+# int8 takes a sixteenth of these, and other memory is read before each pass: a model that is narrow
+# to save memory must not take much of it for being timed
+INT8_PART = 16
 PASSES = 2
 TOLERANCE = 1e-5  # RMS of the error / RMS of the result; float32 sums in another order
 
@@ -86,6 +90,7 @@ def measure(products: Sequence[LaidOut], passes: int = PASSES) -> Table:
     """
     makers = _sample(products)
     base = [make() for make in makers]
+    flush = _to_flush(products)
     usual = {product.usual for product in base}
     _lay_out(base, *usual)
     least: dict[Shape, dict[int, float]] = {}
@@ -96,7 +101,7 @@ def measure(products: Sequence[LaidOut], passes: int = PASSES) -> Table:
         costs[name] = _lay_out(other, name)
         exact = {p.shape: _is_exact(b, p) for b, p in zip(base, other, strict=True)}
         for rows in ROWS:
-            before, found = _times(base, other, rows, passes)
+            before, found = _times(base, other, rows, passes, flush)
             for shape in (shape for shape, is_exact in exact.items() if is_exact):
                 ratio = found[shape] / before[shape]
                 ratios.setdefault(name, {}).setdefault(shape, {})[rows] = ratio
@@ -131,9 +136,16 @@ def _lay_out(products: Sequence[LaidOut], name: str) -> dict[Shape, float]:
 
 
 def _times(
-    base: Sequence[LaidOut], other: Sequence[LaidOut], rows: int, passes: int
+    base: Sequence[LaidOut],
+    other: Sequence[LaidOut],
+    rows: int,
+    passes: int,
+    flush: Tensor | None,
 ) -> tuple[dict[Shape, float], dict[Shape, float]]:
-    """Return the milliseconds of one product of each shape on both sides: each a pass's least."""
+    """Return the milliseconds of one product of each shape on both sides: each a pass's least.
+
+    flush: read before each pass, so that caches hold nothing of the matrices.
+    """
     if rows == ROWS[-1]:
         # many rows take long and read little memory: one matrix of a shape and few passes do
         base, other = ([*{p.shape: p for p in side}.values()] for side in (base, other))
@@ -143,6 +155,8 @@ def _times(
     least: list[dict[Shape, float]] = [{}, {}]
     for _ in range(passes):
         for side, products in enumerate((base, other)):
+            if flush is not None:
+                flush.sum()
             taken: Counter[Shape] = Counter()
             for product in products:
                 x = inputs[product.shape[1]]
@@ -170,12 +184,22 @@ def _sample(products: Sequence[LaidOut]) -> list[Callable[[], LaidOut]]:
     """Choose the first matrices and the largest; return functions that make a layer of each."""
     sample: list[Callable[[], LaidOut]] = []
     size = 0
-    most = SAMPLE_BYTES if isinstance(products[0], FloatLinear) else SAMPLE_BYTES // 4
+    is_float = isinstance(products[0], FloatLinear)
+    most = SAMPLE_BYTES if is_float else SAMPLE_BYTES // INT8_PART
     for product in products:
         if size < most or _part(product) > 1:
             sample.append(partial(_make, product))
             size += _bytes(product)
     return sample
+
+
+def _to_flush(products: Sequence[LaidOut]) -> Tensor | None:
+    """Return a large weight of int8 as whole numbers; None for float32, whose sample is large."""
+    largest = max(products, key=_bytes)
+    if isinstance(largest, FloatLinear):
+        return None
+    weight = largest.stored()[""].flatten()
+    return weight[: len(weight) // 8 * 8].view(torch.int64)
 
 
 def _make(product: LaidOut) -> LaidOut:
@@ -191,7 +215,8 @@ def _make(product: LaidOut) -> LaidOut:
 
 def _part(product: LaidOut) -> int:
     """Return the divisor of the outputs to time: a head's are many."""
-    return HEAD_PART if product.shape[0] > HEAD_PART * 4 * product.shape[1] else 1
+    part = HEAD_PART if isinstance(product, FloatLinear) else INT8_PART
+    return part if product.shape[0] > part * 4 * product.shape[1] else 1
 
 
 def _bytes(product: LaidOut) -> int:
