@@ -43,6 +43,9 @@ SEEN = {
         ("attention D=64 padded bfloat16", "sm_100"): 16,
         ("decode_linear N=768 K=3072 R=8 bfloat16", "gfx942"): 1,
         ("sampling draw V=50257 top-k, top-p", "sm_90"): 8,
+        ("sampling draw V=50257 top-k, top-p", "sm_100"): 8,
+        ("attention D=64 padded, dropout bfloat16", "sm_100"): 8,
+        ("attention D=64 not causal bfloat16", "sm_100"): 8,
     },
     "3.9": {
         ("sampling draw V=50257 top-k, top-p", "sm_90"): 8,

@@ -311,7 +311,11 @@ def prepacked_linear_for(
         kind = Int8Linear if onednn_sums_exactly() else Int7Linear
         if scale is not None:
             return kind(weight, scale, bias, release)
-        product: PrepackedLinear = kind(*to_int8(weight), bias)
+        narrow = kind(*to_int8(weight), bias)
+        if release is not None:
+            # now, while the rest of the model lies in its file: later both would be in memory
+            narrow.lay_out(kind.usual)
+        product: PrepackedLinear = narrow
     elif bias is None and K > FULL and K % FULL == REST:
         product = HalfHead(weight)
     else:

@@ -67,7 +67,8 @@ def table_for(
         table = _measured.get(name) or (folder and _read(folder / name, key))
         if table:
             return table
-        if sum(map(_bytes, products)) < LEAST_BYTES:
+        # int8 made on loading is laid out already: only a copy of it could be timed
+        if sum(map(_bytes, products)) < LEAST_BYTES or not _untouched(products):
             return None
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
     # a busy machine's table serves this process alone
@@ -88,9 +89,10 @@ def measure(products: Sequence[LaidOut], passes: int = PASSES) -> Table:
     that each is read from memory, not from a cache. A layout takes turns with the usual one: a
     machine's speed changes from second to second, and the ratio of the two hardly does.
     """
-    makers = _sample(products)
+    untouched = _untouched(products) or products
+    makers = _sample(untouched)
     base = [make() for make in makers]
-    flush = _to_flush(products)
+    flush = _to_flush(untouched)
     usual = {product.usual for product in base}
     _lay_out(base, *usual)
     least: dict[Shape, dict[int, float]] = {}
@@ -109,6 +111,8 @@ def measure(products: Sequence[LaidOut], passes: int = PASSES) -> Table:
                 of_shape[rows] = min(before[shape], of_shape.get(rows, before[shape]))
         del other
         malloc.return_free()
+    del base
+    malloc.return_free()
     (first,) = usual
     table: Table = {}
     for product in products:
@@ -140,7 +144,7 @@ def _times(
     other: Sequence[LaidOut],
     rows: int,
     passes: int,
-    flush: Tensor | None,
+    flush: Sequence[Tensor],
 ) -> tuple[dict[Shape, float], dict[Shape, float]]:
     """Return the milliseconds of one product of each shape on both sides: each a pass's least.
 
@@ -155,8 +159,8 @@ def _times(
     least: list[dict[Shape, float]] = [{}, {}]
     for _ in range(passes):
         for side, products in enumerate((base, other)):
-            if flush is not None:
-                flush.sum()
+            for weight in flush:
+                weight.sum()
             taken: Counter[Shape] = Counter()
             for product in products:
                 x = inputs[product.shape[1]]
@@ -193,13 +197,15 @@ def _sample(products: Sequence[LaidOut]) -> list[Callable[[], LaidOut]]:
     return sample
 
 
-def _to_flush(products: Sequence[LaidOut]) -> Tensor | None:
-    """Return a large weight of int8 as whole numbers; None for float32, whose sample is large."""
-    largest = max(products, key=_bytes)
-    if isinstance(largest, FloatLinear):
-        return None
-    weight = largest.stored()[""].flatten()
-    return weight[: len(weight) // 8 * 8].view(torch.int64)
+def _untouched(products: Sequence[LaidOut]) -> list[LaidOut]:
+    """Return those whose weight can be read without a copy: int8's have no layout yet."""
+    return [p for p in products if isinstance(p, FloatLinear) or p.layout is None]
+
+
+def _to_flush(products: Sequence[LaidOut]) -> list[Tensor]:
+    """Return int8's weights as whole numbers; nothing for float32, whose sample is large."""
+    weights = [p.stored()[""].flatten() for p in products if isinstance(p, Int8Linear)]
+    return [weight[: len(weight) // 8 * 8].view(torch.int64) for weight in weights]
 
 
 def _make(product: LaidOut) -> LaidOut:
