@@ -73,7 +73,7 @@ def test_a_matrix_is_laid_out_once_the_account_covers_the_cost():
 
 
 def test_one_matrix_after_the_other():
-    """10 matrices lose 20 ms in the first step, and less in each step that follows."""
+    """Each of 10 matrices loses 2 ms a step, and 9 pay for it: from the fifth step, one a step."""
     matrices = [Matrix() for _ in range(10)]
     plan = Plan(matrices, TABLE)
     laid_out = []
@@ -88,9 +88,8 @@ def test_one_matrix_after_the_other():
         assert cost <= account
         # in the order of their use
         assert [m.layout for m in matrices] == sorted(m.layout for m in matrices)
-    assert laid_out[:3] == [2, 1, 2]
+    assert laid_out == [0] * 4 + [1] * 10
     assert all(m.took == ["one"] for m in matrices)
-    assert max(laid_out) == 2 and len(laid_out) > 5
 
 
 def test_rows_that_change():

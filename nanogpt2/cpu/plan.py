@@ -1,10 +1,10 @@
 """Choose the layout of a model's matrices from measured times, while it generates.
 
 A layout costs time before it saves any. No one knows how many tokens will follow, so the plan
-keeps an account: each step adds the time that another layout would have saved. Once the account
-covers the cost of laying out one more matrix, that matrix is laid out and the cost is taken off.
-So laying out never takes longer than the time already lost without it, and no single step takes
-long. This file does not know what the matrices mean.
+keeps an account: each step adds the time that another layout would have saved one matrix. Once the
+account covers the cost of laying out a matrix, one of its shape is laid out in each step. So laying
+out never takes longer than the time already lost without it, and no single step takes long. This
+file does not know what the matrices mean.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ class Plan:
 
 
 class _Group:
-    """Matrices of one shape, with the account of each layout in milliseconds."""
+    """Matrices of one shape, with each layout's account: milliseconds saved, of one matrix."""
 
     def __init__(self, products: Sequence[LaidOut], timings: dict[str, Timing]) -> None:
         self._products = products
@@ -75,7 +75,9 @@ class _Group:
             return
         best = min(self._timings, key=lambda name: self._timings[name].rows[column])
         for name, timing in self._timings.items():
-            gain = sum(n * self._gain(was, timing, column) for was, n in now.items())
+            others = sum(n for was, n in now.items() if was != name)
+            gains = sum(n * self._gain(was, timing, column) for was, n in now.items())
+            gain = gains / max(1, others)
             self._saved[name] = max(0.0, self._saved[name] + gain * _times(rows))
         self._lay_out(best)
         is_best = all(product.layout == best for product in self._products)
@@ -87,17 +89,17 @@ class _Group:
         return before - after if after < WORTH * before or after > before else 0.0
 
     def _lay_out(self, name: str) -> None:
+        """Lay out the next matrix, once the account covers it."""
         others = [product for product in self._products if product.layout != name]
-        for product in others:
-            assert product.layout is not None
-            # the way back costs as much: a single prompt must not undo what a text has paid for
-            cost = max(self._timings[n].lay_out for n in (name, product.layout))
-            if self._saved[name] <= cost:
-                return
-            product.lay_out(name)
-            self._saved[name] -= cost
-        if others:
-            self._saved = dict.fromkeys(self._saved, 0.0)
+        if not others:
+            return
+        present = others[0].layout
+        assert present is not None
+        # the way back costs as much: a single prompt must not undo what a text has paid for
+        if self._saved[name] > max(self._timings[n].lay_out for n in (name, present)):
+            others[0].lay_out(name)
+            if len(others) == 1:
+                self._saved = dict.fromkeys(self._saved, 0.0)
 
 
 def _column(rows: int) -> int:
