@@ -1,4 +1,4 @@
-"""The first eight minutes on a GPU: what is right, what is fast, what fails. No network is needed.
+"""The first eight minutes on a GPU: correctness, speed and failures. No network is needed.
 
     python -m benchmarks.first_light --out DIR
     python -m benchmarks.first_light --out DIR --only rooms decode
@@ -85,7 +85,7 @@ class Report:
         write(self.path, {"cases": self.cases, "running": running})
 
     def run(self, name: str, case: Callable[[], dict]) -> None:
-        """Run a case, unless an earlier process has, and save what it found or its error."""
+        """Run a case, unless an earlier process has, and save its result or its error."""
         if name in self.cases:
             return
         self.save(running=name)
