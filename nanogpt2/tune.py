@@ -84,7 +84,7 @@ def main(config: TuneConfig) -> None:
         model = checkpoint.generator(quantize=config.quantize)
         if not can_run(model):
             raise ValueError("needs a PyTorch with oneDNN: there is nothing to choose from")
-    products = prepared_for(model, tuned=False).laid_out()
+    products = prepared_for(model, tuned=False).products()
     table = table_for(products, anew=True, passes=config.passes)
     assert table is not None
     terminal.write(terminal.json_line(as_json(table)) if config.json else drawn(table))

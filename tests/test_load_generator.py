@@ -98,7 +98,7 @@ def test_the_head_is_laid_out_where_its_rows_are_in_a_file(folder):
         generate(model, prompts(1, 5), **LONG)
         assert (model.head.layout not in AS_STORED) == laid_out
         assert all(
-            p.layout == "tiles_64" for p in prepared_for(model).laid_out() if p.shape[0] != 61
+            p.layout == "tiles_64" for p in prepared_for(model).products() if p.shape[0] != 61
         )
         same_parts(model, pack(load_model(folder)))
 

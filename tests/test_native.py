@@ -100,14 +100,108 @@ def test_int8_is_the_products_of_prepacked_py(library, kind, monkeypatch):
     assert (difference[:6].abs() < 1e-4).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("rows", range(1, 9))
-def test_products_of_bytes_are_exact(library, rows):
+# a number of rows, and of outputs: beyond a tile by each rest, and by threads without any
+SIZES = [*zip(range(1, 9), (4, 5, 37, 38, 39, 40, 67, 9), strict=True)]
+
+
+@pytest.mark.parametrize(("rows", "outputs"), SIZES)
+def test_products_of_bytes_are_exact(library, rows, outputs):
     torch.manual_seed(0)
-    q = torch.randint(-127, 128, (37, 771), dtype=torch.int8)
+    q = torch.randint(-127, 128, (outputs, 771), dtype=torch.int8)
     u = torch.randint(-128, 128, (rows, 771), dtype=torch.int16)
-    scale = torch.rand(37)
+    scale = torch.rand(outputs)
     expected = (u.long() @ q.long().t()).float() * scale
     assert torch.equal(native.byte_linear(u, q, scale), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "outputs"), SIZES)
+def test_products_of_few_rows(library, rows, outputs, threads, dtype):
+    torch.manual_seed(0)
+    weight, x = torch.randn(outputs, 771).to(dtype), torch.randn(771, rows).t()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = native.linear(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    expected = x.double() @ weight.double().t()
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_each_half_is_widened_exactly(library):
+    """All 65,536 of them: by the processor's instructions, and the last one of a tile without."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    for first in (0, 1):
+        column = torch.zeros(2**16, 9, dtype=torch.float16)
+        # 9 inputs: the 8 of an instruction and one more
+        column[:, 8 * first] = halves
+        x = torch.zeros(1, 9)
+        x[0, 8 * first] = 1
+        found, expected = native.linear(x, column)[0], halves.float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp16", "int8"])
+@pytest.mark.parametrize(("prompts_", "rows"), [(1, 5), (2, 3), (3, 1), (1, 8), (4, 2)])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.inference_mode()
+def test_rows_that_share_a_prompt(library, scheme, prompts_, rows, padded):
+    """Each row of each step is that of the same decoder without C, reordered as beams are."""
+    torch.manual_seed(1)
+    # tied heads and three layers; a prompt of 6 tokens, then 9 steps of other tokens in each row
+    model = GPT(replace(TINY, n_layer=3)).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model = pack(model, scheme)
+    N, T = prompts_ * rows, 6
+    ids = prompts(prompts_, T)
+    mask = torch.ones(prompts_, 1, T + 9, T + 9, dtype=torch.bool).tril()
+    if padded:
+        mask[0, ..., :2] = False
+    steps = torch.randint(TINY.vocab_size, (9, N, 1))
+    orders = [
+        torch.cat([torch.randint(rows, (rows,)) + rows * b for b in range(prompts_)]) for _ in steps
+    ]
+
+    def run():
+        decoder, found = CPUDecoder(model, prompts_, rows, TINY.block_size), []
+        # a text before this one prepares the blocks
+        other = CPUDecoder(model, 1, 1, TINY.block_size)
+        for _ in range(6):
+            other.read(prompts(1, 1), None, None)
+        decoder.read(ids, None, mask[..., :T, :T] if padded else None)
+        decoder.fork()
+        for t, (tokens, order) in enumerate(zip(steps, orders, strict=True)):
+            end = T + t + 1
+            rows_mask = mask[:, :, end - 1 : end, :end].repeat_interleave(rows, dim=0)
+            found.append(decoder.read(tokens, None, rows_mask if padded else None))
+            if rows > 1:
+                decoder.reorder(order)
+        return torch.cat(found), prepared.prepared_for(model).blocks
+
+    found, blocks = run()
+    assert blocks is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        prepared.forget(model)
+        expected, blocks = run()
+    assert blocks is None
+    if scheme == "int8":
+        # as for one row: a sum's last bit may move an input over the border of two steps
+        assert (found - expected).norm() < 2e-2 * expected.norm()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_many_rows_and_a_narrow_model_run_without_c(library, pair):
+    model, _ = pair
+    generate(model, prompts(9, 5), max_new_tokens=20, eos_token_id=None)
+    assert not uses_blocks(model)
+    narrow = GPT(replace(TINY, n_embd=2, n_head=1)).eval()
+    generate(narrow, prompts(1, 5), max_new_tokens=20, eos_token_id=None)
+    assert not uses_blocks(narrow)
 
 
 OPTIONS = {
@@ -124,25 +218,31 @@ OPTIONS = {
 }
 
 
-def test_tokens_are_transformers(library, pair):
-    """One model writes all texts in turn: with the blocks, with beams, with the blocks again."""
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_transformers(library, pair, batch, padding):
+    """One model writes all texts in turn: up to 8 rows by the blocks, more without."""
     model, theirs = pair
-    ids = prompts(1, 5)
+    ids = prompts(batch, 5)
     for options in (*OPTIONS.values(), {}):
         more = {"max_new_tokens": 20, "eos_token_id": None, **options}
         torch.manual_seed(3)
         mask = torch.ones_like(ids)
-        expected = theirs.generate(ids, attention_mask=mask, pad_token_id=0, **more)
+        mask[0, :padding] = 0
+        more |= {"attention_mask": mask, "pad_token_id": 0}
+        expected = theirs.generate(ids, **more)
         torch.manual_seed(3)
         assert torch.equal(generate(model, ids, **more).sequences, expected)
-        assert uses_blocks(model) == ("num_beams" not in options)
+        assert uses_blocks(model) == (batch * options.get("num_beams", 1) <= 8)
 
 
 def test_a_text_longer_than_the_context(library, pair, monkeypatch):
     model, _ = pair
     calls, run = [], native.Blocks.__call__
     monkeypatch.setattr(
-        native.Blocks, "__call__", lambda self, *given: (calls.append(1), run(self, *given))[1]
+        native.Blocks,
+        "__call__",
+        lambda self, *given, **more: (calls.append(1), run(self, *given, **more))[1],
     )
     options = {"max_new_tokens": 3 * TINY.block_size, "eos_token_id": None}
     found = generate(model, prompts(1, 5), **options).sequences
@@ -183,18 +283,24 @@ def test_a_replaced_layer_norm_of_a_packed_model_is_noticed(library, pair, schem
 def test_a_call_within_another_disturbs_nothing(library, pair, monkeypatch):
     """As two threads that write texts by one model: each call has its own shape and room."""
     blocks = a_text(pair[0])
-    caches = [torch.empty(TINY.n_layer, 2, 1, TINY.n_head, length, 8) for length in (7, 30)]
+    caches = [
+        [torch.empty(2, 1, TINY.n_head, length, 8) for _ in range(TINY.n_layer)]
+        for length in (7, 30)
+    ]
     scratches, rest = [], [caches[1]]
 
     class Library:
-        def blocks(self, x, layers, shape, cache, past, scratch):
+        def room(self, *given):
+            return 9
+
+        def blocks(self, x, layers, shape, cache, scratch, *given):
             scratches.append(scratch)
             if rest:
-                blocks(torch.empty(TINY.n_embd), rest.pop(), 0)
-                assert shape._obj.length == 7
+                blocks(torch.empty(1, 1, TINY.n_embd), rest.pop(), 0)
+                assert cache._obj.capacity == 7
 
     monkeypatch.setattr(native, "library", Library)
-    blocks(torch.empty(TINY.n_embd), caches[0], 0)
+    blocks(torch.empty(1, 1, TINY.n_embd), caches[0], 0)
     assert len({*scratches}) == 2
 
 
@@ -202,7 +308,7 @@ def test_a_call_within_another_disturbs_nothing(library, pair, monkeypatch):
 def test_blocks_that_another_thread_prepared_read_no_prompt(library, pair, monkeypatch):
     model, _ = pair
     a_text(model)
-    monkeypatch.setattr(prepared.Prepared, "count", lambda self, rows: None)
+    monkeypatch.setattr(prepared.Prepared, "count", lambda self, rows, tokens: None)
     ids = prompts(1, 9)
     decoder = CPUDecoder(model, 1, 1, TINY.block_size)
     found = decoder.read(ids, None, None)

@@ -1,18 +1,26 @@
-/* GPT-2's blocks for one new token on a CPU, and x W^T for 1 to 8 rows; see native.py.
+/* GPT-2's blocks for one new token of each of 1 to 8 rows on a CPU, and x W^T for so many rows.
  *
- * A step reads every weight once. So each thread takes a part of every matrix's rows, which it reads
- * from front to back, and repeats what is small (layer norms, the input's rounding) instead of
- * waiting for another thread. The threads wait five times in a layer.
+ * A step reads every weight once. So each thread takes a part of every matrix's outputs, whose
+ * weights it reads from front to back, and repeats small work (layer norms, the input's rounding)
+ * instead of waiting for another thread. The threads wait five times in a layer. Four outputs of all
+ * rows are computed side by side: their sums stay in registers, and each number that is loaded is
+ * used several times.
  *
  * The compiler may add in any order (-ffast-math), so that it can use vector instructions.
- * C n_embd, H heads, D = C / H, K inputs, N outputs, M rows.
+ * C n_embd, H heads, D = C / H, K inputs, N outputs, M rows. native.py holds the same structs.
  */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
-/* float32: weight (N, K). int8: q (N, K) with scale and sums (N), as in prepacked.py. */
+enum { TILE = 4, MOST = 8 }; /* outputs side by side; rows */
+enum { FLOAT, HALF, BYTES };
+
+/* weight (N, K): float32, float16 or int8, the latter with scale and sums (N), as in prepacked.py. */
 typedef struct {
     const void *weight;
     const float *bias, *scale, *sums;
@@ -24,21 +32,70 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    long n_layer, n_embd, n_head, length; /* length: positions that fit into the cache */
+    long n_layer, n_embd, n_head, n_inner;
     float epsilon;
-    int middle; /* of int8's inputs, 128 or 64; 0 is float32 */
+    int kind, middle; /* middle: of int8's inputs, 128 or 64 */
 } Shape;
 
-static float dot(const float *w, const float *x, long K) {
-    float sum = 0;
-    for (long k = 0; k < K; k++) sum += w[k] * x[k];
-    return sum;
+/* Each layer's keys and values. own (2, M, H, capacity, D), filled up to `past`, which the new token
+ * fills. shared (2, M / rows, H, length, D), filled up to `common`: the positions before, which are
+ * equal in `rows` neighbouring rows. mask (M, common + past + 1) is added to the scores; or null. */
+typedef struct {
+    float *const *own;
+    const float *const *shared;
+    const float *mask;
+    long capacity, past, length, common, rows;
+} Cache;
+
+/* z = the sums of four rows of W with each row of x. x's rows are `step` apart. */
+#define EACH(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
+#define TILES(M)                                                                                  \
+    static void floats_##M(float z[TILE][MOST], const float *w, const float *x, long K,           \
+                           long step) {                                                           \
+        float sum[TILE][M] = {{0}};                                                               \
+        for (long k = 0; k < K; k++)                                                              \
+            for (int r = 0; r < TILE; r++)                                                        \
+                for (int m = 0; m < M; m++) sum[r][m] += w[r * K + k] * x[m * step + k];          \
+        for (int r = 0; r < TILE; r++)                                                            \
+            for (int m = 0; m < M; m++) z[r][m] = sum[r][m];                                      \
+    }                                                                                             \
+    static void bytes_##M(float z[TILE][MOST], const int8_t *q, const int16_t *u, long K) {       \
+        int32_t sum[TILE][M] = {{0}};                                                             \
+        for (long k = 0; k < K; k++)                                                              \
+            for (int r = 0; r < TILE; r++)                                                        \
+                for (int m = 0; m < M; m++) sum[r][m] += (int32_t)q[r * K + k] * u[m * K + k];    \
+        for (int r = 0; r < TILE; r++)                                                            \
+            for (int m = 0; m < M; m++) z[r][m] = (float)sum[r][m];                               \
+    }
+EACH(TILES)
+
+#define NAME_FLOATS(M) floats_##M,
+#define NAME_BYTES(M) bytes_##M,
+static void (*const floats[])(float[TILE][MOST], const float *, const float *, long,
+                              long) = {0, EACH(NAME_FLOATS)};
+static void (*const bytes[])(float[TILE][MOST], const int8_t *, const int16_t *,
+                             long) = {0, EACH(NAME_BYTES)};
+
+static float widened(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
+    float value;
+    if (rest < 0x400) { /* 0, or below the normal numbers: a multiple of 2^-24 */
+        value = (float)rest * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    /* the exponent's bias grows from 15 to 127; infinity and NaN keep the largest exponent */
+    bits = sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23));
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-static int32_t dot_bytes(const int8_t *q, const int16_t *u, long K) {
-    int32_t sum = 0;
-    for (long k = 0; k < K; k++) sum += (int32_t)q[k] * u[k];
-    return sum;
+static void widen(float *wide, const uint16_t *half, long count) {
+    long n = 0;
+#ifdef __F16C__
+    for (; n + 8 <= count; n += 8)
+        _mm256_storeu_ps(wide + n, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(half + n))));
+#endif
+    for (; n < count; n++) wide[n] = widened(half[n]);
 }
 
 static void layer_norm(float *y, const float *x, const float *weight, const float *bias, long C,
@@ -70,96 +127,185 @@ static void narrow(int16_t *u, float *d, float *low, const float *x, long K, int
     *low = least + middle * *d;
 }
 
+/* A thread's own memory. wide: four rows of halves; u: the rows of x narrowed. */
+typedef struct {
+    float *normal, *p, *wide;
+    int16_t *u;
+} Room;
+
 enum { STORE, GELU, ADD };
 
-/* A thread's part of y (N): W x + bias stored, through GELU, or added to y. u: room for K. */
-static void product(float *y, const Matrix *m, const float *x, int16_t *u, long N, long K, int then,
-                    int middle) {
+/* z = the sums of the four rows of W from n on, W of N rows or more. */
+static void tile(float z[TILE][MOST], const void *weight, const float *x, const Room *room, long n,
+                 long M, long K, int kind) {
+    if (kind == BYTES) {
+        bytes[M](z, (const int8_t *)weight + n * K, room->u, K);
+        return;
+    }
+    const float *w = (const float *)weight + n * K;
+    if (kind == HALF) widen(room->wide, (const uint16_t *)weight + n * K, TILE * K), w = room->wide;
+    floats[M](z, w, x, K, K);
+}
+
+/* A thread's part of y (M, N): x W^T + bias stored, through GELU, or added to y. */
+static void product(float *y, const Matrix *w, const float *x, const Room *room, long M, long N,
+                    long K, int then, const Shape *s) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    float d = 0, low = 0;
-    if (middle) narrow(u, &d, &low, x, K, middle);
-    for (long n = N * thread / threads; n < N * (thread + 1) / threads; n++) {
-        float z;
-        if (middle)
-            z = d * ((float)dot_bytes((const int8_t *)m->weight + n * K, u, K) * m->scale[n]) +
-                (m->bias[n] + low * m->sums[n]);
-        else
-            z = dot((const float *)m->weight + n * K, x, K) + m->bias[n];
-        /* 0.5 (1 + tanh(t)) = 1 / (1 + exp(-2 t)) */
-        if (then == GELU) z /= 1 + expf(-1.5957691216f * (z + 0.044715f * z * z * z));
-        y[n] = then == ADD ? y[n] + z : z;
+    long first = N * thread / threads, end = N * (thread + 1) / threads;
+    float d[MOST], low[MOST], z[TILE][MOST];
+    for (long m = 0; s->kind == BYTES && m < M; m++)
+        narrow(room->u + m * K, d + m, low + m, x + m * K, K, s->middle);
+    for (long n = first; n < end; n += TILE) {
+        /* the last outputs are computed with some before them */
+        long at = n < N - TILE ? n : N - TILE;
+        tile(z, w->weight, x, room, at, M, K, s->kind);
+        for (long r = n - at; r < TILE && at + r < end; r++)
+            for (long m = 0; m < M; m++) {
+                float *to = y + m * N + at + r, value = z[r][m];
+                if (s->kind == BYTES)
+                    value = d[m] * value * w->scale[at + r] + low[m] * w->sums[at + r];
+                if (w->bias) value += w->bias[at + r];
+                *to = then == ADD ? *to + value : value;
+            }
     }
+    for (long m = 0; then == GELU && m < M; m++)
+        for (long n = m * N + first; n < m * N + end; n++) /* 0.5 (1 + tanh(t)) = 1 / (1 + e^-2t) */
+            y[n] /= 1 + expf(-1.5957691216f * (y[n] + 0.044715f * y[n] * y[n] * y[n]));
 }
 
-/* A thread's heads of y (C): attention of qkv (3 C) to the cache (2, H, length, D), whose position
- * `past` it writes. p: room for past + 1. */
-static void attention(float *y, const float *qkv, float *cache, float *p, const Shape *s,
-                      long past) {
-    long C = s->n_embd, H = s->n_head, D = C / H;
-    for (long h = omp_get_thread_num(); h < H; h += omp_get_num_threads()) {
-        float *k = cache + h * s->length * D, *v = k + H * s->length * D;
-        const float *q = qkv + h * D;
-        float most = -INFINITY, sum = 0;
-        memcpy(k + past * D, q + C, D * sizeof(float));
-        memcpy(v + past * D, q + 2 * C, D * sizeof(float));
-        for (long t = 0; t <= past; t++) {
-            p[t] = dot(k + t * D, q, D) / sqrtf(D);
-            most = p[t] > most ? p[t] : most;
+/* p (M, all) = the scores of M queries, `step` apart, with the keys k (count, D). */
+static void scores(float *p, long all, const float *q, long step, const float *k, long count, long M,
+                   long D) {
+    float z[TILE][MOST];
+    for (long t = 0; t < count; t++) {
+        long r = t % TILE;
+        if (r == 0 && t + TILE <= count) floats[M](z, k + t * D, q, D, step);
+        for (long m = 0; m < M; m++) {
+            float sum = z[r][m];
+            if (t - r + TILE > count) {
+                sum = 0;
+                for (long i = 0; i < D; i++) sum += k[t * D + i] * q[m * step + i];
+            }
+            p[m * all + t] = sum;
         }
-        for (long t = 0; t <= past; t++) sum += p[t] = expf(p[t] - most);
-        memset(y + h * D, 0, D * sizeof(float));
-        for (long t = 0; t <= past; t++)
-            for (long i = 0; i < D; i++) y[h * D + i] += p[t] / sum * v[t * D + i];
     }
 }
 
-/* x (C), the embedding of one token, becomes the last block's output. cache: (n_layer, 2, H, length,
- * D), filled up to `past`, which this token fills. scratch: 8 C. */
-void blocks(float *x, const Layer *layers, const Shape *s, float *cache, long past,
-            float *scratch) {
-    long C = s->n_embd;
-    float *qkv = scratch, *y = qkv + 3 * C, *f = y + C;
-#pragma omp parallel
+/* y (M, D), `step` apart, += p (M, all) v (count, D). */
+static void mix(float *y, long step, const float *p, long all, const float *v, long count, long M,
+                long D) {
+    for (long t = 0; t < count; t++)
+        for (long m = 0; m < M; m++)
+            for (long i = 0; i < D; i++) y[m * step + i] += p[m * all + t] * v[t * D + i];
+}
+
+/* p (all) through softmax, but for the division by the sum, which it returns. */
+static float exponentials(float *p, const float *mask, long all, long D) {
+    float most = -INFINITY, sum = 0, scale = 1 / sqrtf(D);
+    for (long t = 0; t < all; t++) p[t] = p[t] * scale + (mask ? mask[t] : 0);
+    for (long t = 0; t < all; t++) most = p[t] > most ? p[t] : most;
+    for (long t = 0; t < all; t++) sum += p[t] = expf(p[t] - most);
+    return sum;
+}
+
+/* A thread's heads of y (M, C): attention of qkv (M, 3 C) to the cache, which it extends. */
+static void attention(float *y, const float *qkv, const Cache *c, long l, float *p, long M,
+                      const Shape *s) {
+    long C = s->n_embd, H = s->n_head, D = C / H, rows = c->rows, S = c->common, W = c->past + 1;
+    for (long n = omp_get_thread_num(); n < M / rows * H; n += omp_get_num_threads()) {
+        long h = n % H, first = n / H * rows;
+        const float *q = qkv + first * 3 * C + h * D;
+        const float *shared_k = 0, *shared_v = 0;
+        float *to = y + first * C + h * D;
+        if (S) {
+            shared_k = c->shared[l] + n * c->length * D;
+            shared_v = shared_k + M / rows * H * c->length * D;
+            scores(p, S + W, q, 3 * C, shared_k, S, rows, D);
+        }
+        for (long m = 0; m < rows; m++) {
+            float *k = c->own[l] + ((first + m) * H + h) * c->capacity * D;
+            float *v = k + M * H * c->capacity * D, *row = p + m * (S + W);
+            memcpy(k + c->past * D, q + m * 3 * C + C, D * sizeof(float));
+            memcpy(v + c->past * D, q + m * 3 * C + 2 * C, D * sizeof(float));
+            scores(row + S, 0, q + m * 3 * C, 0, k, W, 1, D);
+            float sum = exponentials(row, c->mask ? c->mask + (first + m) * (S + W) : 0, S + W, D);
+            for (long t = 0; t < S + W; t++) row[t] /= sum;
+            memset(to + m * C, 0, D * sizeof(float));
+            mix(to + m * C, 0, row + S, 0, v, W, 1, D);
+        }
+        if (S) mix(to, C, p, S + W, shared_v, S, rows, D);
+    }
+}
+
+static long widest(const Shape *s) { return s->n_inner > s->n_embd ? s->n_inner : s->n_embd; }
+
+/* The floats that a thread needs for itself, then those of all threads together. */
+static long own_room(const Shape *s, const Cache *c, long M) {
+    return M * s->n_embd + c->rows * (c->common + c->past + 1) + (TILE + M) * widest(s);
+}
+
+static long common_room(const Shape *s, long M) { return M * (4 * s->n_embd + s->n_inner); }
+
+/* The floats of `scratch` in blocks(). */
+long room(const Shape *s, const Cache *c, long M, long threads) {
+    return common_room(s, M) + threads * own_room(s, c, M);
+}
+
+/* x (M, C), the embeddings of a token in each row, become the last block's outputs. */
+void blocks(float *x, const Layer *layers, const Shape *s, const Cache *c, float *scratch, long M,
+            long threads) {
+    long C = s->n_embd, F = s->n_inner;
+    float *qkv = scratch, *y = qkv + 3 * M * C, *f = y + M * C;
+#pragma omp parallel num_threads((int)threads)
     {
-        float normal[C], p[past + 1];
-        int16_t u[4 * C];
+        float *at = scratch + common_room(s, M) + omp_get_thread_num() * own_room(s, c, M);
+        Room own = {.normal = at, .p = at + M * C};
+        own.wide = own.p + c->rows * (c->common + c->past + 1);
+        own.u = (int16_t *)(own.wide + TILE * widest(s));
         for (long l = 0; l < s->n_layer; l++) {
             const Layer *a = layers + l;
-            layer_norm(normal, x, a->ln_1_weight, a->ln_1_bias, C, s->epsilon);
-            product(qkv, &a->c_attn, normal, u, 3 * C, C, STORE, s->middle);
+            for (long m = 0; m < M; m++)
+                layer_norm(own.normal + m * C, x + m * C, a->ln_1_weight, a->ln_1_bias, C,
+                           s->epsilon);
+            product(qkv, &a->c_attn, own.normal, &own, M, 3 * C, C, STORE, s);
 #pragma omp barrier
-            attention(y, qkv, cache + 2 * l * C * s->length, p, s, past);
+            attention(y, qkv, c, l, own.p, M, s);
 #pragma omp barrier
-            product(x, &a->attn_c_proj, y, u, C, C, ADD, s->middle);
+            product(x, &a->attn_c_proj, y, &own, M, C, C, ADD, s);
 #pragma omp barrier
-            layer_norm(normal, x, a->ln_2_weight, a->ln_2_bias, C, s->epsilon);
-            product(f, &a->c_fc, normal, u, 4 * C, C, GELU, s->middle);
+            for (long m = 0; m < M; m++)
+                layer_norm(own.normal + m * C, x + m * C, a->ln_2_weight, a->ln_2_bias, C,
+                           s->epsilon);
+            product(f, &a->c_fc, own.normal, &own, M, F, C, GELU, s);
 #pragma omp barrier
-            product(x, &a->mlp_c_proj, f, u, C, 4 * C, ADD, s->middle);
+            product(x, &a->mlp_c_proj, f, &own, M, C, F, ADD, s);
 #pragma omp barrier
         }
     }
 }
 
-/* A row of W is read once and multiplied by all rows of x, which stay in a cache. */
-#define EACH(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
-#define BYTE_ROWS(M)                                                                              \
-    static void byte_rows_##M(float *y, const int16_t *u, const int8_t *q, const float *scale,    \
-                              long N, long K) {                                                   \
-        _Pragma("omp parallel for schedule(static)") for (long n = 0; n < N; n++) {               \
-            int32_t sum[M] = {0};                                                                 \
-            for (long k = 0; k < K; k++)                                                          \
-                for (int m = 0; m < M; m++) sum[m] += (int32_t)q[n * K + k] * u[m * K + k];       \
-            for (int m = 0; m < M; m++) y[m * N + n] = (float)sum[m] * scale[n];                  \
-        }                                                                                         \
+/* y (M, N) = x W^T, W of floats or halves. scratch: TILE K for each thread. */
+void linear(float *y, const float *x, const void *weight, float *scratch, long M, long N, long K,
+            int kind, long threads) {
+    Shape s = {.kind = kind};
+    Matrix w = {.weight = weight};
+#pragma omp parallel num_threads((int)threads)
+    {
+        Room own = {.wide = scratch + omp_get_thread_num() * TILE * K};
+        product(y, &w, x, &own, M, N, K, STORE, &s);
     }
-EACH(BYTE_ROWS)
+}
 
-#define CASE(M)                                                                                   \
-    case M: byte_rows_##M(y, u, q, scale, N, K); break;
-
-/* y (M, N) = u (M, K) (scale q)^T, q (N, K), for 1 to 8 rows. The sums are exact. */
-void byte_linear(float *y, const int16_t *u, const int8_t *q, const float *scale, long M, long N,
-                 long K) {
-    switch (M) { EACH(CASE) }
+/* y (M, N) = u (M, K) (scale q)^T, q (N, K). The sums are exact. */
+void byte_linear(float *y, int16_t *u, const int8_t *q, const float *scale, long M, long N,
+                 long K, long threads) {
+    Room own = {.u = u};
+    float z[TILE][MOST];
+#pragma omp parallel for schedule(static) num_threads((int)threads) private(z)
+    for (long n = 0; n < N; n += TILE) {
+        long at = n < N - TILE ? n : N - TILE;
+        tile(z, q, 0, &own, at, M, K, BYTES);
+        for (long r = n - at; r < TILE; r++)
+            for (long m = 0; m < M; m++) y[m * N + at + r] = z[r][m] * scale[at + r];
+    }
 }

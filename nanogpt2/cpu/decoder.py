@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt2.cpu.native import MOST_ROWS, Blocks
 from nanogpt2.cpu.pace import Pace
 from nanogpt2.cpu.prepacked import runs_prepacked
 from nanogpt2.cpu.prepared import is_product, matrices, prepared_for
@@ -59,7 +60,7 @@ class CPUDecoder:
         self._layers = self._prepared.layers
         self._H, self._D = c.n_head, c.n_embd // c.n_head
         # the system provides memory only when it is written
-        self._shared = torch.empty(c.n_layer, 2, prompts, self._H, max_length, self._D)
+        self._shared = [torch.empty(2, prompts, self._H, max_length, self._D) for _ in self._layers]
         capacity = INITIAL_CAPACITY if rows > 1 else 0
         # a tensor for each layer, so that `_grow` copies a single layer at a time
         self._own = [
@@ -105,18 +106,26 @@ class CPUDecoder:
         if not self.length:
             new = min(self._max_length, self._model.config.block_size) - T
             self._prepared.begin(len(self._origin), R * T, new)
-        self._prepared.count(R * T)
+        self._prepared.count(R, T)
         x = self._model.wte(ids) + self._model.wpe(positions)  # (R, T, C)
         # read once, and ask for one token: another thread's text changes the model's blocks
         blocks = self._prepared.blocks
-        if blocks is not None and R * T == len(self._origin) == 1 and mask is None:
-            blocks(x, self._shared, self._shared_length)
+        if blocks is not None and T == 1 and R <= MOST_ROWS:
+            self._add_blocks(blocks, x, mask)
         else:
             for n in range(len(self._layers)):
                 x = self._add_attention(n, x, mask)
                 x = self._add_mlp(n, x)
         self._advance(R, T)
         return self._model.ln_f(x)
+
+    def _add_blocks(self, blocks: Blocks, x: Tensor, mask: Tensor | None) -> None:
+        """Replace x (R, 1, C) by the last block's output."""
+        S, W = self._shared_length, self._own_length
+        if self._writes_own:
+            blocks(x, self._own, W, self._shared, S, mask)
+        else:
+            blocks(x, self._shared, S, mask=mask)
 
     def _add_attention(self, n: int, x: Tensor, mask: Tensor | None) -> Tensor:
         """Block.forward's first line with CausalSelfAttention.forward: (R, T, C) -> (R, T, C).
@@ -130,7 +139,7 @@ class CPUDecoder:
         kv = store.narrow(3, 0, past + T)  # (2, R, H, past + T, D)
         q, kv[:, :, :, past:] = qkv[0], qkv[1:]  # each (R, H, T, D)
         if self._writes_own and S:
-            y = self._attend_to_both(q, kv, self._shared[n, ..., :S, :], mask)
+            y = self._attend_to_both(q, kv, self._shared[n][..., :S, :], mask)
         else:
             k, v = kv
             y = F.scaled_dot_product_attention(

@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from nanogpt2.config import IGNORE_INDEX, SCHEMES, GPTConfig
 from nanogpt2.cpu import malloc
+from nanogpt2.cpu.layouts import to_fp16
 from nanogpt2.cpu.prepacked import (
     SCALE,
     PrepackedLinear,
     Release,
     can_multiply,
     prepacked_linear_for,
-    to_fp16,
     to_int8,
     widened,
 )

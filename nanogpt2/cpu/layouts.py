@@ -4,7 +4,7 @@
     onednn        as stored, by oneDNN
     onednn_1, _5  in oneDNN's blocks for 1 or 5 rows
     tiles_64, _96 W^T in tiles (K, width), one row after the other
-    rows          W's own rows, one after the other, as blocks.c reads them; here by oneDNN
+    rows          W's own rows, one after the other; by blocks.c for few rows, where it is compiled
 
 The product of one row x with a tile is a weighted sum of the tile's rows, which fbgemm's embedding
 bag computes: y = sum_k x_k T[k]. It reads the memory once from front to back, as fast as the memory
@@ -16,7 +16,9 @@ and m. Every product is exact: the sums are whole numbers below 2^24.
     onednn_u8s8   by oneDNN, for processors with VNNI; elsewhere it saturates at 16 bits
     fbgemm_7bit   by fbgemm; the input must have 7 bits
     tiles_64, _96 as above, in bytes
-    rows          as above; by blocks.c for few rows, where it is compiled
+    rows          as above, in bytes
+
+fp16 has two: fbgemm_fp16, by fbgemm, and rows. The sums are float32.
 
 `nanogpt2/cpu/tuning.py` measures them and `nanogpt2/cpu/plan.py` chooses. This file does not know
 the model. PyTorch's operations used here are outside its stable interface.
@@ -38,7 +40,9 @@ from nanogpt2.cpu import native
 ZERO = torch.zeros(1, dtype=torch.int64)  # oneDNN's zero point, for all outputs
 # tiles multiply up to this number of rows one by one; more rows go through oneDNN, tile by tile
 ROWS_ONE_BY_ONE = 8
-CHUNK = 4096  # rows of int8 widened at once
+CHUNK = 4096  # rows of int8 or float16 widened at once
+FULL, REST = 512, 256  # inputs of one of fbgemm's fp16 blocks, and of a half-empty one
+MOST = torch.finfo(torch.float16).max
 
 
 class Layout(ABC):
@@ -114,7 +118,24 @@ class Rows(OneDNN):
     """The weight's rows, one after the other."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.contiguous())
+        weight = weight.contiguous()
+        # a mapped file's tensor may begin at any byte, which C does not allow
+        super().__init__(weight.clone() if weight.data_ptr() % weight.element_size() else weight)
+
+    @override
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = _by_blocks(x, self._weight)
+        if y is None:
+            return super().product(x, bias)
+        return y if bias is None else y.add_(bias)
+
+
+def _by_blocks(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Multiply few rows by blocks.c, (..., K) -> (..., N); None where it cannot."""
+    rows = x.reshape(-1, x.size(-1))
+    if not native.can_multiply(len(rows), len(weight)):
+        return None
+    return native.linear(rows, weight).view(*x.shape[:-1], len(weight))
 
 
 class Tiles(Layout):
@@ -248,7 +269,7 @@ class ByteRows(ByteLayout):
     @override
     def product(self, u: Tensor, middle: int) -> Tensor:
         rows = u.reshape(-1, u.size(-1))
-        if len(rows) <= ROWS_ONE_BY_ONE and native.library() is not None:
+        if native.can_multiply(len(rows), self._N):
             y = native.byte_linear(rows.to(torch.int16).sub_(middle), self._q, self._scale)
         else:
             x = rows.float().sub_(middle)
@@ -259,6 +280,81 @@ class ByteRows(ByteLayout):
     @override
     def dense(self) -> Tensor:
         return self._q
+
+
+class FbgemmHalf(Layout):
+    """fbgemm's blocks of float16. fbgemm rounds a weight of any floating type."""
+
+    def __init__(self, weight: Tensor) -> None:
+        wide = weight.float().contiguous()
+        # clamp a copy: fbgemm clamps in place, and `wide` may be a file's or the model's weight
+        low, high = torch.aminmax(wide)
+        if max(-low, high) > MOST:
+            wide = wide.clamp(-MOST, MOST)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(wide, None)
+
+    @override
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return y if bias is None else y.add_(bias)
+
+    @override
+    def dense(self) -> Tensor:
+        return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].half()
+
+
+class FbgemmHalfHead(Layout):
+    """FbgemmHalf for a large weight whose last 256 inputs fbgemm would pad to 512.
+
+    A second matrix holds these inputs: output n of the first half beside output n of the second.
+    Multiplied by [x 0] it gives the first half of the outputs, by [0 x] the second.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._N = len(weight)
+        first, last = weight.split([weight.size(1) - REST, REST], dim=1)
+        # for an odd number of outputs, add an output of zeros
+        last = F.pad(last, (0, 0, 0, self._N % 2))
+        self._first = FbgemmHalf(first)
+        self._last = FbgemmHalf(torch.cat(last.chunk(2), dim=1))
+
+    @override
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        first, last = x.split([x.size(-1) - REST, REST], dim=-1)
+        pair = torch.stack([F.pad(last, (0, REST)), F.pad(last, (REST, 0))], dim=-2)
+        more = self._last.product(pair, None).flatten(-2)  # (..., N), or one more
+        y = self._first.product(first.contiguous(), bias)
+        return y.add_(more[..., : self._N])
+
+    @override
+    def dense(self) -> Tensor:
+        first, last = self._first.dense(), self._last.dense()
+        last = torch.cat(last.chunk(2, dim=1))[: self._N]
+        return torch.cat([first, last], dim=1)
+
+
+class HalfRows(Layout):
+    """The weight's rows in float16, one after the other."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = to_fp16(weight).contiguous()
+
+    @override
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = _by_blocks(x, self._weight)
+        if y is None:
+            parts = [OneDNN(w.float()).product(x, None) for w in self._weight.split(CHUNK)]
+            y = torch.cat(parts, dim=-1)
+        return y if bias is None else y.add_(bias)
+
+    @override
+    def dense(self) -> Tensor:
+        return self._weight
+
+
+def to_fp16(weight: Tensor) -> Tensor:
+    """Convert to float16; clamp to its largest number."""
+    return weight.clamp(-MOST, MOST).half()
 
 
 class _Bag:
@@ -322,4 +418,9 @@ BYTES: dict[str, Callable[[Tensor, Tensor], ByteLayout]] = {
     "tiles_64": partial(ByteTiles, width=64),
     "tiles_96": partial(ByteTiles, width=96),
     "rows": ByteRows,
+}
+HALVES: dict[str, Callable[[Tensor], Layout]] = {
+    "fbgemm_fp16": FbgemmHalf,
+    "fbgemm_fp16_head": FbgemmHalfHead,
+    "rows": HalfRows,
 }

@@ -10,7 +10,7 @@ file does not know what the matrices mean.
 from collections import Counter
 from collections.abc import Sequence
 
-from nanogpt2.cpu.prepacked import LaidOut
+from nanogpt2.cpu.prepacked import PrepackedLinear
 from nanogpt2.cpu.tuning import ROWS, Shape, Table, Timing
 
 WORTH = 0.95  # another layout must take less than this part of the present one's time
@@ -19,8 +19,8 @@ WORTH = 0.95  # another layout must take less than this part of the present one'
 class Plan:
     """The layouts of some matrices. Without a table they stay as they are."""
 
-    def __init__(self, products: Sequence[LaidOut], table: Table | None) -> None:
-        groups: dict[Shape, list[LaidOut]] = {}
+    def __init__(self, products: Sequence[PrepackedLinear], table: Table | None) -> None:
+        groups: dict[Shape, list[PrepackedLinear]] = {}
         for product in products:
             groups.setdefault(product.shape, []).append(product)
         self._groups = [
@@ -46,7 +46,7 @@ class Plan:
 class _Group:
     """Matrices of one shape, with each layout's account: milliseconds saved, of one matrix."""
 
-    def __init__(self, products: Sequence[LaidOut], timings: dict[str, Timing]) -> None:
+    def __init__(self, products: Sequence[PrepackedLinear], timings: dict[str, Timing]) -> None:
         self._products = products
         allowed = products[0].layouts
         self._timings = {name: t for name, t in timings.items() if name in allowed}

@@ -25,18 +25,36 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from nanogpt2.cpu import malloc, native
-from nanogpt2.cpu.layouts import AS_STORED, BYTES, FLOAT, ByteLayout, Layout, OneDNN, OneDNNBytes
+from nanogpt2.cpu.layouts import (
+    AS_STORED,
+    BYTES,
+    FLOAT,
+    FULL,
+    HALVES,
+    REST,
+    ByteLayout,
+    Layout,
+    OneDNN,
+    OneDNNBytes,
+)
 
 SCALE = "_scale"  # int8's scales, appended to the matrix's name: float32 (N,)
 CHUNK = 256  # rows of a matrix narrowed at once
-FULL, REST = 512, 256  # inputs of one of fbgemm's fp16 blocks, and of a half-empty one
-MOST = torch.finfo(torch.float16).max
 LEAST = 1e-30  # the smallest scale: a divisor
 Release = Callable[[Tensor], None]
 
 
 class PrepackedLinear(nn.Module, ABC):
-    """x W^T + b for a weight (N, K): (..., K) -> (..., N), and two fused forms."""
+    """x W^T + b for a weight (N, K) that can change its layout: (..., K) -> (..., N).
+
+    layout: the layout's name, None before the first use. usual: the one it takes by itself.
+    layouts: all that it can take. shape: (N, K).
+    """
+
+    layout: str | None
+    usual: str
+    layouts: tuple[str, ...]
+    shape: tuple[int, int]
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -54,34 +72,21 @@ class PrepackedLinear(nn.Module, ABC):
     def stored(self) -> dict[str, Tensor]:
         """Return the weight's tensors, by the suffixes of their names."""
 
+    @abstractmethod
+    def lay_out(self, name: str) -> None:
+        """Change the layout. The results stay the same, but for the order of float32's sums."""
+
+    @abstractmethod
+    def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
+        """Return the weight laid out in `rows` for blocks.c, and the tensors that it points to."""
+
 
 def _compiled(names: Iterable[str]) -> tuple[str, ...]:
     """Return the layouts worth trying: `rows` where blocks.c is compiled."""
     return tuple(name for name in names if name != "rows" or native.library() is not None)
 
 
-class LaidOut(PrepackedLinear):
-    """A layer whose weight can change its layout.
-
-    layout: the layout's name, None before the first use. usual: the one it takes by itself.
-    layouts: all that it can take. shape: (N, K).
-    """
-
-    layout: str | None
-    usual: str
-    layouts: tuple[str, ...]
-    shape: tuple[int, int]
-
-    @abstractmethod
-    def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
-        """Return the weight laid out in `rows` for blocks.c, and the tensors that it points to."""
-
-    @abstractmethod
-    def lay_out(self, name: str) -> None:
-        """Change the layout. The results stay the same, but for the order of float32's sums."""
-
-
-class FloatLinear(LaidOut):
+class FloatLinear(PrepackedLinear):
     """float32, at first as the weight is stored."""
 
     usual = "onednn"
@@ -107,7 +112,8 @@ class FloatLinear(LaidOut):
         self._layout: Layout = OneDNN(weight)
         self.layout = self.usual
         self.shape = (weight.size(0), weight.size(1))
-        self.layouts = _compiled(FLOAT) if lays_out else AS_STORED
+        in_place = (*AS_STORED, "rows") if weight.is_contiguous() else AS_STORED
+        self.layouts = _compiled(FLOAT if lays_out else in_place)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class FloatLinear(LaidOut):
             return
         weight, was_stored = self._weight(), self.layout in AS_STORED
         self._layout, self.layout = FLOAT[name](weight), name
-        if name not in AS_STORED:
+        if name not in AS_STORED and self._weight().data_ptr() != weight.data_ptr():
             malloc.return_free()
             if was_stored and self._release is not None:
                 self._release(weight)
@@ -147,59 +153,42 @@ class FloatLinear(LaidOut):
 
 
 class HalfLinear(PrepackedLinear):
-    """A weight of 16 bits, by fbgemm; the sums are float32."""
+    """A weight of 16 bits; the sums are float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: of any floating type; fbgemm rounds it."""
-        super().__init__()
-        wide = weight.float().contiguous()
-        # clamp a copy: fbgemm clamps in place, and `wide` may be a file's or the model's weight
-        low, high = torch.aminmax(wide)
-        if max(-low, high) > MOST:
-            wide = wide.clamp(-MOST, MOST)
-        self._packed = torch.ops.quantized.linear_prepack_fp16(wide, bias)
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
-
-    @override
-    def stored(self) -> dict[str, Tensor]:
-        return {"": torch.ops.quantized.linear_unpack_fp16(self._packed)[0].half()}
-
-
-class HalfHead(PrepackedLinear):
-    """HalfLinear for a large weight whose last 256 inputs fbgemm would pad to 512.
-
-    A second matrix holds these inputs: output n of the first half beside output n of the second.
-    Multiplied by [x 0] it gives the first half of the outputs, by [0 x] the second.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
         """weight: (N, K), of any floating type."""
         super().__init__()
-        self._N = len(weight)
-        first, last = weight.split([weight.size(1) - REST, REST], dim=1)
-        # for an odd number of outputs, add an output of zeros
-        last = F.pad(last, (0, 0, 0, self._N % 2))
-        self._first = HalfLinear(first, None)
-        self._last = HalfLinear(torch.cat(last.chunk(2), dim=1), None)
+        self.shape = _, K = (weight.size(0), weight.size(1))
+        # a head is much the largest matrix, so that padding would cost it the most
+        pads = bias is None and K > FULL and K % FULL == REST
+        self.usual = "fbgemm_fp16_head" if pads else "fbgemm_fp16"
+        self.layouts = _compiled((self.usual, "rows"))
+        self._bias = None if bias is None else bias.detach()
+        self._layout: Layout = HALVES[self.usual](weight)
+        self.layout = self.usual
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        first, last = x.split([x.size(-1) - REST, REST], dim=-1)
-        pair = torch.stack([F.pad(last, (0, REST)), F.pad(last, (REST, 0))], dim=-2)
-        more = self._last(pair).flatten(-2)  # (..., N), or one more
-        return self._first(first.contiguous()).add_(more[..., : self._N])
+        return self._layout.product(x, self._bias)
 
     @override
     def stored(self) -> dict[str, Tensor]:
-        first, last = self._first.stored()[""], self._last.stored()[""]
-        last = torch.cat(last.chunk(2, dim=1))[: self._N]
-        return {"": torch.cat([first, last], dim=1)}
+        return {"": self._layout.dense()}
+
+    @override
+    def lay_out(self, name: str) -> None:
+        if name != self.layout:
+            self._layout, self.layout = HALVES[name](self._layout.dense()), name
+            malloc.return_free()
+
+    @override
+    def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
+        assert self._bias is not None
+        tensors = [self._layout.dense(), self._bias]
+        return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
 
 
-class Int8Linear(LaidOut):
+class Int8Linear(PrepackedLinear):
     """q of 8 bits with a scale s for each output; the formulas are at the top of the file."""
 
     middle = 128  # m
@@ -306,7 +295,6 @@ def prepacked_linear_for(
     """
     if scheme is None:
         return FloatLinear(widened(weight, release), bias, release, lays_out)
-    K = weight.size(1)
     if scheme == "int8":
         kind = Int8Linear if onednn_sums_exactly() else Int7Linear
         if scale is not None:
@@ -316,8 +304,6 @@ def prepacked_linear_for(
             # now, while the rest of the model lies in its file: later both would be in memory
             narrow.lay_out(kind.usual)
         product: PrepackedLinear = narrow
-    elif bias is None and K > FULL and K % FULL == REST:
-        product = HalfHead(weight)
     else:
         product = HalfLinear(weight, bias)
     if release is not None:
@@ -331,11 +317,6 @@ def widened(weight: Tensor, release: Release | None) -> Tensor:
     if wide is not weight and release is not None:
         release(weight)
     return wide
-
-
-def to_fp16(weight: Tensor) -> Tensor:
-    """Convert to float16; clamp to its largest number."""
-    return weight.clamp(-MOST, MOST).half()
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,11 @@ from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.cpu.layouts import AS_STORED
 from nanogpt2.cpu.pace import Pace
 from nanogpt2.cpu.plan import Plan
-from nanogpt2.cpu.prepacked import FloatLinear, Int8Linear, LaidOut, PrepackedLinear
+from nanogpt2.cpu.prepacked import FloatLinear, HalfLinear, PrepackedLinear
 from nanogpt2.cpu.tuning import table_for
 from nanogpt2.model import GPT, LayerNorm
 
-# steps of one row after which the layers are laid out for blocks.c: about as many repay it
+# steps of few rows after which the layers are laid out for blocks.c: about as many repay it
 PAYS_AFTER = 16
 
 
@@ -49,7 +49,7 @@ class Prepared:
     layers: list[Layer]
     head: PrepackedLinear
     pace: Pace
-    blocks: native.Blocks | None  # the layers compiled, for one row; None where not ready
+    blocks: native.Blocks | None  # the layers compiled, for few rows; None where not ready
 
     def __init__(self, model: GPT, tuned: bool = True) -> None:
         """tuned: False leaves every layout as it is."""
@@ -60,24 +60,24 @@ class Prepared:
         self.layers = [_layer(block) for block in model.h]
         self._modules = _modules(model)
         self._seen = [_state(tensor) for tensor in _weights(model)]
-        products = self.laid_out()
+        products = self.products()
         # of each weight that a layout copies, the sum of its bits when it was copied
         self._sums: dict[int, int] = {}
         self._may_change = [] if isinstance(model, InferenceGPT) else products
-        table = table_for(products) if products and tuned else None
+        timed = [p for p in products if not isinstance(p, HalfLinear)]
+        table = table_for(timed) if timed and tuned else None
         head = [p for p in products if p is self.head]
         self._body = Plan([p for p in products if p is not self.head], table)
         self._head = Plan(head, table)
         self.pace = Pace()
         self.blocks = None
         self._model = ref(model)
-        self._single_rows = 0
+        self._steps = 0  # of few rows
         self._choosing = Lock()  # one thread at a time changes layouts
 
-    def laid_out(self) -> list[LaidOut]:
-        """Return the layers whose layout can change, in the order of their use."""
-        products = [p for layer in self.layers for p in layer.products()]
-        return [p for p in [*products, self.head] if isinstance(p, LaidOut)]
+    def products(self) -> list[PrepackedLinear]:
+        """Return all matrices, in the order of their use."""
+        return [*(p for layer in self.layers for p in layer.products()), self.head]
 
     def is_current(self, model: GPT) -> bool:
         """Return False once a weight or a layer of this model was replaced or changed."""
@@ -94,20 +94,21 @@ class Prepared:
             self._body.begin(rows, prompt, new)
             self._head.begin(rows, 1, new)
 
-    def count(self, rows: int) -> None:
-        """Account for reading this many rows."""
+    def count(self, rows: int, tokens: int) -> None:
+        """Account for reading this many tokens in each of some rows."""
         with self._choosing:
-            if rows == 1 and self._can_compile():
+            if tokens == 1 and self._can_compile(rows):
                 self._prepare_blocks()
-            else:
+            elif tokens == 1 or self.blocks is None:
                 self.blocks = None
-                self._body.count(rows)
+                self._body.count(rows * tokens)
             self._sum_copies()
 
     def count_head(self, rows: int) -> None:
         """Account for scoring this many rows."""
         with self._choosing:
-            self._head.count(rows)
+            if not self._can_compile(rows):
+                self._head.count(rows)
             self._sum_copies()
 
     def layouts(self) -> dict[str, str]:
@@ -116,24 +117,22 @@ class Prepared:
         for layer in self.layers:
             for name, product in zip(Layer._fields, layer, strict=True):
                 if isinstance(product, PrepackedLinear):
-                    found.setdefault(name, []).append(_layout_of(product))
-        found["head"] = [_layout_of(self.head)]
+                    found.setdefault(name, []).append(product.layout or "none yet")
+        found["head"] = [self.head.layout or "none yet"]
         return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
 
-    def _can_compile(self) -> bool:
-        return native.library() is not None and all(
-            isinstance(p, LaidOut) for layer in self.layers for p in layer.products()
-        )
+    def _can_compile(self, rows: int) -> bool:
+        return all(native.can_multiply(rows, N) for N, _ in {p.shape for p in self.products()})
 
     def _prepare_blocks(self) -> None:
-        """Lay out a layer a step for blocks.c, once that pays."""
-        self._single_rows += 1
-        if self.blocks is not None or self._single_rows < PAYS_AFTER:
+        """Lay out a layer a step for blocks.c, once that pays, the head at last."""
+        self._steps += 1
+        if self.blocks is not None or self._steps < PAYS_AFTER:
             return
-        for layer in self.layers:
-            products = [p for p in layer.products() if isinstance(p, LaidOut)]
-            if any(p.layout != "rows" for p in products):
-                for product in products:
+        for products in (*(layer.products() for layer in self.layers), [self.head]):
+            changing = [p for p in products if p.layout != "rows" and "rows" in p.layouts]
+            if changing:
+                for product in changing:
                     product.lay_out("rows")
                 return
         self.blocks = self._compiled_blocks()
@@ -144,15 +143,15 @@ class Prepared:
         layers, tensors = [], []
         for layer in self.layers:
             norms = [t for ln in (layer.ln_1, layer.ln_2) for t in (ln.weight, ln.bias)]
-            found = [p.matrix() for p in layer.products() if isinstance(p, LaidOut)]
+            found = [p.matrix() for p in layer.products()]
             matrices = [matrix for matrix, _ in found]
             layers.append(native.Layer(*[t.data_ptr() for t in norms], *matrices))
             tensors += [*norms, *(t for _, kept in found for t in kept)]
-        c, first = model.config, self.layers[0].c_attn
-        middle = first.middle if isinstance(first, Int8Linear) else 0
+        c, c_fc = model.config, self.layers[0].c_fc
         shape: dict[str, Any] = {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head}
-        shape |= {"epsilon": c.layer_norm_epsilon, "middle": middle}
-        return native.Blocks(layers, tensors, shape)
+        shape |= {"n_inner": c_fc.shape[0], "epsilon": c.layer_norm_epsilon}
+        shape |= {"kind": native.KINDS[c_fc.matrix()[1][0].dtype]}
+        return native.Blocks(layers, tensors, shape | {"middle": getattr(c_fc, "middle", 0)})
 
     def _sum_copies(self) -> None:
         """Sum the bits of each weight that has just been copied."""
@@ -257,9 +256,3 @@ def _sum_of_bits(weight: Tensor) -> int:
     if flat.data_ptr() % 8 == 0 and flat.storage_offset() % 2 == 0:
         return total + int(flat[:even].view(torch.int64).sum())
     return total + int(flat[:even].view(torch.int32).sum())
-
-
-def _layout_of(product: PrepackedLinear) -> str:
-    if isinstance(product, LaidOut):
-        return product.layout or "none yet"
-    return "fbgemm_fp16"

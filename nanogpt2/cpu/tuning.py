@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanogpt2.atomic import whole_file
 from nanogpt2.cpu import malloc
-from nanogpt2.cpu.prepacked import FloatLinear, Int8Linear, LaidOut
+from nanogpt2.cpu.prepacked import FloatLinear, Int8Linear, PrepackedLinear
 from nanogpt2.cpu.processor import cache_folder, processor_name
 
 VERSION = 1  # of the file's format and of the way to measure
@@ -53,7 +53,7 @@ Table = dict[Shape, dict[str, Timing]]
 
 
 def table_for(
-    products: Sequence[LaidOut], anew: bool = False, passes: int = PASSES
+    products: Sequence[PrepackedLinear], anew: bool = False, passes: int = PASSES
 ) -> Table | None:
     """Return the times of these matrices' layouts, measured here unless the cache has them.
 
@@ -82,7 +82,7 @@ _measured: dict[str, Table] = {}  # by the files' names
 
 
 @torch.inference_mode()
-def measure(products: Sequence[LaidOut], passes: int = PASSES) -> Table:
+def measure(products: Sequence[PrepackedLinear], passes: int = PASSES) -> Table:
     """Time every layout of every shape; leave out those whose product is wrong.
 
     products: in the order of their use. The sample goes through its matrices in this order, so
@@ -129,7 +129,7 @@ def measure(products: Sequence[LaidOut], passes: int = PASSES) -> Table:
     return table
 
 
-def _lay_out(products: Sequence[LaidOut], name: str) -> dict[Shape, float]:
+def _lay_out(products: Sequence[PrepackedLinear], name: str) -> dict[Shape, float]:
     """Lay out all; return the milliseconds that the last of each shape took."""
     taken = {}
     for product in products:
@@ -140,8 +140,8 @@ def _lay_out(products: Sequence[LaidOut], name: str) -> dict[Shape, float]:
 
 
 def _times(
-    base: Sequence[LaidOut],
-    other: Sequence[LaidOut],
+    base: Sequence[PrepackedLinear],
+    other: Sequence[PrepackedLinear],
     rows: int,
     passes: int,
     flush: Sequence[Tensor],
@@ -173,7 +173,7 @@ def _times(
     return least[0], least[1]
 
 
-def _is_exact(usual: LaidOut, other: LaidOut) -> bool:
+def _is_exact(usual: PrepackedLinear, other: PrepackedLinear) -> bool:
     """Compare two layouts of a matrix, on usual inputs and on the largest."""
     K = usual.shape[1]
     x = torch.stack([torch.linspace(-3, 2, K).sin(), (torch.arange(K) % 2).float()])
@@ -184,9 +184,9 @@ def _is_exact(usual: LaidOut, other: LaidOut) -> bool:
     return True
 
 
-def _sample(products: Sequence[LaidOut]) -> list[Callable[[], LaidOut]]:
+def _sample(products: Sequence[PrepackedLinear]) -> list[Callable[[], PrepackedLinear]]:
     """Choose the first matrices and the largest; return functions that make a layer of each."""
-    sample: list[Callable[[], LaidOut]] = []
+    sample: list[Callable[[], PrepackedLinear]] = []
     size = 0
     is_float = isinstance(products[0], FloatLinear)
     most = SAMPLE_BYTES if is_float else SAMPLE_BYTES // INT8_PART
@@ -197,18 +197,18 @@ def _sample(products: Sequence[LaidOut]) -> list[Callable[[], LaidOut]]:
     return sample
 
 
-def _untouched(products: Sequence[LaidOut]) -> list[LaidOut]:
+def _untouched(products: Sequence[PrepackedLinear]) -> list[PrepackedLinear]:
     """Return those whose weight can be read without a copy: int8's have no layout yet."""
     return [p for p in products if isinstance(p, FloatLinear) or p.layout is None]
 
 
-def _to_flush(products: Sequence[LaidOut]) -> list[Tensor]:
+def _to_flush(products: Sequence[PrepackedLinear]) -> list[Tensor]:
     """Return int8's weights as whole numbers; nothing for float32, whose sample is large."""
     weights = [p.stored()[""].flatten() for p in products if isinstance(p, Int8Linear)]
     return [weight[: len(weight) // 8 * 8].view(torch.int64) for weight in weights]
 
 
-def _make(product: LaidOut) -> LaidOut:
+def _make(product: PrepackedLinear) -> PrepackedLinear:
     """Make a layer of a product's weight, or of a part of it, without a bias."""
     stored = product.stored()
     weight = stored.pop("")
@@ -219,13 +219,13 @@ def _make(product: LaidOut) -> LaidOut:
     return FloatLinear(weight, None)
 
 
-def _part(product: LaidOut) -> int:
+def _part(product: PrepackedLinear) -> int:
     """Return the divisor of the outputs to time: a head's are many."""
     part = HEAD_PART if isinstance(product, FloatLinear) else INT8_PART
     return part if product.shape[0] > part * 4 * product.shape[1] else 1
 
 
-def _bytes(product: LaidOut) -> int:
+def _bytes(product: PrepackedLinear) -> int:
     N, K = product.shape
     return N * K * (1 if isinstance(product, Int8Linear) else 4)
 
@@ -233,7 +233,7 @@ def _bytes(product: LaidOut) -> int:
 # ---- the file
 
 
-def _key(products: Sequence[LaidOut]) -> dict[str, Any]:
+def _key(products: Sequence[PrepackedLinear]) -> dict[str, Any]:
     """Describe everything that the times depend on."""
     return {
         "version": VERSION,
