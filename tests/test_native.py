@@ -104,14 +104,29 @@ def test_int8_is_the_products_of_prepacked_py(library, kind, monkeypatch):
 SIZES = [*zip(range(1, 9), (4, 5, 37, 38, 39, 40, 67, 9), strict=True)]
 
 
+def product_of(x, weight, *more, middle=0):
+    tensors = [weight, None, *more]
+    places = [t if t is None else t.data_ptr() for t in tensors]
+    return native.linear(x, native.Matrix(*places), len(weight), weight.dtype, middle)
+
+
+@pytest.mark.parametrize("middle", [64, 128])
 @pytest.mark.parametrize(("rows", "outputs"), SIZES)
-def test_products_of_bytes_are_exact(library, rows, outputs):
+def test_products_of_bytes_are_exact(library, rows, outputs, middle):
+    """Inputs of whole steps are narrowed without a rest, so the sums are whole numbers."""
     torch.manual_seed(0)
+    most = 255 if middle == 128 else 127
     q = torch.randint(-127, 128, (outputs, 771), dtype=torch.int8)
-    u = torch.randint(-128, 128, (rows, 771), dtype=torch.int16)
-    scale = torch.rand(outputs)
-    expected = (u.long() @ q.long().t()).float() * scale
-    assert torch.equal(native.byte_linear(u, q, scale), expected)
+    u = torch.randint(0, most + 1, (rows, 771))
+    u[:, 0], u[:, 1] = 0, most
+    scale, x = torch.rand(outputs), u.float() * (255 / most)
+    if middle == 64:
+        # in the middle of the two steps of 8 bits that become one of 7
+        x = (2 * u + u.sign()).clamp(max=255).float()
+        u = x.long() >> 1
+    found = product_of(x, q, scale, torch.zeros(outputs), middle=middle)
+    expected = ((u - middle) @ q.long().t()).float() * scale * (128 // middle)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -123,7 +138,7 @@ def test_products_of_few_rows(library, rows, outputs, threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = native.linear(x, weight)
+        found = product_of(x, weight)
     finally:
         torch.set_num_threads(before)
     expected = x.double() @ weight.double().t()
@@ -131,15 +146,14 @@ def test_products_of_few_rows(library, rows, outputs, threads, dtype):
 
 
 def test_each_half_is_widened_exactly(library):
-    """All 65,536 of them: by the processor's instructions, and the last one of a tile without."""
+    """All 65,536: by the processor's instructions, and beyond the last 16 numbers without."""
     halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    for first in (0, 1):
-        column = torch.zeros(2**16, 9, dtype=torch.float16)
-        # 9 inputs: the 8 of an instruction and one more
-        column[:, 8 * first] = halves
-        x = torch.zeros(1, 9)
-        x[0, 8 * first] = 1
-        found, expected = native.linear(x, column)[0], halves.float()
+    for place in (0, 16):
+        column = torch.zeros(2**16, 17, dtype=torch.float16)
+        column[:, place] = halves
+        x = torch.zeros(1, 17)
+        x[0, place] = 1
+        found, expected = product_of(x, column)[0], halves.float()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 

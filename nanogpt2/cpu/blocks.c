@@ -19,6 +19,12 @@
 
 enum { TILE = 4, MOST = 8 }; /* outputs side by side; rows */
 enum { FLOAT, HALF, BYTES };
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 
 /* weight (N, K): float32, float16 or int8, the latter with scale and sums (N), as in prepacked.py. */
 typedef struct {
@@ -47,56 +53,84 @@ typedef struct {
     long capacity, past, length, common, rows;
 } Cache;
 
-/* z = the sums of four rows of W with each row of x. x's rows are `step` apart. */
+static inline float widened(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
+    float value = (float)rest * 0x1p-24f; /* of 0 and of numbers below the normal ones */
+    if (rest >= 0x400) {
+        /* the exponent's bias grows from 15 to 127; infinity and NaN keep the largest exponent */
+        bits = (rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23);
+        memcpy(&value, &bits, sizeof value);
+    }
+    memcpy(&bits, &value, sizeof bits);
+    bits |= sign;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline Lanes half_lanes(const uint16_t *half) {
+#if defined __AVX512F__
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)half));
+#elif defined __F16C__
+    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)half));
+#else
+    Lanes wide;
+    for (int i = 0; i < LANES; i++) wide[i] = widened(half[i]);
+    return wide;
+#endif
+}
+
+static inline float plain(float number) { return number; }
+static inline Lanes lanes(const float *numbers) { return *(const Lanes *)numbers; }
+
+/* z = the sums of four rows of W with M rows of x, which are `step` apart. A row of W is short, so
+ * the processor does not fetch the next four by itself. */
 #define EACH(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
-#define TILES(M)                                                                                  \
-    static void floats_##M(float z[TILE][MOST], const float *w, const float *x, long K,           \
+#define SUMS(NAME, M, WEIGHT, WIDE, ONE)                                                          \
+    static void NAME##_##M(float z[TILE][MOST], const WEIGHT *w, const float *x, long K,          \
                            long step) {                                                           \
-        float sum[TILE][M] = {{0}};                                                               \
-        for (long k = 0; k < K; k++)                                                              \
-            for (int r = 0; r < TILE; r++)                                                        \
-                for (int m = 0; m < M; m++) sum[r][m] += w[r * K + k] * x[m * step + k];          \
+        Lanes sum[TILE][M] = {{{0}}};                                                             \
+        long even = K / LANES * LANES;                                                            \
+        for (long k = 0; k < even; k += LANES)                                                    \
+            for (int r = 0; r < TILE; r++) {                                                      \
+                Lanes wide = WIDE(w + r * K + k);                                                 \
+                __builtin_prefetch(w + (TILE + r) * K + k);                                       \
+                for (int m = 0; m < M; m++) sum[r][m] += wide * lanes(x + m * step + k);          \
+            }                                                                                     \
         for (int r = 0; r < TILE; r++)                                                            \
-            for (int m = 0; m < M; m++) z[r][m] = sum[r][m];                                      \
-    }                                                                                             \
+            for (int m = 0; m < M; m++) {                                                         \
+                float parts[LANES], total = 0;                                                    \
+                memcpy(parts, &sum[r][m], sizeof parts);                                          \
+                for (int i = 0; i < LANES; i++) total += parts[i];                                \
+                for (long k = even; k < K; k++) total += ONE(w[r * K + k]) * x[m * step + k];     \
+                z[r][m] = total;                                                                  \
+            }                                                                                     \
+    }
+#define FLOATS(M) SUMS(floats, M, float, lanes, plain)
+#define HALVES(M) SUMS(halves, M, uint16_t, half_lanes, widened)
+EACH(FLOATS)
+EACH(HALVES)
+
+#define BYTE_SUMS(M)                                                                              \
     static void bytes_##M(float z[TILE][MOST], const int8_t *q, const int16_t *u, long K) {       \
         int32_t sum[TILE][M] = {{0}};                                                             \
+        for (long k = 0; k < TILE * K; k += 64) __builtin_prefetch(q + TILE * K + k);             \
         for (long k = 0; k < K; k++)                                                              \
             for (int r = 0; r < TILE; r++)                                                        \
                 for (int m = 0; m < M; m++) sum[r][m] += (int32_t)q[r * K + k] * u[m * K + k];    \
         for (int r = 0; r < TILE; r++)                                                            \
             for (int m = 0; m < M; m++) z[r][m] = (float)sum[r][m];                               \
     }
-EACH(TILES)
+EACH(BYTE_SUMS)
 
 #define NAME_FLOATS(M) floats_##M,
+#define NAME_HALVES(M) halves_##M,
 #define NAME_BYTES(M) bytes_##M,
-static void (*const floats[])(float[TILE][MOST], const float *, const float *, long,
+typedef float Sums[TILE][MOST];
+static void (*const floats[])(Sums, const float *, const float *, long,
                               long) = {0, EACH(NAME_FLOATS)};
-static void (*const bytes[])(float[TILE][MOST], const int8_t *, const int16_t *,
-                             long) = {0, EACH(NAME_BYTES)};
-
-static float widened(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
-    float value;
-    if (rest < 0x400) { /* 0, or below the normal numbers: a multiple of 2^-24 */
-        value = (float)rest * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    /* the exponent's bias grows from 15 to 127; infinity and NaN keep the largest exponent */
-    bits = sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23));
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static void widen(float *wide, const uint16_t *half, long count) {
-    long n = 0;
-#ifdef __F16C__
-    for (; n + 8 <= count; n += 8)
-        _mm256_storeu_ps(wide + n, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(half + n))));
-#endif
-    for (; n < count; n++) wide[n] = widened(half[n]);
-}
+static void (*const halves[])(Sums, const uint16_t *, const float *, long,
+                              long) = {0, EACH(NAME_HALVES)};
+static void (*const bytes[])(Sums, const int8_t *, const int16_t *, long) = {0, EACH(NAME_BYTES)};
 
 static void layer_norm(float *y, const float *x, const float *weight, const float *bias, long C,
                        float epsilon) {
@@ -127,38 +161,34 @@ static void narrow(int16_t *u, float *d, float *low, const float *x, long K, int
     *low = least + middle * *d;
 }
 
-/* A thread's own memory. wide: four rows of halves; u: the rows of x narrowed. */
+/* A thread's own memory. u: the rows of x narrowed. */
 typedef struct {
-    float *normal, *p, *wide;
+    float *normal, *p;
     int16_t *u;
 } Room;
 
 enum { STORE, GELU, ADD };
 
-/* z = the sums of the four rows of W from n on, W of N rows or more. */
-static void tile(float z[TILE][MOST], const void *weight, const float *x, const Room *room, long n,
+/* z = the sums of the four rows of W from n on with the rows of x, or of u for bytes. */
+static void tile(float z[TILE][MOST], const void *weight, const float *x, const int16_t *u, long n,
                  long M, long K, int kind) {
-    if (kind == BYTES) {
-        bytes[M](z, (const int8_t *)weight + n * K, room->u, K);
-        return;
-    }
-    const float *w = (const float *)weight + n * K;
-    if (kind == HALF) widen(room->wide, (const uint16_t *)weight + n * K, TILE * K), w = room->wide;
-    floats[M](z, w, x, K, K);
+    if (kind == FLOAT) floats[M](z, (const float *)weight + n * K, x, K, K);
+    if (kind == HALF) halves[M](z, (const uint16_t *)weight + n * K, x, K, K);
+    if (kind == BYTES) bytes[M](z, (const int8_t *)weight + n * K, u, K);
 }
 
 /* A thread's part of y (M, N): x W^T + bias stored, through GELU, or added to y. */
-static void product(float *y, const Matrix *w, const float *x, const Room *room, long M, long N,
+static void product(float *y, const Matrix *w, const float *x, int16_t *u, long M, long N,
                     long K, int then, const Shape *s) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long first = N * thread / threads, end = N * (thread + 1) / threads;
     float d[MOST], low[MOST], z[TILE][MOST];
     for (long m = 0; s->kind == BYTES && m < M; m++)
-        narrow(room->u + m * K, d + m, low + m, x + m * K, K, s->middle);
+        narrow(u + m * K, d + m, low + m, x + m * K, K, s->middle);
     for (long n = first; n < end; n += TILE) {
         /* the last outputs are computed with some before them */
         long at = n < N - TILE ? n : N - TILE;
-        tile(z, w->weight, x, room, at, M, K, s->kind);
+        tile(z, w->weight, x, u, at, M, K, s->kind);
         for (long r = n - at; r < TILE && at + r < end; r++)
             for (long m = 0; m < M; m++) {
                 float *to = y + m * N + at + r, value = z[r][m];
@@ -241,7 +271,7 @@ static long widest(const Shape *s) { return s->n_inner > s->n_embd ? s->n_inner 
 
 /* The floats that a thread needs for itself, then those of all threads together. */
 static long own_room(const Shape *s, const Cache *c, long M) {
-    return M * s->n_embd + c->rows * (c->common + c->past + 1) + (TILE + M) * widest(s);
+    return M * (s->n_embd + widest(s)) + c->rows * (c->common + c->past + 1);
 }
 
 static long common_room(const Shape *s, long M) { return M * (4 * s->n_embd + s->n_inner); }
@@ -260,52 +290,33 @@ void blocks(float *x, const Layer *layers, const Shape *s, const Cache *c, float
     {
         float *at = scratch + common_room(s, M) + omp_get_thread_num() * own_room(s, c, M);
         Room own = {.normal = at, .p = at + M * C};
-        own.wide = own.p + c->rows * (c->common + c->past + 1);
-        own.u = (int16_t *)(own.wide + TILE * widest(s));
+        own.u = (int16_t *)(own.p + c->rows * (c->common + c->past + 1));
         for (long l = 0; l < s->n_layer; l++) {
             const Layer *a = layers + l;
             for (long m = 0; m < M; m++)
                 layer_norm(own.normal + m * C, x + m * C, a->ln_1_weight, a->ln_1_bias, C,
                            s->epsilon);
-            product(qkv, &a->c_attn, own.normal, &own, M, 3 * C, C, STORE, s);
+            product(qkv, &a->c_attn, own.normal, own.u, M, 3 * C, C, STORE, s);
 #pragma omp barrier
             attention(y, qkv, c, l, own.p, M, s);
 #pragma omp barrier
-            product(x, &a->attn_c_proj, y, &own, M, C, C, ADD, s);
+            product(x, &a->attn_c_proj, y, own.u, M, C, C, ADD, s);
 #pragma omp barrier
             for (long m = 0; m < M; m++)
                 layer_norm(own.normal + m * C, x + m * C, a->ln_2_weight, a->ln_2_bias, C,
                            s->epsilon);
-            product(f, &a->c_fc, own.normal, &own, M, F, C, GELU, s);
+            product(f, &a->c_fc, own.normal, own.u, M, F, C, GELU, s);
 #pragma omp barrier
-            product(x, &a->mlp_c_proj, f, &own, M, C, F, ADD, s);
+            product(x, &a->mlp_c_proj, f, own.u, M, C, F, ADD, s);
 #pragma omp barrier
         }
     }
 }
 
-/* y (M, N) = x W^T, W of floats or halves. scratch: TILE K for each thread. */
-void linear(float *y, const float *x, const void *weight, float *scratch, long M, long N, long K,
-            int kind, long threads) {
-    Shape s = {.kind = kind};
-    Matrix w = {.weight = weight};
+/* y (M, N) = x W^T + bias, by a matrix alone. scratch: M K floats for each thread. */
+void linear(float *y, const float *x, const Matrix *w, float *scratch, long M, long N, long K,
+            int kind, int middle, long threads) {
+    Shape s = {.kind = kind, .middle = middle};
 #pragma omp parallel num_threads((int)threads)
-    {
-        Room own = {.wide = scratch + omp_get_thread_num() * TILE * K};
-        product(y, &w, x, &own, M, N, K, STORE, &s);
-    }
-}
-
-/* y (M, N) = u (M, K) (scale q)^T, q (N, K). The sums are exact. */
-void byte_linear(float *y, int16_t *u, const int8_t *q, const float *scale, long M, long N,
-                 long K, long threads) {
-    Room own = {.u = u};
-    float z[TILE][MOST];
-#pragma omp parallel for schedule(static) num_threads((int)threads) private(z)
-    for (long n = 0; n < N; n += TILE) {
-        long at = n < N - TILE ? n : N - TILE;
-        tile(z, q, 0, &own, at, M, K, BYTES);
-        for (long r = n - at; r < TILE; r++)
-            for (long m = 0; m < M; m++) y[m * N + at + r] = z[r][m] * scale[at + r];
-    }
+    product(y, w, x, (int16_t *)(scratch + omp_get_thread_num() * M * K), M, N, K, STORE, &s);
 }

@@ -4,7 +4,7 @@
     onednn        as stored, by oneDNN
     onednn_1, _5  in oneDNN's blocks for 1 or 5 rows
     tiles_64, _96 W^T in tiles (K, width), one row after the other
-    rows          W's own rows, one after the other; by blocks.c for few rows, where it is compiled
+    rows          W's own rows, one after the other, as blocks.c reads them; here by oneDNN
 
 The product of one row x with a tile is a weighted sum of the tile's rows, which fbgemm's embedding
 bag computes: y = sum_k x_k T[k]. It reads the memory once from front to back, as fast as the memory
@@ -34,8 +34,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
-
-from nanogpt2.cpu import native
 
 ZERO = torch.zeros(1, dtype=torch.int64)  # oneDNN's zero point, for all outputs
 # tiles multiply up to this number of rows one by one; more rows go through oneDNN, tile by tile
@@ -121,21 +119,6 @@ class Rows(OneDNN):
         weight = weight.contiguous()
         # a mapped file's tensor may begin at any byte, which C does not allow
         super().__init__(weight.clone() if weight.data_ptr() % weight.element_size() else weight)
-
-    @override
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = _by_blocks(x, self._weight)
-        if y is None:
-            return super().product(x, bias)
-        return y if bias is None else y.add_(bias)
-
-
-def _by_blocks(x: Tensor, weight: Tensor) -> Tensor | None:
-    """Multiply few rows by blocks.c, (..., K) -> (..., N); None where it cannot."""
-    rows = x.reshape(-1, x.size(-1))
-    if not native.can_multiply(len(rows), len(weight)):
-        return None
-    return native.linear(rows, weight).view(*x.shape[:-1], len(weight))
 
 
 class Tiles(Layout):
@@ -268,14 +251,9 @@ class ByteRows(ByteLayout):
 
     @override
     def product(self, u: Tensor, middle: int) -> Tensor:
-        rows = u.reshape(-1, u.size(-1))
-        if native.can_multiply(len(rows), self._N):
-            y = native.byte_linear(rows.to(torch.int16).sub_(middle), self._q, self._scale)
-        else:
-            x = rows.float().sub_(middle)
-            parts = [OneDNN(q.float()).product(x, None) for q in self._q.split(CHUNK)]
-            y = torch.cat(parts, dim=1).mul_(self._scale)
-        return y.view(*u.shape[:-1], self._N)
+        x = u.float().sub_(middle)
+        parts = [OneDNN(q.float()).product(x, None) for q in self._q.split(CHUNK)]
+        return torch.cat(parts, dim=-1).mul_(self._scale)
 
     @override
     def dense(self) -> Tensor:
@@ -341,10 +319,8 @@ class HalfRows(Layout):
 
     @override
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = _by_blocks(x, self._weight)
-        if y is None:
-            parts = [OneDNN(w.float()).product(x, None) for w in self._weight.split(CHUNK)]
-            y = torch.cat(parts, dim=-1)
+        parts = [OneDNN(w.float()).product(x, None) for w in self._weight.split(CHUNK)]
+        y = torch.cat(parts, dim=-1)
         return y if bias is None else y.add_(bias)
 
     @override

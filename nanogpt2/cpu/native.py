@@ -127,30 +127,22 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
     return (POINTER * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T, float32 (M, N): x float32 (M, K), M up to 8, W float32 or float16 (N, K)."""
-    found = library()
-    assert found is not None and weight.is_contiguous()
-    x, (N, K), threads = x.contiguous(), weight.shape, torch.get_num_threads()
-    y = torch.empty(len(x), N)
-    scratch = torch.empty(threads, LEAST_OUTPUTS, K)
-    places = [t.data_ptr() for t in (y, x, weight, scratch)]
-    found.linear(*places, len(x), N, K, KINDS[weight.dtype], threads)
-    return y
+def linear(x: Tensor, matrix: Matrix, outputs: int, kind: torch.dtype, middle: int = 0) -> Tensor:
+    """Return x W^T + b, float32 (M, N), for x float32 (M, K), M up to 8.
 
-
-def byte_linear(u: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """Return u (scale q)^T, exact: int16 (M, K), M up to 8, int8 (N, K) -> float32 (M, N)."""
+    outputs: N. kind: of W, float32, float16 or int8. middle: of int8's inputs.
+    """
     found = library()
     assert found is not None
-    y = torch.empty(len(u), len(q))
-    places = [t.data_ptr() for t in (y, u, q, scale)]
-    found.byte_linear(*places, len(u), *q.shape, torch.get_num_threads())
+    x, (M, K), threads = x.contiguous(), x.shape, torch.get_num_threads()
+    y, scratch = torch.empty(M, outputs), torch.empty(threads, M, K)
+    places = y.data_ptr(), x.data_ptr(), ctypes.byref(matrix), scratch.data_ptr()
+    found.linear(*places, M, outputs, K, KINDS[kind], middle, threads)
     return y
 
 
 def can_multiply(rows: int, outputs: int) -> bool:
-    """Tell whether `linear` and `byte_linear` can be called: compiled, and not too few or many."""
+    """Tell whether `linear` can be called: compiled, and neither too few nor too many."""
     return 0 < rows <= MOST_ROWS and outputs >= LEAST_OUTPUTS and library() is not None
 
 
@@ -167,13 +159,12 @@ def library() -> Any:
         number, whole = ctypes.c_long, ctypes.c_int
         found.room.argtypes = [POINTER, POINTER, number, number]
         found.blocks.argtypes = [*[POINTER] * 5, number, number]
-        found.linear.argtypes = [*[POINTER] * 4, *[number] * 3, whole, number]
-        found.byte_linear.argtypes = [*[POINTER] * 4, *[number] * 4]
+        found.linear.argtypes = [*[POINTER] * 4, *[number] * 3, whole, whole, number]
     except (OSError, AttributeError):
         # AttributeError: a file without these functions, or a system without getuid
         return None
     found.room.restype = ctypes.c_long
-    found.blocks.restype = found.linear.restype = found.byte_linear.restype = None
+    found.blocks.restype = found.linear.restype = None
     return found
 
 

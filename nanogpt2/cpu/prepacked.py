@@ -55,10 +55,20 @@ class PrepackedLinear(nn.Module, ABC):
     usual: str
     layouts: tuple[str, ...]
     shape: tuple[int, int]
+    middle = 0  # m, of int8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b; of few rows by blocks.c where it is compiled."""
+        rows = x.numel() // max(1, x.size(-1))
+        if self.layout == "rows" and native.can_multiply(rows, self.shape[0]):
+            matrix, (weight, *_) = self.matrix()
+            y = native.linear(x.reshape(rows, -1), matrix, self.shape[0], weight.dtype, self.middle)
+            return y.view(*x.shape[:-1], -1)
+        return self._product(x)
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b."""
+    def _product(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, by PyTorch's operations."""
 
     def gelu(self, x: Tensor) -> Tensor:
         """Return GELU(x W^T + b), in the tanh form."""
@@ -79,6 +89,12 @@ class PrepackedLinear(nn.Module, ABC):
     @abstractmethod
     def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
         """Return the weight laid out in `rows` for blocks.c, and the tensors that it points to."""
+
+
+def _matrix(*tensors: Tensor | None) -> tuple[native.Matrix, list[Tensor]]:
+    """Point to a weight, its bias, scale and sums."""
+    places = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return native.Matrix(*places), [tensor for tensor in tensors if tensor is not None]
 
 
 def _compiled(names: Iterable[str]) -> tuple[str, ...]:
@@ -116,7 +132,7 @@ class FloatLinear(PrepackedLinear):
         self.layouts = _compiled(FLOAT if lays_out else in_place)
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return self._layout.product(x, self._bias)
 
     @override
@@ -144,9 +160,7 @@ class FloatLinear(PrepackedLinear):
 
     @override
     def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
-        assert self._bias is not None
-        tensors = [self._layout.dense(), self._bias]
-        return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
+        return _matrix(self._layout.dense(), self._bias)
 
     def _weight(self) -> Tensor:
         return self._layout.dense() if self._stored is None else self._stored
@@ -168,7 +182,7 @@ class HalfLinear(PrepackedLinear):
         self.layout = self.usual
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         return self._layout.product(x, self._bias)
 
     @override
@@ -183,15 +197,13 @@ class HalfLinear(PrepackedLinear):
 
     @override
     def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
-        assert self._bias is not None
-        tensors = [self._layout.dense(), self._bias]
-        return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
+        return _matrix(self._layout.dense(), self._bias)
 
 
 class Int8Linear(PrepackedLinear):
     """q of 8 bits with a scale s for each output; the formulas are at the top of the file."""
 
-    middle = 128  # m
+    middle = 128
     usual = "onednn_u8s8"
 
     def __init__(
@@ -212,7 +224,7 @@ class Int8Linear(PrepackedLinear):
         self.layouts = tuple(name for name in _compiled(BYTES) if name in exact)
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         if self._layout is None:
             self.lay_out(self.usual)
         assert self._layout is not None
@@ -237,8 +249,7 @@ class Int8Linear(PrepackedLinear):
 
     @override
     def matrix(self) -> tuple[native.Matrix, list[Tensor]]:
-        tensors = [self._weight(), self._bias, self._scale, self._sums]
-        return native.Matrix(*[t.data_ptr() for t in tensors]), tensors
+        return _matrix(self._weight(), self._bias, self._scale, self._sums)
 
     def _weight(self) -> Tensor:
         # read once: another thread's text may lay it out now

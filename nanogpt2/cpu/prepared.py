@@ -151,7 +151,7 @@ class Prepared:
         shape: dict[str, Any] = {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head}
         shape |= {"n_inner": c_fc.shape[0], "epsilon": c.layer_norm_epsilon}
         shape |= {"kind": native.KINDS[c_fc.matrix()[1][0].dtype]}
-        return native.Blocks(layers, tensors, shape | {"middle": getattr(c_fc, "middle", 0)})
+        return native.Blocks(layers, tensors, shape | {"middle": c_fc.middle})
 
     def _sum_copies(self) -> None:
         """Sum the bits of each weight that has just been copied."""
