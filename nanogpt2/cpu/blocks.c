@@ -25,6 +25,8 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #endif
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float Four __attribute__((vector_size(16)));
+typedef float Sums[MOST][TILE];
 
 /* weight (N, K): float32, float16 or int8, the latter with scale and sums (N), as in prepacked.py. */
 typedef struct {
@@ -82,28 +84,39 @@ static inline Lanes half_lanes(const uint16_t *half) {
 static inline float plain(float number) { return number; }
 static inline Lanes lanes(const float *numbers) { return *(const Lanes *)numbers; }
 
+/* The total of each of four sums. */
+static inline Four totals(const Lanes sums[TILE]) {
+    Four parts[TILE][LANES / 4], t[TILE];
+    memcpy(parts, sums, sizeof parts);
+    for (int r = 0; r < TILE; r++) {
+        t[r] = parts[r][0];
+        for (int i = 1; i < LANES / 4; i++) t[r] += parts[r][i];
+    }
+    Four total = {0};
+    for (int i = 0; i < 4; i++) total += (Four){t[0][i], t[1][i], t[2][i], t[3][i]};
+    return total;
+}
+
 /* z = the sums of four rows of W with M rows of x, which are `step` apart. A row of W is short, so
  * the processor does not fetch the next four by itself. */
 #define EACH(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
 #define SUMS(NAME, M, WEIGHT, WIDE, ONE)                                                          \
-    static void NAME##_##M(float z[TILE][MOST], const WEIGHT *w, const float *x, long K,          \
-                           long step) {                                                           \
-        Lanes sum[TILE][M] = {{{0}}};                                                             \
+    static void NAME##_##M(Sums z, const WEIGHT *w, const float *x, long K, long step) {          \
+        Lanes sum[M][TILE] = {{{0}}};                                                             \
         long even = K / LANES * LANES;                                                            \
         for (long k = 0; k < even; k += LANES)                                                    \
             for (int r = 0; r < TILE; r++) {                                                      \
                 Lanes wide = WIDE(w + r * K + k);                                                 \
                 __builtin_prefetch(w + (TILE + r) * K + k);                                       \
-                for (int m = 0; m < M; m++) sum[r][m] += wide * lanes(x + m * step + k);          \
+                for (int m = 0; m < M; m++) sum[m][r] += wide * lanes(x + m * step + k);          \
             }                                                                                     \
-        for (int r = 0; r < TILE; r++)                                                            \
-            for (int m = 0; m < M; m++) {                                                         \
-                float parts[LANES], total = 0;                                                    \
-                memcpy(parts, &sum[r][m], sizeof parts);                                          \
-                for (int i = 0; i < LANES; i++) total += parts[i];                                \
-                for (long k = even; k < K; k++) total += ONE(w[r * K + k]) * x[m * step + k];     \
-                z[r][m] = total;                                                                  \
-            }                                                                                     \
+        for (int m = 0; m < M; m++) {                                                             \
+            Four total = totals(sum[m]);                                                          \
+            memcpy(z[m], &total, sizeof total);                                                   \
+        }                                                                                         \
+        for (long k = even; k < K; k++)                                                           \
+            for (int r = 0; r < TILE; r++)                                                        \
+                for (int m = 0; m < M; m++) z[m][r] += ONE(w[r * K + k]) * x[m * step + k];       \
     }
 #define FLOATS(M) SUMS(floats, M, float, lanes, plain)
 #define HALVES(M) SUMS(halves, M, uint16_t, half_lanes, widened)
@@ -111,26 +124,38 @@ EACH(FLOATS)
 EACH(HALVES)
 
 #define BYTE_SUMS(M)                                                                              \
-    static void bytes_##M(float z[TILE][MOST], const int8_t *q, const int16_t *u, long K) {       \
+    static void bytes_##M(Sums z, const int8_t *q, const int16_t *u, long K) {                    \
         int32_t sum[TILE][M] = {{0}};                                                             \
         for (long k = 0; k < TILE * K; k += 64) __builtin_prefetch(q + TILE * K + k);             \
         for (long k = 0; k < K; k++)                                                              \
             for (int r = 0; r < TILE; r++)                                                        \
                 for (int m = 0; m < M; m++) sum[r][m] += (int32_t)q[r * K + k] * u[m * K + k];    \
         for (int r = 0; r < TILE; r++)                                                            \
-            for (int m = 0; m < M; m++) z[r][m] = (float)sum[r][m];                               \
+            for (int m = 0; m < M; m++) z[m][r] = (float)sum[r][m];                               \
     }
 EACH(BYTE_SUMS)
 
 #define NAME_FLOATS(M) floats_##M,
 #define NAME_HALVES(M) halves_##M,
 #define NAME_BYTES(M) bytes_##M,
-typedef float Sums[TILE][MOST];
 static void (*const floats[])(Sums, const float *, const float *, long,
                               long) = {0, EACH(NAME_FLOATS)};
 static void (*const halves[])(Sums, const uint16_t *, const float *, long,
                               long) = {0, EACH(NAME_HALVES)};
 static void (*const bytes[])(Sums, const int8_t *, const int16_t *, long) = {0, EACH(NAME_BYTES)};
+
+/* e^x in plain arithmetic, of which the compiler makes vector instructions; within 4 units in the
+ * last place. With n whole and |r| <= ln(2) / 2: x = n ln(2) + r, so e^x = 2^n e^r. */
+static inline float exponential(float x) {
+    float within = x < -87 ? -87 : x > 88 ? 88 : x;
+    float n = rintf(within * 1.44269504f), power;
+    float r = within - n * 0.693145752f - n * 1.42860677e-6f;
+    float e = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f +
+              r * (0.00833333333f + r * 0.00138888889f)))));
+    int32_t bits = ((int32_t)n + 127) << 23;
+    memcpy(&power, &bits, sizeof power);
+    return x < -87 ? 0 : x > 88 ? INFINITY : e * power;
+}
 
 static void layer_norm(float *y, const float *x, const float *weight, const float *bias, long C,
                        float epsilon) {
@@ -170,7 +195,7 @@ typedef struct {
 enum { STORE, GELU, ADD };
 
 /* z = the sums of the four rows of W from n on with the rows of x, or of u for bytes. */
-static void tile(float z[TILE][MOST], const void *weight, const float *x, const int16_t *u, long n,
+static void tile(Sums z, const void *weight, const float *x, const int16_t *u, long n,
                  long M, long K, int kind) {
     if (kind == FLOAT) floats[M](z, (const float *)weight + n * K, x, K, K);
     if (kind == HALF) halves[M](z, (const uint16_t *)weight + n * K, x, K, K);
@@ -182,7 +207,8 @@ static void product(float *y, const Matrix *w, const float *x, int16_t *u, long 
                     long K, int then, const Shape *s) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long first = N * thread / threads, end = N * (thread + 1) / threads;
-    float d[MOST], low[MOST], z[TILE][MOST];
+    float d[MOST], low[MOST];
+    Sums z;
     for (long m = 0; s->kind == BYTES && m < M; m++)
         narrow(u + m * K, d + m, low + m, x + m * K, K, s->middle);
     for (long n = first; n < end; n += TILE) {
@@ -191,7 +217,7 @@ static void product(float *y, const Matrix *w, const float *x, int16_t *u, long 
         tile(z, w->weight, x, u, at, M, K, s->kind);
         for (long r = n - at; r < TILE && at + r < end; r++)
             for (long m = 0; m < M; m++) {
-                float *to = y + m * N + at + r, value = z[r][m];
+                float *to = y + m * N + at + r, value = z[m][r];
                 if (s->kind == BYTES)
                     value = d[m] * value * w->scale[at + r] + low[m] * w->sums[at + r];
                 if (w->bias) value += w->bias[at + r];
@@ -200,18 +226,18 @@ static void product(float *y, const Matrix *w, const float *x, int16_t *u, long 
     }
     for (long m = 0; then == GELU && m < M; m++)
         for (long n = m * N + first; n < m * N + end; n++) /* 0.5 (1 + tanh(t)) = 1 / (1 + e^-2t) */
-            y[n] /= 1 + expf(-1.5957691216f * (y[n] + 0.044715f * y[n] * y[n] * y[n]));
+            y[n] /= 1 + exponential(-1.5957691216f * (y[n] + 0.044715f * y[n] * y[n] * y[n]));
 }
 
 /* p (M, all) = the scores of M queries, `step` apart, with the keys k (count, D). */
 static void scores(float *p, long all, const float *q, long step, const float *k, long count, long M,
                    long D) {
-    float z[TILE][MOST];
+    Sums z;
     for (long t = 0; t < count; t++) {
         long r = t % TILE;
         if (r == 0 && t + TILE <= count) floats[M](z, k + t * D, q, D, step);
         for (long m = 0; m < M; m++) {
-            float sum = z[r][m];
+            float sum = z[m][r];
             if (t - r + TILE > count) {
                 sum = 0;
                 for (long i = 0; i < D; i++) sum += k[t * D + i] * q[m * step + i];
@@ -221,12 +247,20 @@ static void scores(float *p, long all, const float *q, long step, const float *k
     }
 }
 
-/* y (M, D), `step` apart, += p (M, all) v (count, D). */
-static void mix(float *y, long step, const float *p, long all, const float *v, long count, long M,
-                long D) {
-    for (long t = 0; t < count; t++)
+/* y (M, D), `step` apart, += p (M, all) v (count, D), four positions side by side. */
+static void mix(float *restrict y, long step, const float *p, long all, const float *restrict v,
+                long count, long M, long D) {
+    long t = 0;
+    for (; t + TILE <= count; t += TILE, v += TILE * D)
+        for (long m = 0; m < M; m++) {
+            const float *w = p + m * all + t;
+            for (long i = 0; i < D; i++)
+                y[m * step + i] +=
+                    w[0] * v[i] + w[1] * v[D + i] + w[2] * v[2 * D + i] + w[3] * v[3 * D + i];
+        }
+    for (; t < count; t++, v += D)
         for (long m = 0; m < M; m++)
-            for (long i = 0; i < D; i++) y[m * step + i] += p[m * all + t] * v[t * D + i];
+            for (long i = 0; i < D; i++) y[m * step + i] += p[m * all + t] * v[i];
 }
 
 /* p (all) through softmax, but for the division by the sum, which it returns. */
@@ -234,7 +268,7 @@ static float exponentials(float *p, const float *mask, long all, long D) {
     float most = -INFINITY, sum = 0, scale = 1 / sqrtf(D);
     for (long t = 0; t < all; t++) p[t] = p[t] * scale + (mask ? mask[t] : 0);
     for (long t = 0; t < all; t++) most = p[t] > most ? p[t] : most;
-    for (long t = 0; t < all; t++) sum += p[t] = expf(p[t] - most);
+    for (long t = 0; t < all; t++) sum += p[t] = exponential(p[t] - most);
     return sum;
 }
 

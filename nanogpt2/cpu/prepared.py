@@ -61,6 +61,7 @@ class Prepared:
         self._modules = _modules(model)
         self._seen = [_state(tensor) for tensor in _weights(model)]
         products = self.products()
+        self._least = min(p.shape[0] for p in products)  # outputs of a matrix
         # of each weight that a layout copies, the sum of its bits when it was copied
         self._sums: dict[int, int] = {}
         self._may_change = [] if isinstance(model, InferenceGPT) else products
@@ -122,7 +123,7 @@ class Prepared:
         return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
 
     def _can_compile(self, rows: int) -> bool:
-        return all(native.can_multiply(rows, N) for N, _ in {p.shape for p in self.products()})
+        return native.can_multiply(rows, self._least)
 
     def _prepare_blocks(self) -> None:
         """Lay out a layer a step for blocks.c, once that pays, the head at last."""
