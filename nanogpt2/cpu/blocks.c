@@ -303,12 +303,15 @@ static void attention(float *y, const float *qkv, const Cache *c, long l, float 
 
 static long widest(const Shape *s) { return s->n_inner > s->n_embd ? s->n_inner : s->n_embd; }
 
-/* The floats that a thread needs for itself, then those of all threads together. */
+/* The floats that a thread needs for itself, then those of all threads together. A vector that lies
+ * in two lines of the processor's cache takes two reads, so a thread's room begins with a line. */
 static long own_room(const Shape *s, const Cache *c, long M) {
-    return M * (s->n_embd + widest(s)) + c->rows * (c->common + c->past + 1);
+    return (M * (s->n_embd + widest(s)) + c->rows * (c->common + c->past + 1) + 15) / 16 * 16;
 }
 
-static long common_room(const Shape *s, long M) { return M * (4 * s->n_embd + s->n_inner); }
+static long common_room(const Shape *s, long M) {
+    return (M * (4 * s->n_embd + s->n_inner) + 15) / 16 * 16;
+}
 
 /* The floats of `scratch` in blocks(). */
 long room(const Shape *s, const Cache *c, long M, long threads) {
