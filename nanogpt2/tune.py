@@ -40,7 +40,7 @@ class TuneConfig:
     model: str = flag("gpt2", "the model", positional=True)
     quantize: str | None = flag(None, "narrow the weights first", choices=SCHEMES)
     threads: int | None = flag(None, "threads (default: all it may use)", low=1, high=MOST_THREADS)
-    compile: bool = flag(False, "compile the blocks for one text in C, to be used from now on")
+    compile: bool = flag(False, "compile the blocks in C, to be used from now on")
     passes: int = flag(15, "passes over each layout", low=1, high=1000)
     json: bool = flag(False, "print one JSON object")
 

@@ -19,7 +19,6 @@ from nanogpt2.cpu.layouts import AS_STORED, BYTES
 from nanogpt2.cpu.layouts import FLOAT as ALL
 from nanogpt2.cpu.prepacked import (
     FloatLinear,
-    HalfHead,
     HalfLinear,
     Int7Linear,
     Int8Linear,
@@ -109,7 +108,8 @@ def test_fp16_only_rounds_the_weights(parts):
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (0,)])
 def test_a_head_of_fp16_in_two_parts(N, K, shape):
     weight, x = torch.randn(N, K), torch.randn(*shape, K)
-    head = HalfHead(weight)
+    head = HalfLinear(weight, None)
+    assert head.layout == "fbgemm_fp16_head"
     assert torch.equal(head.stored()[""], weight.half())
     found, expected = head(x), F.linear(x, weight.half().float())
     assert found.shape == expected.shape
@@ -265,7 +265,7 @@ def test_a_packed_model_is_the_model(model, tmp_path, scheme):
         options = {"max_new_tokens": 20, "num_beams": 3, "eos_token_id": None}
         plain = generate(model, ids, **options).sequences
         for name in FLOAT:
-            for product in prepared_for(packed).laid_out():
+            for product in prepared_for(packed).products():
                 if name in product.layouts:
                     product.lay_out(name)
             assert packed.h[1].mlp.c_fc.layout == name
@@ -385,8 +385,23 @@ def test_the_shape_is_stated_beside_it(model, tmp_path):
     assert stated["n_embd"] == TINY.n_embd
 
 
-@pytest.mark.parametrize(("K", "kind"), [(256, HalfLinear), (512, HalfLinear), (768, HalfHead)])
-def test_only_a_head_is_in_two_parts(K, kind):
+@pytest.mark.parametrize(("K", "in_two"), [(256, False), (512, False), (768, True)])
+def test_only_a_head_is_in_two_parts(K, in_two):
     weight = torch.randn(9, K)
-    assert type(prepacked_linear_for(weight, None, None, "fp16")) is kind
-    assert type(prepacked_linear_for(weight, None, torch.ones(9), "fp16")) is HalfLinear
+    head = prepacked_linear_for(weight, None, None, "fp16")
+    assert (head.layout == "fbgemm_fp16_head") == in_two
+    assert prepacked_linear_for(weight, None, torch.ones(9), "fp16").layout == "fbgemm_fp16"
+
+
+@pytest.mark.parametrize("K", [24, 768])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_fp16_in_each_layout(K, rows):
+    """The same weights in `rows`, where blocks.c is compiled, as by fbgemm."""
+    weight, bias, x = torch.randn(37, K), torch.randn(37), torch.randn(rows, K)
+    product = HalfLinear(weight, bias)
+    expected = product(x)
+    product.lay_out("rows")
+    assert torch.equal(product.stored()[""], weight.half())
+    torch.testing.assert_close(product(x), expected, rtol=1e-5, atol=1e-4)
+    product.lay_out(product.usual)
+    assert torch.equal(product(x), expected)

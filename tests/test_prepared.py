@@ -301,13 +301,13 @@ def test_a_changed_weight_is_noticed(model, copied, change, place):
 def test_unchanged_weights_stay_laid_out(model, copied):
     assert_follows(model)
     first = prepared_for(model)
-    layers = [p._layout for p in first.laid_out()]
+    layers = [p._layout for p in first.products()]
     for _ in range(3):
         assert_follows(model)
         model.eval()
         model.requires_grad_(True)
     assert prepared_for(model) is first
-    assert all(p._layout is layout for p, layout in zip(first.laid_out(), layers, strict=True))
+    assert all(p._layout is layout for p, layout in zip(first.products(), layers, strict=True))
 
 
 def test_blocks_that_change_places(model, copied):

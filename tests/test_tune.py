@@ -79,7 +79,7 @@ def test_what_it_keeps_is_what_a_text_reads(folder, tmp_path, monkeypatch, quant
     monkeypatch.setattr(tuning, "measure", lambda *given: pytest.fail("measured again"))
     torch.set_num_threads(1)
     model = load_generator(folder, quantize=quantize)
-    found = table_for(prepared_for(model, tuned=False).laid_out())
+    found = table_for(prepared_for(model, tuned=False).products())
     assert [f"{N}x{K}" for N, K in found] == SHAPES
     for (N, K), timings in found.items():
         for name, timing in timings.items():

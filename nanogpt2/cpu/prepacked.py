@@ -153,7 +153,9 @@ class FloatLinear(PrepackedLinear):
             return
         weight, was_stored = self._weight(), self.layout in AS_STORED
         self._layout, self.layout = FLOAT[name](weight), name
-        if name not in AS_STORED and self._weight().data_ptr() != weight.data_ptr():
+        # rows that lie one after the other already are not copied
+        shared = name == "rows" and self._layout.dense().data_ptr() == weight.data_ptr()
+        if name not in AS_STORED and not shared:
             malloc.return_free()
             if was_stored and self._release is not None:
                 self._release(weight)
