@@ -101,7 +101,7 @@ def test_int8_is_the_products_of_prepacked_py(library, kind, monkeypatch):
 
 
 # a number of rows, and of outputs: beyond a tile by each rest, and by threads without any
-SIZES = [*zip(range(1, 9), (4, 5, 37, 38, 39, 40, 67, 9), strict=True)]
+SIZES = [*zip([*range(1, 10), 21], (4, 5, 37, 38, 39, 40, 67, 9, 37, 38), strict=True)]
 
 
 def product_of(x, weight, *more, middle=0):

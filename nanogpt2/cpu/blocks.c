@@ -195,34 +195,37 @@ typedef struct {
 enum { STORE, GELU, ADD };
 
 /* z = the sums of the four rows of W from n on with the rows of x, or of u for bytes. */
-static void tile(Sums z, const void *weight, const float *x, const int16_t *u, long n,
-                 long M, long K, int kind) {
+static void tile(Sums z, const void *weight, const float *x, const int16_t *u, long n, long M,
+                 long K, int kind) {
     if (kind == FLOAT) floats[M](z, (const float *)weight + n * K, x, K, K);
     if (kind == HALF) halves[M](z, (const uint16_t *)weight + n * K, x, K, K);
     if (kind == BYTES) bytes[M](z, (const int8_t *)weight + n * K, u, K);
 }
 
-/* A thread's part of y (M, N): x W^T + bias stored, through GELU, or added to y. */
-static void product(float *y, const Matrix *w, const float *x, int16_t *u, long M, long N,
-                    long K, int then, const Shape *s) {
+/* A thread's part of y (M, N): x W^T + bias stored, through GELU, or added to y. u: room for the
+ * rows of x narrowed. Of more than 8 rows, each 8 take their turn with four rows of W. */
+static void product(float *y, const Matrix *w, const float *x, int16_t *u, long M, long N, long K,
+                    int then, const Shape *s) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long first = N * thread / threads, end = N * (thread + 1) / threads;
-    float d[MOST], low[MOST];
+    float d[M], low[M];
     Sums z;
     for (long m = 0; s->kind == BYTES && m < M; m++)
         narrow(u + m * K, d + m, low + m, x + m * K, K, s->middle);
     for (long n = first; n < end; n += TILE) {
         /* the last outputs are computed with some before them */
         long at = n < N - TILE ? n : N - TILE;
-        tile(z, w->weight, x, u, at, M, K, s->kind);
-        for (long r = n - at; r < TILE && at + r < end; r++)
-            for (long m = 0; m < M; m++) {
-                float *to = y + m * N + at + r, value = z[m][r];
+        for (long m = 0; m < M; m++) {
+            long i = m % MOST, rows = M - m < MOST ? M - m : MOST;
+            if (i == 0) tile(z, w->weight, x + m * K, u + m * K, at, rows, K, s->kind);
+            for (long r = n - at; r < TILE && at + r < end; r++) {
+                float *to = y + m * N + at + r, value = z[i][r];
                 if (s->kind == BYTES)
                     value = d[m] * value * w->scale[at + r] + low[m] * w->sums[at + r];
                 if (w->bias) value += w->bias[at + r];
                 *to = then == ADD ? *to + value : value;
             }
+        }
     }
     for (long m = 0; then == GELU && m < M; m++)
         for (long n = m * N + first; n < m * N + end; n++) /* 0.5 (1 + tanh(t)) = 1 / (1 + e^-2t) */

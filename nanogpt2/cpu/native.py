@@ -128,7 +128,7 @@ def _pointers(tensors: Sequence[Tensor]) -> Any:
 
 
 def linear(x: Tensor, matrix: Matrix, outputs: int, kind: torch.dtype, middle: int = 0) -> Tensor:
-    """Return x W^T + b, float32 (M, N), for x float32 (M, K), M up to 8.
+    """Return x W^T + b, float32 (M, N), for x float32 (M, K).
 
     outputs: N. kind: of W, float32, float16 or int8. middle: of int8's inputs.
     """
@@ -141,9 +141,9 @@ def linear(x: Tensor, matrix: Matrix, outputs: int, kind: torch.dtype, middle: i
     return y
 
 
-def can_multiply(rows: int, outputs: int) -> bool:
-    """Tell whether `linear` can be called: compiled, and neither too few nor too many."""
-    return 0 < rows <= MOST_ROWS and outputs >= LEAST_OUTPUTS and library() is not None
+def can_run(rows: int, outputs: int, most: int = MOST_ROWS) -> bool:
+    """Tell whether blocks.c is compiled and takes so many rows, and matrices of so few outputs."""
+    return 0 < rows <= most and outputs >= LEAST_OUTPUTS and library() is not None
 
 
 @cache

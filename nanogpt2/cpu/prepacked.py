@@ -56,14 +56,15 @@ class PrepackedLinear(nn.Module, ABC):
     layouts: tuple[str, ...]
     shape: tuple[int, int]
     middle = 0  # m, of int8
+    most: int  # rows that blocks.c multiplies faster than PyTorch, in the layout `rows`
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b; of few rows by blocks.c where it is compiled."""
-        rows = x.numel() // max(1, x.size(-1))
-        if self.layout == "rows" and native.can_multiply(rows, self.shape[0]):
+        rows, N = x.numel() // max(1, x.size(-1)), self.shape[0]
+        if self.layout == "rows" and native.can_run(rows, N, self.most):
             matrix, (weight, *_) = self.matrix()
-            y = native.linear(x.reshape(rows, -1), matrix, self.shape[0], weight.dtype, self.middle)
-            return y.view(*x.shape[:-1], -1)
+            y = native.linear(x.reshape(rows, -1), matrix, N, weight.dtype, self.middle)
+            return y.view(*x.shape[:-1], N)
         return self._product(x)
 
     @abstractmethod
@@ -105,6 +106,7 @@ def _compiled(names: Iterable[str]) -> tuple[str, ...]:
 class FloatLinear(PrepackedLinear):
     """float32, at first as the weight is stored."""
 
+    most = native.MOST_ROWS
     usual = "onednn"
 
     def __init__(
@@ -171,6 +173,8 @@ class FloatLinear(PrepackedLinear):
 class HalfLinear(PrepackedLinear):
     """A weight of 16 bits; the sums are float32."""
 
+    most = 32
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: (N, K), of any floating type."""
         super().__init__()
@@ -206,6 +210,7 @@ class Int8Linear(PrepackedLinear):
     """q of 8 bits with a scale s for each output; the formulas are at the top of the file."""
 
     middle = 128
+    most = 64
     usual = "onednn_u8s8"
 
     def __init__(

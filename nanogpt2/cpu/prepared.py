@@ -123,7 +123,7 @@ class Prepared:
         return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
 
     def _can_compile(self, rows: int) -> bool:
-        return native.can_multiply(rows, self._least)
+        return native.can_run(rows, self._least)
 
     def _prepare_blocks(self) -> None:
         """Lay out a layer a step for blocks.c, once that pays, the head at last."""
