@@ -28,11 +28,13 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def library(compiled, monkeypatch):
-    opened = native.library
+    opened, knows = native.library, native.knows_the_stream
     monkeypatch.setattr(native, "library_path", lambda: compiled)
     opened.cache_clear()
+    knows.cache_clear()
     yield opened()
     opened.cache_clear()
+    knows.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +157,58 @@ def test_each_half_is_widened_exactly(library):
         x[0, place] = 1
         found, expected = product_of(x, column)[0], halves.float()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# draws before, numbers in all, places
+DRAWS = {
+    "a new stream": (0, 700, [0, 1, 311, 312, 313, 623, 624, 699]),
+    "at a block's end": (312, 312, [0, 311]),
+    "before it": (311, 2000, [0, 1, 2, 1000, 1999]),
+    "one": (5, 1, [0]),
+    "none of many": (5, 100_000, []),
+    "every one": (77, 999, [*range(999)]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_numbers_of_the_stream(library, name):
+    assert native.knows_the_stream()
+    before, total, places = DRAWS[name]
+    ours, theirs = (torch.Generator().manual_seed(9) for _ in range(2))
+    for generator in (ours, theirs):
+        torch.rand(before, dtype=torch.float64, generator=generator)
+    places = torch.tensor(places, dtype=torch.int64)
+    for _ in range(3):
+        found = native.uniforms(ours, total, places)
+        expected = torch.rand(total, dtype=torch.float64, generator=theirs)[places]
+        assert torch.equal(found, expected)
+        assert torch.equal(ours.get_state(), theirs.get_state())
+    # torch goes on from there, with its own normal numbers as well
+    assert torch.equal(torch.randn(9, generator=ours), torch.randn(9, generator=theirs))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_seed_draws_the_same_tokens(library, pair, batch, monkeypatch):
+    """Through `uniforms` as through torch.rand."""
+    asked, run = [], native.uniforms
+    monkeypatch.setattr(native, "uniforms", lambda *given: (asked.append(1), run(*given))[1])
+    options = {"max_new_tokens": 20, "seed": 4, "eos_token_id": None}
+    for more in ({"do_sample": True, "top_k": 5}, OPTIONS["the mission"] | {"top_k": 5}):
+        found = generate(pair[0], prompts(batch, 5), **options, **more).sequences
+        assert len(asked) >= 15
+        asked.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "knows_the_stream", lambda: False)
+            expected = generate(pair[0], prompts(batch, 5), **options, **more).sequences
+        assert not asked and torch.equal(found, expected)
+
+
+def test_a_generator_with_another_state_is_not_read(library, monkeypatch):
+    monkeypatch.setattr(native, "STATE", slice(32, 32 + 8 * native.WORDS))
+    assert not native.knows_the_stream()
+    monkeypatch.setattr(native, "STATE", slice(24, 24 + 8 * native.WORDS))
+    native.knows_the_stream.cache_clear()
+    assert native.knows_the_stream()
 
 
 @pytest.mark.parametrize("scheme", [None, "fp16", "int8"])

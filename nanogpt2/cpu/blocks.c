@@ -1,4 +1,5 @@
-/* GPT-2's blocks for one new token of each of 1 to 8 rows on a CPU, and x W^T for so many rows.
+/* GPT-2's blocks for one new token of each of 1 to 8 rows on a CPU, and x W^T for a few rows; at the
+ * end, numbers of PyTorch's random stream.
  *
  * A step reads every weight once. So each thread takes a part of every matrix's outputs, whose
  * weights it reads from front to back, and repeats small work (layer norms, the input's rounding)
@@ -24,7 +25,7 @@ enum { LANES = 16 };
 #else
 enum { LANES = 8 };
 #endif
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16)));
 typedef float Sums[MOST][TILE];
 
@@ -359,4 +360,43 @@ void linear(float *y, const float *x, const Matrix *w, float *scratch, long M, l
     Shape s = {.kind = kind, .middle = middle};
 #pragma omp parallel num_threads((int)threads)
     product(y, w, x, (int16_t *)(scratch + omp_get_thread_num() * M * K), M, N, K, STORE, &s);
+}
+
+/* The next 624 words of the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998). */
+static void twist(uint32_t *s) {
+#define MIXED(i, next) ((s[i] & 0x80000000u) | (s[next] & 0x7fffffffu))
+#define STEP(i, next, from)                                                                       \
+    s[i] = s[from] ^ MIXED(i, next) >> 1 ^ (s[next] & 1 ? 0x9908b0dfu : 0)
+    for (int i = 0; i < 227; i++) STEP(i, i + 1, i + 397);
+#pragma GCC ivdep
+    for (int i = 227; i < 623; i++) STEP(i, i + 1, i - 227);
+    STEP(623, 0, 396);
+}
+
+static uint32_t tempered(uint32_t y) {
+    y ^= y >> 11;
+    y ^= y << 7 & 0x9d2c5680u;
+    y ^= y << 15 & 0xefc60000u;
+    return y ^ y >> 18;
+}
+
+/* found (count) = the uniform variables at `places` among the next `total` of PyTorch's stream, each
+ * of two words. places rise. state: 624 words, of which *next is the next one; both move on. */
+void uniforms(double *found, const int64_t *places, long count, long total, uint64_t *state,
+              uint64_t *next) {
+    uint32_t words[624], pair[2];
+    int64_t at = -(int64_t)*next; /* of words[0], counted from the first word */
+    for (int i = 0; i < 624; i++) words[i] = (uint32_t)state[i];
+    for (long n = 0; n < count; n++) {
+        for (int half = 0; half < 2; half++) {
+            int64_t word = 2 * places[n] + half;
+            for (; word >= at + 624; at += 624) twist(words);
+            pair[half] = tempered(words[word - at]);
+        }
+        found[n] = (double)(((uint64_t)pair[0] << 32 | pair[1]) & 0x1fffffffffffffu) * 0x1p-53;
+    }
+    /* a block is only made once a word of it is needed */
+    for (; 2 * total > at + 624; at += 624) twist(words);
+    for (int i = 0; i < 624; i++) state[i] = words[i];
+    *next = (uint64_t)(2 * total - at);
 }

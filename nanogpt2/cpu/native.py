@@ -146,6 +146,52 @@ def can_run(rows: int, outputs: int, most: int = MOST_ROWS) -> bool:
     return 0 < rows <= most and outputs >= LEAST_OUTPUTS and library() is not None
 
 
+WORDS = 624
+# PyTorch 2.9 to 2.15: the seed, the words left with the flag `seeded`, the next word, the words
+STATE = slice(24, 24 + 8 * WORDS)
+
+
+def uniforms(generator: torch.Generator, total: int, places: Tensor) -> Tensor:
+    """Return the numbers at some places among the next `total` of torch.rand's float64.
+
+    places: int64 (M,), rising. The generator moves on by all of them. Making the others takes as
+    long as a sixth of a step in int8. Ask `knows_the_stream` first.
+    """
+    found, state = torch.empty(len(places), dtype=torch.float64), generator.get_state()
+    words = state[STATE].view(torch.int64)
+    left, next_ = state[8:12].view(torch.int32), state[16:24].view(torch.int64)
+    if left == 1:
+        # the next word begins a new block, even where next says 0
+        next_.fill_(WORDS)
+    opened, places = library(), places.contiguous()
+    pointers = [found.data_ptr(), places.data_ptr(), len(places), total]
+    opened.uniforms(*pointers, words.data_ptr(), next_.data_ptr())
+    left.fill_(WORDS + 1 - int(next_))
+    generator.set_state(state)
+    return found
+
+
+@cache
+def knows_the_stream() -> bool:
+    """Tell whether blocks.c is compiled and `uniforms` are those of torch.rand, state included."""
+    if library() is None:
+        return False
+    ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+    for total in (1, 311, 312, 5, 1000):
+        places = torch.arange(0, total, 3)
+        try:
+            found = uniforms(ours, total, places)
+        except RuntimeError:
+            # a PyTorch whose generator has another state
+            return False
+        expected = torch.rand(total, dtype=torch.float64, generator=theirs)[places]
+        if not torch.equal(found, expected) or not torch.equal(
+            ours.get_state(), theirs.get_state()
+        ):
+            return False
+    return True
+
+
 @cache
 def library() -> Any:
     """Open the compiled library; None where there is none for this processor and this source."""
@@ -159,12 +205,13 @@ def library() -> Any:
         number, whole = ctypes.c_long, ctypes.c_int
         found.room.argtypes = [POINTER, POINTER, number, number]
         found.blocks.argtypes = [*[POINTER] * 5, number, number]
+        found.uniforms.argtypes = [POINTER, POINTER, number, number, POINTER, POINTER]
         found.linear.argtypes = [*[POINTER] * 4, *[number] * 3, whole, whole, number]
     except (OSError, AttributeError):
         # AttributeError: a file without these functions, or a system without getuid
         return None
     found.room.restype = ctypes.c_long
-    found.blocks.restype = found.linear.restype = None
+    found.blocks.restype = found.linear.restype = found.uniforms.restype = None
     return found
 
 
@@ -200,6 +247,7 @@ def compile_library() -> Path:
         data = partial.read_bytes()
         partial.write_bytes(data + sha256(data).digest())
     library.cache_clear()
+    knows_the_stream.cache_clear()
     if library() is None:
         path.unlink()
         raise ValueError("the compiled library does not load")

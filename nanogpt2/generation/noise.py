@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from nanogpt2.cpu import native
+
 # take the sparse path when at most this part of the probabilities is nonzero
 SPARSE = 1 / 8
 
@@ -62,15 +64,24 @@ class StreamNoise(Noise):
     def draw(self, probabilities: Tensor, count: int, step: int) -> Tensor:
         few = _possible(probabilities, count)
         if few is not None and _stream_is_uniform():
-            uniform = torch.rand(
-                probabilities.shape, dtype=torch.float64, generator=self._generator
-            )
+            uniform = self._uniform(probabilities.shape)
             dtype = probabilities.dtype
-            return few.best(lambda *at: _exponential(uniform[at]).to(dtype), count)
+            return few.best(lambda *at: _exponential(uniform(*at)).to(dtype), count)
         try:
             return torch.multinomial(probabilities, count, generator=self._generator)
         except RuntimeError as error:
             raise nothing_left(step) from error
+
+    def _uniform(self, shape: torch.Size) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function of rows and columns, in order: torch.rand's numbers there, float64."""
+        generator = self._generator
+        # another thread may use torch's own generator meanwhile
+        if generator is None or not native.knows_the_stream():
+            every = torch.rand(shape, dtype=torch.float64, generator=generator)
+            return lambda rows, columns: every[rows, columns]
+        return lambda rows, columns: native.uniforms(
+            generator, shape.numel(), rows * shape[1] + columns
+        )
 
     @override
     def exponential(self, shape: tuple[int, int], step: int) -> Tensor:
