@@ -179,7 +179,7 @@ static void narrow(int16_t *u, float *d, float *low, const float *x, long K, int
     float range = most - least, steps = 255.0f / (range + 1e-8f);
     int shift = middle == 64;
     for (long k = 0; k < K; k++)
-        u[k] = (int16_t)(((int32_t)lrintf((x[k] - least) * steps) >> shift) - middle);
+        u[k] = (int16_t)(((int32_t)rintf((x[k] - least) * steps) >> shift) - middle);
     *d = has_nan ? NAN : range / 255.0f;
     /* two steps merge into one, whose middle lies half a step above the lower one */
     least += shift * *d / 2;
@@ -330,8 +330,7 @@ void blocks(float *x, const Layer *layers, const Shape *s, const Cache *c, float
 #pragma omp parallel num_threads((int)threads)
     {
         float *at = scratch + common_room(s, M) + omp_get_thread_num() * own_room(s, c, M);
-        Room own = {.normal = at, .p = at + M * C};
-        own.u = (int16_t *)(own.p + c->rows * (c->common + c->past + 1));
+        Room own = {.normal = at, .u = (int16_t *)(at + M * C), .p = at + M * (C + widest(s))};
         for (long l = 0; l < s->n_layer; l++) {
             const Layer *a = layers + l;
             for (long m = 0; m < M; m++)
