@@ -1,6 +1,7 @@
 """The files of a model beside its tensors: find them, read them, check them.
 
-    model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json
+    model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json;
+    else pytorch_model.bin, or its shards; nanoGPT's ckpt.pt; minGPT's model.pt
     config.json, generation_config.json        the shape, and the options of decoding
     vocab.json or tokenizer.json, ...          the vocabulary
     manifest.json                              {file: {"size", "sha256"}}, in a run's folder
@@ -20,7 +21,14 @@ from typing import Any
 
 from nanogpt2 import hub
 from nanogpt2.checkpoints import header as tensor_header
-from nanogpt2.config import PICKLES, PRESETS, GenerationConfig, GPTConfig, check_model
+from nanogpt2.config import (
+    OTHER_FORMATS,
+    PICKLES,
+    PRESETS,
+    GenerationConfig,
+    GPTConfig,
+    check_model,
+)
 from nanogpt2.config.flags import show
 from nanogpt2.config.generation import FOREIGN
 from nanogpt2.filesystem import open_regular
@@ -30,7 +38,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 # not WEIGHTS: transformers would read the numbers without their scales
 WEIGHTS_INT8 = "model.int8.safetensors"
-INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LARGEST_JSON = 2**25  # bytes
 # without these texts the weights mean something else
 TIED = ("config.json", "generation_config.json")
@@ -42,7 +51,7 @@ THEIR_NAMES = {"block_size": "n_positions"}
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The safetensors files of a model, its shape where stated, config.json and the manifest."""
+    """The files of a model's tensors, its shape where stated, config.json and the manifest."""
 
     files: tuple[Path, ...]
     config: GPTConfig | None
@@ -51,6 +60,7 @@ class ModelFiles:
     # generation_config.json's options, without the ids that are in `config`
     generation: dict[str, Any] = field(default_factory=dict, repr=False)
     is_settled: bool = True  # False where the folder's texts are of an earlier model
+    stated_by: str = "config.json"  # the file that states the shape
 
     def sha256_of(self, file: Path) -> str | None:
         """Return the digest in the manifest; None without a manifest or an entry in it."""
@@ -92,7 +102,7 @@ def name_for_others(name: str | Path) -> str:
     if not path.exists():
         return str(name)
     # they take a folder, not the file in it
-    return str((path.parent if path.name == WEIGHTS else path).absolute())
+    return str((path.parent if path.name in (WEIGHTS, PICKLED) else path).absolute())
 
 
 def _path(name: str | Path) -> Path:
@@ -113,6 +123,25 @@ def current(source: ModelFiles, replaces: Replaces) -> ModelFiles:
     stated, generation = (now[name] or {} for name in TIED)
     config = _config(folder / TIED[0], stated, generation)
     return replace(source, config=config, stated=stated, is_settled=False)
+
+
+def with_stated(source: ModelFiles, file: Path, stated: Mapping[str, Any]) -> ModelFiles:
+    """Return the files with the shape that a file of tensors states; config.json beside it counts.
+
+    Raises ValueError for another shape than GPT-2's, and where the two differ in n_head.
+    """
+    if not stated:
+        return source
+    if source.config is None:
+        generation = _read_json(file.parent / "generation_config.json", source.manifest)
+        config = _config(file, dict(stated), generation or {})
+        return replace(source, config=config, stated=dict(stated), stated_by=file.name)
+    if source.config.n_head != stated["n_head"]:
+        raise ValueError(
+            f"{str(file.parent / 'config.json')!r}: n_head is {source.config.n_head}, but "
+            f"{stated['n_head']} by {file.name}"
+        )
+    return source
 
 
 def current_text(path: Path, replaces: Replaces) -> str | None:
@@ -142,21 +171,31 @@ def digest_ahead(name: str | Path) -> None:
 
 
 def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ...]:
-    for name in (WEIGHTS, WEIGHTS_INT8):
-        if (folder / name).exists():
-            return (folder / name,)
-    index = _read_json(folder / INDEX, manifest)
-    if index is not None:
-        shards = index.get("weight_map")
-        if not (isinstance(shards, dict) and shards and all(map(_is_name, shards.values()))):
-            raise ValueError(
-                f"{str(folder / INDEX)!r} has no weight_map of tensors to files beside it"
-            )
-        return tuple(folder / shard for shard in sorted(set(shards.values())))
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLES:
-            check_model(file)
-    raise ValueError(f"{str(folder)!r} holds no {WEIGHTS}")
+    ours, theirs = ((WEIGHTS, WEIGHTS_INT8), INDEXES[0]), ((PICKLED,), INDEXES[1])
+    for names, index in (ours, theirs, (("ckpt.pt", "model.pt"), None)):
+        for name in names:
+            if (folder / name).exists():
+                return (folder / name,)
+        found = _read_json(folder / index, manifest) if index else None
+        if index and found is not None:
+            shards = found.get("weight_map")
+            if not (isinstance(shards, dict) and shards and all(map(_is_name, shards.values()))):
+                raise ValueError(
+                    f"{str(folder / index)!r} has no weight_map of tensors to files beside it"
+                )
+            return tuple(folder / shard for shard in sorted(set(shards.values())))
+    present = sorted(file.name for file in folder.iterdir())
+    if "adapter_config.json" in present:
+        raise ValueError(
+            f"{str(folder)!r} holds only a LoRA adapter: merge it into its model by PEFT's "
+            "merge_and_unload, and save that"
+        )
+    for name in present:
+        if name.endswith(tuple(OTHER_FORMATS)):
+            check_model(folder / name)
+    named = [name for name in present if Path(name).suffix in (".safetensors", *PICKLES)]
+    hint = f"; name a file of it, as {str(folder / named[0])!r}" if named else ""
+    raise ValueError(f"{str(folder)!r} holds no {WEIGHTS} and no {PICKLED}{hint}")
 
 
 def _is_name(value: Any) -> bool:

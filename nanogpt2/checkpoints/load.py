@@ -24,6 +24,7 @@ from nanogpt2.checkpoints.folder import (
     find_files,
     is_chat,
     labels_of,
+    with_stated,
 )
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.checkpoints.names import (
@@ -73,6 +74,7 @@ class Checkpoint:
             self.tensors = by_our_names(entries)
             for file in self._opened:
                 self._source = current(self._source, file.replaces)
+                self._source = with_stated(self._source, file.path, file.layout.stated)
             self.config = agreed_config(self._source, self.tensors)
             check_masks(entries, self.config)
             head = self.tensors.get(SCORE)

@@ -95,15 +95,15 @@ def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPT
             if all(getattr(preset, name) == size for name, size in sizes.items()):
                 return preset
         raise ValueError(
-            f"{str(file)!r} has no config.json beside it and is of no known size "
+            f"{str(file)!r} has no config.json beside it, to state n_head, and is of no known size "
             f"({', '.join(PRESETS)})"
         )
     for name, size in sizes.items():
         stated = getattr(source.config, name)
         if stated != size:
             raise ValueError(
-                f"{str(file.parent / 'config.json')!r}: {THEIR_NAMES.get(name, name)} is {stated}, "
-                f"but {size} by the tensors of {file.name}"
+                f"{str(file.parent / source.stated_by)!r}: {THEIR_NAMES.get(name, name)} is "
+                f"{stated}, but {size} by the tensors of {file.name}"
             )
     return source.config
 

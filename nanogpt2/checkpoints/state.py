@@ -28,6 +28,8 @@ def map_state(
     for file in opened:
         for name, tensor in file.mapped(ours_of, _stated_digest(source, file)):
             ours = ours_of[name]
+            by_columns = ours.endswith(TRANSPOSED) and tensor.t().is_contiguous()
+            tensor = tensor if by_columns else tensor.contiguous()
             if not ours.endswith(MATRICES):
                 # position lookups read the file, as token lookups do
                 tensor = tensor.to(torch.float32, copy=ours != POSITIONS)
@@ -49,7 +51,7 @@ def read_state(
     passing = {
         entry.name
         for ours, entry in stored.items()
-        if ours.endswith(TRANSPOSED) or tensor_file.DTYPES[entry.dtype] != dtype
+        if ours.endswith(TRANSPOSED) or entry.strides or tensor_file.DTYPES[entry.dtype] != dtype
     }
     if HEAD in stored and EMBEDDING in stored:
         passing.add(max((stored[HEAD], stored[EMBEDDING]), key=lambda e: e.start).name)

@@ -55,7 +55,22 @@ PRESETS: dict[str, GPTConfig] = {
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
 MODEL_NAMES = (*PRESETS, "demo")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of torch.save; .bin: llm.c's too
+# models in other formats, by the end of a file's name, and what to do with them
+TENSORFLOW = (
+    "is a checkpoint of TensorFlow: OpenAI's are gpt2, gpt2-medium, gpt2-large and gpt2-xl here; "
+    "load_tf_weights_in_gpt2 of transformers 4 converts others"
+)
+OTHER_FORMATS = {
+    ".index": TENSORFLOW,
+    ".meta": TENSORFLOW,
+    "-00000-of-00001": TENSORFLOW,
+    "checkpoint": TENSORFLOW,
+    ".h5": "is of Keras: transformers 4 loads it by from_tf=True; save_pretrained it",
+    ".msgpack": "is of Flax: transformers 4 loads it by from_flax=True; save_pretrained it",
+    ".gguf": "is of llama.cpp: transformers loads it by gguf_file=NAME; save_pretrained it",
+    ".onnx": "is a graph without a model's names: give the model that it was made from",
+}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 KERNELS = ("auto", "torch", "triton", "reference")
@@ -71,9 +86,10 @@ def check_model(name: str | Path) -> None:
     if not name or not path.exists():
         known = ", ".join(MODEL_NAMES)
         raise ValueError(f"{show(str(name))} is not a file, a folder or a known model ({known})")
-    if path.suffix in PICKLES:
+    for end, advice in OTHER_FORMATS.items():
+        if path.name.endswith(end):
+            raise ValueError(f"{show(str(name))} {advice}")
+    if path.suffix not in (".safetensors", *PICKLES):
         raise ValueError(
-            f"{show(str(name))} is a pickle, which can run code; only .safetensors are loaded"
+            f"{show(str(name))} is not a .safetensors file, nor one of {', '.join(PICKLES)}"
         )
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{show(str(name))} is not a .safetensors file")
