@@ -51,6 +51,7 @@ MAY_IMPORT = {
         "hub",
         "memory",
         "model",
+        "terminal",
         "tokenizer",
     ],
     "generation": [

@@ -43,10 +43,34 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LARGEST_JSON = 2**25  # bytes
 # without these texts the weights mean something else
 TIED = ("config.json", "generation_config.json")
+# what config.json states where it is not OpenAI's
+UNUSUAL = (
+    "n_inner",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
+)
 # by file: the SHA-256 of the text replaced and the new text, from a header
 Replaces = Mapping[str, tuple[Any, Any]]
 # config.json's names that differ from ours
-THEIR_NAMES = {"block_size": "n_positions"}
+THEIR_NAMES = {"block_size": "n_positions", "mlp_width": "n_inner"}
+# other names of tanh GELU and of erf GELU
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu_python": "gelu",
+}
+# architectures that are taken for GPT-2
+OTHERS = {
+    "openai-gpt": "the first GPT, with layer norms after the sums",
+    "gpt_neo": "GPT-Neo, half of whose layers see 256 tokens",
+    "gpt_neox": "GPT-NeoX, with rotary positions",
+    "gptj": "GPT-J, with rotary positions",
+    "gpt_bigcode": "GPTBigCode, whose heads share their keys and values",
+    "imagegpt": "Image GPT, which writes pixels",
+}
 
 
 @dataclass(frozen=True)
@@ -255,23 +279,18 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
 
     Raises ValueError for an architecture other than GPT-2's.
     """
-    required = {
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * stated["n_embd"] if isinstance(stated.get("n_embd"), int) else None),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    }
-    for key, allowed in required.items():
-        if key in stated and stated[key] not in allowed:
-            raise ValueError(
-                f"{str(path)!r}: {key} must be {allowed[0]!r}, not {show(stated[key])}"
-            )
-    ours = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon")
+    for key, allowed in {"model_type": "gpt2", "add_cross_attention": False}.items():
+        if (value := stated.get(key, allowed)) != allowed:
+            known = OTHERS.get(value) if isinstance(value, str) else None
+            found = show(value) + (f": {known}" if known else "")
+            raise ValueError(f"{str(path)!r}: {key} must be {allowed!r}, not {found}")
+    ids_of_tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ours = {f.name for f in fields(GPTConfig)} - {"dropout", *ids_of_tokens}
     theirs = {name: THEIR_NAMES.get(name, name) for name in ours}
     options = {name: stated[their] for name, their in theirs.items() if their in stated}
+    activation = options.get("activation_function")
+    if isinstance(activation, str):
+        options["activation_function"] = ACTIVATIONS.get(activation, activation)
     ids: dict[str, Any] = {
         "bos_token_id": 50256,
         "eos_token_id": 50256,
@@ -283,9 +302,7 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
     except ValueError as error:
         line = str(error).replace("block_size", THEIR_NAMES["block_size"])
         raise ValueError(f"{str(path)!r}: {line}") from None
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    known = {key: _known_ids(ids[key], config.vocab_size) for key in names}
-    return replace(config, **known)
+    return replace(config, **{n: _known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
 
 
 def _known_ids(value: Any, vocab_size: int) -> Any:
@@ -336,7 +353,7 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
     stated: dict[str, Any] = {
         "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
+        "activation_function": c.activation_function,
         "vocab_size": c.vocab_size,
         "n_positions": c.block_size,
         "n_ctx": c.block_size,
@@ -347,6 +364,8 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
         "initializer_range": 0.02,
         "dtype": dtype,
     }
+    # as a file without them means OpenAI's shape, the rest is stated where it differs
+    stated |= {n: getattr(c, n) for n in UNUSUAL if getattr(c, n) != getattr(GPTConfig, n)}
     if labels:
         stated["id2label"] = {str(i): label for i, label in enumerate(labels)}
         stated["label2id"] = {label: i for i, label in enumerate(labels)}

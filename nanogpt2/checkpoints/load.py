@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nanogpt2 import terminal
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import (
     check_vocabulary,
@@ -31,11 +32,12 @@ from nanogpt2.checkpoints.names import (
     DTYPES,
     NARROW,
     SCORE,
+    SECOND_HEAD,
     Undrawn,
     agreed_config,
     by_our_names,
-    check_masks,
     check_tensors,
+    check_unused,
 )
 from nanogpt2.checkpoints.state import map_state, read_state
 from nanogpt2.classifier import GPTClassifier
@@ -76,11 +78,18 @@ class Checkpoint:
                 self._source = current(self._source, file.replaces)
                 self._source = with_stated(self._source, file.path, file.layout.stated)
             self.config = agreed_config(self._source, self.tensors)
-            check_masks(entries, self.config)
+            check_unused(entries, self.config)
             head = self.tensors.get(SCORE)
             self.labels = () if head is None else labels_of(self._source, head.shape)
+            if self.labels:
+                # no head for tokens
+                self.config = replace(self.config, tie_word_embeddings=True)
+            self._source = replace(self._source, config=self.config)
             check_tensors(self.tensors, self.config, self.labels, self._source.files[0])
             self.close = weakref.finalize(self, stack.pop_all().close)
+        if any(entry.name.startswith(SECOND_HEAD) for entry in entries):
+            name = str(self._source.files[0].parent)
+            terminal.note_once(f"{name!r}: its second head, {SECOND_HEAD}*, is left out")
 
     def __enter__(self) -> Self:
         return self

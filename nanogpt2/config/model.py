@@ -3,6 +3,7 @@
 This file opens no file and does not know tensors.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nanogpt2.config.flags import check, flag, show
 
 TokenIds = int | tuple[int, ...] | None
 MOST_LAYERS = 1000
+ACTIVATIONS = ("gelu_new", "gelu")
 MOST_PARAMETERS = 2**40  # their bytes still fit the integers of an allocation
 
 
@@ -27,6 +29,11 @@ class GPTConfig:
     bos_token_id: int | None = flag(50256, "starts an empty prompt", low=0)
     eos_token_id: TokenIds = flag(50256, "ends a text", low=0)
     pad_token_id: int | None = flag(None, "fills rows that ended", low=0)
+    n_inner: int | None = flag(None, "width of the MLP; none is 4C", low=1)
+    activation_function: str = flag("gelu_new", "tanh GELU, or erf GELU", choices=ACTIVATIONS)
+    scale_attn_weights: bool = flag(True, "divide the scores by sqrt(D)")
+    scale_attn_by_inverse_layer_idx: bool = flag(False, "and by the layer's number, from 1")
+    tie_word_embeddings: bool = flag(True, "the head is the embedding")
 
     def __post_init__(self) -> None:
         check(self)
@@ -35,17 +42,29 @@ class GPTConfig:
                 f"n_embd must be a multiple of n_head, not {self.n_embd} / {self.n_head}"
             )
         if self.n_parameters > MOST_PARAMETERS:
+            inner = "" if self.n_inner is None else f" and n_inner {self.n_inner}"
             raise ValueError(
-                f"n_embd {self.n_embd} makes {self.n_parameters:,} parameters; "
+                f"n_embd {self.n_embd}{inner} makes {self.n_parameters:,} parameters; "
                 f"{MOST_PARAMETERS:,} are allowed"
             )
 
     @property
+    def mlp_width(self) -> int:
+        """Return n_inner, by default 4C."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
     def n_parameters(self) -> int:
-        """Count the parameters: two embeddings, the blocks, the last layer norm."""
-        C = self.n_embd
-        block = 12 * C * C + 13 * C
-        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+        """Count the parameters: two embeddings, the blocks, the last layer norm, an untied head."""
+        C, inner = self.n_embd, self.mlp_width
+        block = 4 * C * C + 2 * C * inner + inner + 9 * C
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + self.block_size
+        return tables * C + self.n_layer * block + 2 * C
+
+    def query_scale(self, layer: int) -> float:
+        """Return the factor of a layer's queries, beside 1 / sqrt(D): 1 in OpenAI's models."""
+        scale = 1.0 if self.scale_attn_weights else math.sqrt(self.n_embd // self.n_head)
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
 PRESETS: dict[str, GPTConfig] = {

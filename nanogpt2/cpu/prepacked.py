@@ -42,9 +42,9 @@ class PrepackedLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b."""
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """Return GELU(x W^T + b), in the tanh form."""
-        return F.gelu(self(x), approximate="tanh")
+    def gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
+        """Return GELU(x W^T + b). approximate: tanh or none, as for F.gelu."""
+        return F.gelu(self(x), approximate=approximate)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return x W^T + b + residual; residual: (..., N)."""
@@ -114,8 +114,8 @@ class FloatLinear(LaidOut):
         return self._layout.product(x, self._bias)
 
     @override
-    def gelu(self, x: Tensor) -> Tensor:
-        return self._layout.gelu(x, self._bias)
+    def gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
+        return self._layout.gelu(x, self._bias, approximate)
 
     @override
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class Layer(NamedTuple):
     ln_2: LayerNorm
     c_fc: PrepackedLinear
     mlp_c_proj: PrepackedLinear
+    scale: float  # of the queries
+    approximate: str  # GELU's form
 
     def products(self) -> tuple[PrepackedLinear, ...]:
         """Return the four matrices, in the order of their use."""
@@ -56,7 +58,7 @@ class Prepared:
         if isinstance(model, InferenceGPT):
             self.head = model.head
         else:
-            self.head = FloatLinear(model.wte.weight, None, keeps=True)
+            self.head = FloatLinear(model.head_weight, None, keeps=True)
         self.layers = [_layer(block) for block in model.h]
         self._modules = _modules(model)
         self._seen = [_state(tensor) for tensor in _weights(model)]
@@ -71,6 +73,11 @@ class Prepared:
         self.pace = Pace()
         self.blocks = None
         self._model = ref(model)
+        c = model.config
+        # what blocks.c computes: an MLP of 4C with tanh GELU, and no scale of the queries
+        self._has_usual_shape = c.mlp_width == 4 * c.n_embd and all(
+            (layer.scale, layer.approximate) == (1, "tanh") for layer in self.layers
+        )
         self._single_rows = 0
         self._choosing = Lock()  # one thread at a time changes layouts
 
@@ -121,8 +128,11 @@ class Prepared:
         return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
 
     def _can_compile(self) -> bool:
-        return native.library() is not None and all(
-            isinstance(p, LaidOut) for layer in self.layers for p in layer.products()
+        products = [p for layer in self.layers for p in layer.products()]
+        return (
+            native.library() is not None
+            and self._has_usual_shape
+            and all(isinstance(p, LaidOut) for p in products)
         )
 
     def _prepare_blocks(self) -> None:
@@ -215,7 +225,8 @@ def is_product(layer: nn.Module) -> bool:
 
 def _layer(block: Any) -> Layer:
     c_attn, attn_c_proj, c_fc, mlp_c_proj = map(_product, matrices(block))
-    return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj)
+    scale, approximate = block.attn.scale, block.mlp.approximate
+    return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj, scale, approximate)
 
 
 def _product(layer: Any) -> PrepackedLinear:
@@ -226,7 +237,8 @@ def _product(layer: Any) -> PrepackedLinear:
 
 def _modules(model: GPT) -> list[nn.Module]:
     """Return all modules that prepared layers read."""
-    head = model.head if isinstance(model, InferenceGPT) else model.wte
+    own = "head" if isinstance(model, InferenceGPT) else "lm_head"
+    head = getattr(model, own, model.wte)
     blocks: list[Any] = [*model.h]
     return [head, *(m for b in blocks for m in (b.ln_1, b.ln_2, *matrices(b)))]
 
@@ -238,7 +250,7 @@ def _weights(model: GPT) -> list[Tensor]:
     weights: list[Tensor] = []
     if not isinstance(model, InferenceGPT):
         layers += [m for block in blocks for m in matrices(block)]
-        weights.append(model.wte.weight)
+        weights.append(model.head_weight)
     return [*weights, *(t for m in layers for t in (m.weight, m.bias))]
 
 
