@@ -22,12 +22,12 @@ from typing import Any
 from nanogpt2 import hub
 from nanogpt2.checkpoints import header as tensor_header
 from nanogpt2.config import (
-    OTHER_FORMATS,
     PICKLES,
     PRESETS,
     GenerationConfig,
     GPTConfig,
     check_model,
+    other_format,
 )
 from nanogpt2.config.flags import show
 from nanogpt2.config.generation import FOREIGN
@@ -53,6 +53,18 @@ UNUSUAL = (
 # by file: the SHA-256 of the text replaced and the new text, from a header
 Replaces = Mapping[str, tuple[Any, Any]]
 # config.json's names that differ from ours
+# by minGPT's names of models
+MINGPT_HEADS = {
+    "openai-gpt": 12,
+    "gpt2": 12,
+    "gpt2-medium": 16,
+    "gpt2-large": 20,
+    "gpt2-xl": 25,
+    "gopher-44m": 16,
+    "gpt-mini": 6,
+    "gpt-micro": 4,
+    "gpt-nano": 3,
+}
 THEIR_NAMES = {"block_size": "n_positions", "mlp_width": "n_inner"}
 # other names of tanh GELU and of erf GELU
 ACTIVATIONS = {
@@ -109,7 +121,9 @@ def find_files(name: str | Path) -> ModelFiles:
     found = (path,) if folder != path else _weights_in(folder, manifest)
     stated = _read_json(folder / "config.json", manifest)
     generation = _read_json(folder / "generation_config.json", manifest)
-    config = None if stated is None else _config(folder / "config.json", stated, generation or {})
+    config = None
+    if stated is not None and mingpt_heads(stated) is None:
+        config = _config(folder / "config.json", stated, generation or {})
     names = {f.name for f in fields(GenerationConfig)} - {"eos_token_id", "pad_token_id"}
     options = {k: v for k, v in (generation or {}).items() if k in (*names, *FOREIGN)}
     return ModelFiles(found, config, manifest, stated or {}, options)
@@ -215,7 +229,7 @@ def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ..
             "merge_and_unload, and save that"
         )
     for name in present:
-        if name.endswith(tuple(OTHER_FORMATS)):
+        if other_format(name) is not None:
             check_model(folder / name)
     named = [name for name in present if Path(name).suffix in (".safetensors", *PICKLES)]
     hint = f"; name a file of it, as {str(folder / named[0])!r}" if named else ""
@@ -303,6 +317,25 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
         line = str(error).replace("block_size", THEIR_NAMES["block_size"])
         raise ValueError(f"{str(path)!r}: {line}") from None
     return replace(config, **{n: _known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
+
+
+def mingpt_heads(stated: Mapping[str, Any]) -> int | None:
+    """Return n_head by the config.json of minGPT's projects; None for another file.
+
+    minGPT writes it before the rest of the shape is known.
+    """
+    model = stated.get("model")
+    if "model_type" in stated or not isinstance(model, dict):
+        return None
+    heads = model.get("n_head")
+    return heads if type(heads) is int else MINGPT_HEADS.get(str(model.get("model_type")))
+
+
+def config_of(source: ModelFiles, sizes: Mapping[str, Any], heads: int) -> GPTConfig:
+    """Make the shape of a minGPT; its tensors show all but n_head, and its head is not tied."""
+    shape = {THEIR_NAMES.get(name, name): size for name, size in sizes.items()}
+    stated = {**shape, "n_head": heads, "tie_word_embeddings": False}
+    return _config(source.files[0].parent / "config.json", stated, {})
 
 
 def _known_ids(value: Any, vocab_size: int) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles
+from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles, config_of, mingpt_heads
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.config.flags import show
@@ -96,6 +96,8 @@ def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPT
     file = source.files[0]
     sizes = _sizes(file, stored)
     if source.config is None:
+        if (heads := mingpt_heads(source.stated)) is not None:
+            return config_of(source, sizes, heads)
         for preset in PRESETS.values():
             if all(getattr(preset, name) == size for name, size in sizes.items()):
                 return preset

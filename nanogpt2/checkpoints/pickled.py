@@ -128,10 +128,11 @@ class PickleLayout(Layout):
         """Return the unpickled object, its tensors on the meta device, and the storages' keys."""
         file, keys = clean_zip(archive)
         try:
-            with warnings.catch_warnings(), _without_bytes():
+            with warnings.catch_warnings():
                 # of other pickle protocols and of attributes of tensors
                 warnings.simplefilter("ignore")
-                return torch.load(file, map_location="meta", weights_only=True), keys
+                with _without_bytes():
+                    return torch.load(file, map_location="meta", weights_only=True), keys
         # what the instructions do to each other can raise anything
         except Exception as error:
             if is_out_of_memory(error):

@@ -21,13 +21,13 @@ from nanogpt2.config.model import (
     MODEL_NAMES,
     MOST_LAYERS,
     MOST_PARAMETERS,
-    OTHER_FORMATS,
     PICKLES,
     PRESETS,
     SCHEMES,
     GPTConfig,
     TokenIds,
     check_model,
+    other_format,
 )
 from nanogpt2.config.sample import (
     DECODING_FLAGS,
@@ -56,7 +56,7 @@ __all__ = [
     "PRESETS",
     "MODEL_NAMES",
     "PICKLES",
-    "OTHER_FORMATS",
+    "other_format",
     "DEVICES",
     "DTYPES",
     "KERNELS",

@@ -75,7 +75,7 @@ PRESETS: dict[str, GPTConfig] = {
 }
 MODEL_NAMES = (*PRESETS, "demo")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of torch.save; .bin: llm.c's too
-# models in other formats, by the end of a file's name, and what to do with them
+# other formats, by a file's name or the end of it, and where to turn
 TENSORFLOW = (
     "is a checkpoint of TensorFlow: OpenAI's are gpt2, gpt2-medium, gpt2-large and gpt2-xl here; "
     "load_tf_weights_in_gpt2 of transformers 4 converts others"
@@ -97,17 +97,26 @@ IGNORE_INDEX = -100  # a target that does not count in the loss
 SCHEMES = ("fp16", "int8")  # of narrow weights, on a CPU
 
 
+def other_format(name: str) -> str | None:
+    """Return what to do with a model's file of another format; None for any other file."""
+    for end, advice in OTHER_FORMATS.items():
+        if name == end or (end != "checkpoint" and name.endswith(end)):
+            return advice
+    return None
+
+
 def check_model(name: str | Path) -> None:
     """Raise ValueError if `name` cannot be a model. Opens no file."""
     path = Path(name)
     if name in MODEL_NAMES or (name and path.is_dir()):
         return
     if not name or not path.exists():
+        if name and path.with_name(f"{path.name}.index").exists():
+            raise ValueError(f"{show(str(name))} {TENSORFLOW}")
         known = ", ".join(MODEL_NAMES)
         raise ValueError(f"{show(str(name))} is not a file, a folder or a known model ({known})")
-    for end, advice in OTHER_FORMATS.items():
-        if path.name.endswith(end):
-            raise ValueError(f"{show(str(name))} {advice}")
+    if (advice := other_format(path.name)) is not None:
+        raise ValueError(f"{show(str(name))} {advice}")
     if path.suffix not in (".safetensors", *PICKLES):
         raise ValueError(
             f"{show(str(name))} is not a .safetensors file, nor one of {', '.join(PICKLES)}"
