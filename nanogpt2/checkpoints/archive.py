@@ -61,10 +61,7 @@ class Opcode(NamedTuple):
 
 @dataclass
 class Archive:
-    """A pickle, and the places of the storages that it names.
-
-    pickle: as a zip file holds it: the keys of storages are persistent ids of five parts.
-    """
+    """A pickle, and the places of the storages that it names."""
 
     pickle: bytes
     keys: tuple[str, ...]
@@ -131,7 +128,7 @@ def read_zip(file: IO[bytes]) -> Archive:
             raise ValueError(f"{name} is compressed: unpack the zip file and pack it by zip -0 -r")
         if entry.flag_bits & 1 or stat.S_ISLNK(entry.external_attr >> 16):
             raise ValueError(f"{name} is encrypted or a link")
-        start = _data_of(file, entry)
+        start = _data_of(file, entry) if entry.header_offset >= last else end
         if entry.header_offset < last or start + entry.file_size > end:
             raise ValueError(f"{name} is outside the file, or overlaps another record")
         records[name] = Place(start, entry.file_size)
@@ -186,7 +183,7 @@ def read_old(file: IO[bytes]) -> Archive:
             names.append(str(code.argument))
     if len({*names}) < len(names) or not all(re.fullmatch("[0-9]{1,40}", n) for n in names):
         raise ValueError("the keys of its storages are no different numbers")
-    return Archive(_with_short_ids(tensors), tuple(names), _old=(file, place))
+    return Archive(tensors, tuple(names), _old=(file, place))
 
 
 def _with_short_ids(pickle: bytes) -> bytes:
@@ -208,11 +205,13 @@ def _with_short_ids(pickle: bytes) -> bytes:
 def clean_zip(archive: Archive) -> tuple[IO[bytes], dict[int, str]]:
     """Make a zip file of the pickle and empty storages, for torch.load.
 
-    Return with it the key of each storage by the place of its bytes.
+    Return with it the key of each storage by the place of its bytes. Raises ValueError for a
+    pickle that no zip file can hold.
     """
     out, keys = io.BytesIO(), {}
+    pickle = archive.pickle if archive._old is None else _with_short_ids(archive.pickle)
     with zipfile.ZipFile(out, "w") as made:
-        made.writestr("archive/data.pkl", archive.pickle)
+        made.writestr("archive/data.pkl", pickle)
         made.writestr("archive/version", "3\n")
         made.writestr("archive/byteorder", "little")
         for key in archive.keys:

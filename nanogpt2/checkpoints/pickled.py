@@ -107,12 +107,12 @@ class PickleLayout(Layout):
         try:
             archive = read_zip(file) if is_zip else read_old(file)
             _check_opcodes(archive.pickle)
+            clean, keys = clean_zip(archive)
         except _ForbiddenError as error:
             raise ValueError(f"{str(path)!r} is a pickle {error}") from None
         except ValueError as error:
             raise self.broken(str(error)) from None
-        loaded, keys = self._load(archive)
-        tensors, model_args = self._tensors(loaded)
+        tensors, model_args = self._tensors(self._load(clean))
         try:
             entries = [*_entries(path, tensors, archive, keys)]
         except ValueError as error:
@@ -124,15 +124,14 @@ class PickleLayout(Layout):
         entries = _as_conv1d(entries)
         self.entries = sorted(entries, key=lambda entry: (entry.start, entry.end))
 
-    def _load(self, archive: Archive) -> tuple[Any, dict[int, str]]:
-        """Return the unpickled object, its tensors on the meta device, and the storages' keys."""
-        file, keys = clean_zip(archive)
+    def _load(self, clean: IO[bytes]) -> Any:
+        """Return the object of a clean zip file, its tensors on the meta device."""
         try:
             with warnings.catch_warnings():
                 # of other pickle protocols and of attributes of tensors
                 warnings.simplefilter("ignore")
                 with _without_bytes():
-                    return torch.load(file, map_location="meta", weights_only=True), keys
+                    return torch.load(clean, map_location="meta", weights_only=True)
         # what the instructions do to each other can raise anything
         except Exception as error:
             if is_out_of_memory(error):

@@ -77,7 +77,7 @@ MODEL_NAMES = (*PRESETS, "demo")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # of torch.save; .bin: llm.c's too
 # other formats, by a file's name or the end of it, and where to turn
 TENSORFLOW = (
-    "is a checkpoint of TensorFlow: OpenAI's are gpt2, gpt2-medium, gpt2-large and gpt2-xl here; "
+    "is of TensorFlow: OpenAI's models are gpt2, gpt2-medium, gpt2-large, gpt2-xl here; "
     "load_tf_weights_in_gpt2 of transformers 4 converts others"
 )
 OTHER_FORMATS = {
