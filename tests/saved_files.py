@@ -124,7 +124,8 @@ def with_pickle(data, pickle):
 def pickle_of(data):
     """The pickle of a zip file."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return archive.read(next(n for n in archive.namelist() if n.endswith("/data.pkl")))
+        records = {name.partition("/")[2]: name for name in archive.namelist()}
+        return archive.read(records["data.pkl"])
 
 
 # ---- mutants

@@ -763,7 +763,8 @@ def check_mutants(tmp_path, count):
             try:
                 state = load_model(source).state_dict()
             except ValueError as error:
-                assert "\n" not in str(error) and path.name in str(error), error
+                # a missing tensor is reported for the first shard
+                assert path.name.split("-")[0] in str(error) and "\n" not in str(error), error
                 counts["refused"] += 1
                 continue
             counts["loaded"] += 1

@@ -103,20 +103,15 @@ class PickleLayout(Layout):
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         """Read the file's structure. Raises ValueError for one that is broken or unsafe."""
         super().__init__(path, file)
-        is_zip = file.read(len(ZIP)) == ZIP
-        try:
-            archive = read_zip(file) if is_zip else read_old(file)
-            _check_opcodes(archive.pickle)
-            clean, keys = clean_zip(archive)
-        except _ForbiddenError as error:
-            raise ValueError(f"{str(path)!r} is a pickle {error}") from None
-        except ValueError as error:
-            raise self.broken(str(error)) from None
-        tensors, model_args = self._tensors(self._load(clean))
-        try:
-            entries = [*_entries(path, tensors, archive, keys)]
-        except ValueError as error:
-            raise self.broken(str(error)) from None
+        with warnings.catch_warnings():
+            # of other pickle protocols, of odd texts and of attributes of tensors
+            warnings.simplefilter("ignore")
+            archive, keys, loaded = self._load(file)
+            tensors, model_args = self._tensors(loaded)
+            try:
+                entries = [*_entries(path, tensors, archive, keys)]
+            except ValueError as error:
+                raise self.broken(str(error)) from None
         if model_args is not None:
             self.stated = self._stated(model_args)
             if model_args.get("bias") is False:
@@ -124,14 +119,20 @@ class PickleLayout(Layout):
         entries = _as_conv1d(entries)
         self.entries = sorted(entries, key=lambda entry: (entry.start, entry.end))
 
-    def _load(self, clean: IO[bytes]) -> Any:
-        """Return the object of a clean zip file, its tensors on the meta device."""
+    def _load(self, file: IO[bytes]) -> tuple[Archive, dict[int, str], Any]:
+        """Return the file's parts, the keys of `clean_zip`, and the object on the meta device."""
+        is_zip = file.read(len(ZIP)) == ZIP
         try:
-            with warnings.catch_warnings():
-                # of other pickle protocols and of attributes of tensors
-                warnings.simplefilter("ignore")
-                with _without_bytes():
-                    return torch.load(clean, map_location="meta", weights_only=True)
+            archive = read_zip(file) if is_zip else read_old(file)
+            _check_opcodes(archive.pickle)
+            clean, keys = clean_zip(archive)
+        except _ForbiddenError as error:
+            raise ValueError(f"{str(self.path)!r} is a pickle {error}") from None
+        except ValueError as error:
+            raise self.broken(str(error)) from None
+        try:
+            with _without_bytes():
+                return archive, keys, torch.load(clean, map_location="meta", weights_only=True)
         # what the instructions do to each other can raise anything
         except Exception as error:
             if is_out_of_memory(error):
