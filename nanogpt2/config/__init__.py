@@ -27,6 +27,8 @@ from nanogpt2.config.model import (
     GPTConfig,
     TokenIds,
     check_model,
+    official_name,
+    repository_of,
 )
 from nanogpt2.config.sample import (
     DECODING_FLAGS,
@@ -61,6 +63,8 @@ __all__ = [
     "IGNORE_INDEX",
     "SCHEMES",
     "check_model",
+    "official_name",
+    "repository_of",
     "FROM_CHECKPOINT",
     "GenerationConfig",
     "SENSIBLE_SAMPLING",
