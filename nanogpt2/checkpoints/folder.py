@@ -12,8 +12,9 @@ reads no tensor and does not import torch.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -27,11 +28,14 @@ from nanogpt2.config import (
     GenerationConfig,
     GPTConfig,
     check_model,
+    official_name,
     other_format,
+    repository_of,
 )
 from nanogpt2.config.flags import show
 from nanogpt2.config.generation import FOREIGN
 from nanogpt2.filesystem import open_regular
+from nanogpt2.repository import fetch_repository
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
@@ -104,14 +108,40 @@ class ModelFiles:
 
 
 def find_files(name: str | Path) -> ModelFiles:
-    """Find a model's files by its name or path and read its config.json.
+    """Find a model's files by its name or path, downloading them if needed; read its config.json.
 
-    Raises ValueError for a path without a checkpoint, OSError for a failed read or download.
+    Raises ValueError for a name or path without a checkpoint, OSError for a failed read or
+    download.
     """
     check_model(name)
-    if name in PRESETS:
-        return ModelFiles((hub.fetch_weights(str(name)),), PRESETS[str(name)])
-    path = _path(name)
+    if (official := official_name(name)) is not None:
+        return ModelFiles((hub.fetch_weights(official),), PRESETS[official])
+    found = repository_of(name)
+    return _files_at(_path(name)) if found is None else _files_of(*found)
+
+
+def _files_of(repo: str, revision: str) -> ModelFiles:
+    """Find the files of a repository of the hub. Another model's weights are not downloaded."""
+
+    def accept(folder: Path) -> None:
+        with _short_path(folder):
+            _read_configs(folder, None)
+
+    folder = fetch_repository(repo, revision, accept)
+    with _short_path(folder, f"{repo}/"):
+        return _files_at(folder)
+
+
+@contextmanager
+def _short_path(folder: Path, name: str = "") -> Iterator[None]:
+    """Write `name` in place of the folder's path, which would fill an error's line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}{os.sep}", name)) from None
+
+
+def _files_at(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     if folder.is_symlink():
         # a run's `best` may change its target between two reads
@@ -119,14 +149,21 @@ def find_files(name: str | Path) -> ModelFiles:
         path, folder = (target if path == folder else target / path.name), target
     manifest = read_manifest(folder)
     found = (path,) if folder != path else _weights_in(folder, manifest)
-    stated = _read_json(folder / "config.json", manifest)
-    generation = _read_json(folder / "generation_config.json", manifest)
+    config, stated, generation = _read_configs(folder, manifest)
+    names = {f.name for f in fields(GenerationConfig)} - {"eos_token_id", "pad_token_id"}
+    options = {k: v for k, v in generation.items() if k in (*names, *FOREIGN)}
+    return ModelFiles(found, config, manifest, stated, options)
+
+
+def _read_configs(
+    folder: Path, manifest: dict[str, Any] | None
+) -> tuple[GPTConfig | None, dict[str, Any], dict[str, Any]]:
+    """Return the shape and the contents of config.json and generation_config.json."""
+    stated, generation = (_read_json(folder / name, manifest) for name in TIED)
     config = None
     if stated is not None and mingpt_heads(stated) is None:
-        config = _config(folder / "config.json", stated, generation or {})
-    names = {f.name for f in fields(GenerationConfig)} - {"eos_token_id", "pad_token_id"}
-    options = {k: v for k, v in (generation or {}).items() if k in (*names, *FOREIGN)}
-    return ModelFiles(found, config, manifest, stated or {}, options)
+        config = _config(folder / TIED[0], stated, generation or {})
+    return config, stated or {}, generation or {}
 
 
 def name_for_others(name: str | Path) -> str:
@@ -134,8 +171,10 @@ def name_for_others(name: str | Path) -> str:
 
     A name that is neither ours nor a path is theirs already.
     """
-    if name in PRESETS:
-        return hub.RELEASES[str(name)].repo
+    if (official := official_name(name)) is not None:
+        return hub.RELEASES[official].repo
+    if (found := repository_of(name)) is not None:
+        return found[0]
     path = _path(name)
     if not path.exists():
         return str(name)
@@ -200,8 +239,8 @@ def digest_ahead(name: str | Path) -> None:
 
     Errors in the files are left for `load_generator` to report.
     """
-    # OpenAI's files were digested after their download
-    if name not in PRESETS:
+    # files of the hub were digested after their download
+    if official_name(name) is None and repository_of(name) is None:
         with suppress(ValueError, OSError):
             source = find_files(name)
             for file in source.files:

@@ -41,7 +41,7 @@ from nanogpt2.checkpoints.names import (
 )
 from nanogpt2.checkpoints.state import map_state, read_state
 from nanogpt2.classifier import GPTClassifier
-from nanogpt2.config import PRESETS, GPTConfig
+from nanogpt2.config import GPTConfig, official_name
 from nanogpt2.cpu.inference_model import InferenceGPT, check_scheme
 from nanogpt2.cpu.prepacked import runs_prepacked
 from nanogpt2.devices import as_usual, memory_of
@@ -107,14 +107,14 @@ class Checkpoint:
                 f"no tokenizer here has a vocabulary of {size} "
                 "(GPT-2's has 50257, the byte-level one 257)"
             )
-        if self.name not in PRESETS and self._source.is_settled:
+        if official_name(self.name) is None and self._source.is_settled:
             check_vocabulary(self._source.files[0].parent, tokenizer)
         return tokenizer
 
     @property
     def is_chat(self) -> bool:
         """True if `--task chat` trained the model: its tokenizer's files have that template."""
-        return self.name not in PRESETS and is_chat(self._source.files[0].parent)
+        return official_name(self.name) is None and is_chat(self._source.files[0].parent)
 
     def model(
         self,
@@ -223,7 +223,7 @@ def _release(opened: list[tensor_file.TensorFile], tensor: Tensor) -> None:
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Open a model by one of config.MODEL_NAMES, its folder or its .safetensors file.
+    """Open a model by one of config.MODEL_NAMES, its repository, folder or .safetensors file.
 
     Raises ValueError or OSError, in one line that names the file or the tensor.
     """

@@ -27,7 +27,9 @@ from nanogpt2.config.model import (
     GPTConfig,
     TokenIds,
     check_model,
+    official_name,
     other_format,
+    repository_of,
 )
 from nanogpt2.config.sample import (
     DECODING_FLAGS,
@@ -63,6 +65,8 @@ __all__ = [
     "IGNORE_INDEX",
     "SCHEMES",
     "check_model",
+    "official_name",
+    "repository_of",
     "FROM_CHECKPOINT",
     "GenerationConfig",
     "SENSIBLE_SAMPLING",

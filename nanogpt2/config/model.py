@@ -1,9 +1,17 @@
-"""Models by name: the shape of a GPT-2, the released models, and the files that hold a model.
+"""Models by name: the shape of a GPT-2, the released models, repositories of the hub, and paths.
 
-This file opens no file and does not know tensors.
+    gpt2 (or openai-community/gpt2), gpt2-medium, gpt2-large, gpt2-xl     OpenAI's weights
+    demo                                                                  the model in assets/
+    USER/NAME, USER/NAME@REVISION, distilgpt2, gpt2@REVISION              a repository of the hub
+    everything else                                                       a path
+
+A path on this disk wins over a repository of the same name. This file opens no file, asks no server
+and does not know tensors.
 """
 
+import difflib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +104,42 @@ KERNELS = ("auto", "torch", "triton", "reference")
 IGNORE_INDEX = -100  # a target that does not count in the loss
 SCHEMES = ("fp16", "int8")  # of narrow weights, on a CPU
 
+MAIN = "main"  # the revision of a name without one
+OPENAI = "openai-community"
+# names without a user -> where the hub keeps them
+SHORT = {"distilgpt2": "distilbert/distilgpt2"} | {name: f"{OPENAI}/{name}" for name in PRESETS}
+# OpenAI's and other people's names of the sizes
+ALSO = {"gpt2-small": "gpt2", "124m": "gpt2", "355m": "gpt2-medium", "1558m": "gpt2-xl"}
+_PART = r"\w(?:[\w.-]{0,94}\w)?"
+_REPOSITORY = re.compile(rf"({_PART}/{_PART}|{'|'.join(SHORT)})(?:@(.+))?", re.ASCII)
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(?:/\w[\w.+-]*)*", re.ASCII)
+LONGEST_REVISION = 100
+_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+(?:/[\w.-]+)?).*")
+
+
+def official_name(name: str | Path) -> str | None:
+    """Return the name in PRESETS of OpenAI's weights; None for another model."""
+    if name in PRESETS or not isinstance(name, str):
+        return str(name) if name in PRESETS else None
+    user, _, short = name.partition("/")
+    return short if user == OPENAI and short in PRESETS and not Path(name).exists() else None
+
+
+def repository_of(name: str | Path) -> tuple[str, str] | None:
+    """Return (USER/NAME, revision) of a model that the hub may have; None for ours and a path."""
+    found = _REPOSITORY.fullmatch(name) if isinstance(name, str) else None
+    if found is None:
+        return None
+    repo, revision = found[1], found[2] or MAIN
+    # the hub's own rule, and the ends of mistyped files and of git's addresses
+    no_name = any(mark in repo for mark in ("..", "--")) or repo.endswith(
+        (".safetensors", ".json", ".git", *PICKLES)
+    )
+    no_revision = len(revision) > LONGEST_REVISION or not _REVISION.fullmatch(revision)
+    if no_name or no_revision or official_name(str(name)) or Path(name).exists():
+        return None
+    return SHORT.get(repo, repo), revision
+
 
 def other_format(name: str) -> str | None:
     """Return what to do with a model's file of another format; None for any other file."""
@@ -106,18 +150,34 @@ def other_format(name: str) -> str | None:
 
 
 def check_model(name: str | Path) -> None:
-    """Raise ValueError if `name` cannot be a model. Opens no file."""
+    """Raise ValueError if `name` cannot be a model. Opens no file, and does not ask the hub."""
     path = Path(name)
     if name in MODEL_NAMES or (name and path.is_dir()):
         return
     if not name or not path.exists():
         if name and path.with_name(f"{path.name}.index").exists():
             raise ValueError(f"{show(str(name))} {TENSORFLOW}")
-        known = ", ".join(MODEL_NAMES)
-        raise ValueError(f"{show(str(name))} is not a file, a folder or a known model ({known})")
+        if official_name(name) is None and repository_of(name) is None:
+            raise ValueError(
+                f"{show(str(name))} is not a file, a folder or a known model{_advice(str(name))}"
+            )
+        return
     if (advice := other_format(path.name)) is not None:
         raise ValueError(f"{show(str(name))} {advice}")
     if path.suffix not in (".safetensors", *PICKLES):
         raise ValueError(
             f"{show(str(name))} is not a .safetensors file, nor one of {', '.join(PICKLES)}"
         )
+
+
+def _advice(name: str) -> str:
+    """Return what to write in place of a wrong name."""
+    repo, at, revision = name.partition("@")
+    if found := _URL.fullmatch(name):
+        return f": write {found[1]}"
+    if at and _REPOSITORY.fullmatch(repo):
+        return f": the revision after @ must be a branch, a tag or a commit, not {show(revision)}"
+    near = difflib.get_close_matches(name.lower(), [*MODEL_NAMES, *SHORT, *ALSO], n=1, cutoff=0.8)
+    if near:
+        return f": did you mean {ALSO.get(near[0], near[0])}?"
+    return f" ({', '.join(MODEL_NAMES)}, USER/NAME of the hub)"
