@@ -142,7 +142,9 @@ class EvaluateConfig:
     file: str = flag("", "the text or the examples", positional=True)
     task: str = flag("perplexity", "what to measure", choices=TASKS)
     model: str = flag(
-        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path"
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a folder, "
+        "or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
     )
     device: str = flag("auto", "where to run", choices=DEVICES)
     threads: int | None = flag(

@@ -155,7 +155,8 @@ def check_model(name: str | Path) -> None:
     if name in MODEL_NAMES or (name and path.is_dir()):
         return
     if not name or not path.exists():
-        if name and path.with_name(f"{path.name}.index").exists():
+        # TensorFlow's name of a checkpoint is the beginning of its files' names
+        if name and len(path.name) < 200 and Path(f"{path}.index").exists():
             raise ValueError(f"{show(str(name))} {TENSORFLOW}")
         if official_name(name) is None and repository_of(name) is None:
             raise ValueError(

@@ -184,7 +184,9 @@ class SampleConfig:
     prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
     prompt_file: str | None = flag(None, "a file that holds the prompt")
     model: str = flag(
-        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path"
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a folder, "
+        "or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
     )
     device: str = flag("auto", "where to run", choices=DEVICES)
     threads: int | None = flag(

@@ -163,7 +163,8 @@ class TrainConfig:
     skip_bad: bool = flag(False, "skip and count the records that cannot be used")
     init: str = flag(
         "gpt2",
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch, USER/NAME of the hub, or a path",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch, USER/NAME of the hub, or a path: "
+        "a folder, or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
     )
     # the run's folder
     out: str = flag("out", "folder to write the model to")

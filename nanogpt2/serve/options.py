@@ -78,7 +78,9 @@ class ServeConfig:
     }
     SECOND: ClassVar[str] = "the model is --model NAME"
     model: str = flag(
-        "gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path"
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a folder, "
+        "or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
     )
     compare_model: str | None = flag(
         None, "a second model, to compare with; it answers requests too"
