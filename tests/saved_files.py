@@ -2,8 +2,10 @@
 
 import io
 import json
+import lzma
 import struct
 import zipfile
+import zlib
 
 import torch
 from reference import TINY, hf_model
@@ -189,7 +191,10 @@ def edit_records(data, rng):
     return repacked(data, change)
 
 
-NOTHING_TO_EDIT = (zipfile.BadZipFile, LookupError, ValueError, EOFError, OSError, RuntimeError)
+NOTHING_TO_EDIT = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, lzma.LZMAError),
+    *(LookupError, ValueError, EOFError, OSError, RuntimeError, OverflowError),
+)
 
 
 def mutant(data, rng, headers):
@@ -210,15 +215,8 @@ def mutant(data, rng, headers):
                 6: lambda d: edit_pickle(d, rng) if is_zip else rewrite(d, rng, 0, len(d)),
                 7: lambda d: edit_records(d, rng) if is_zip else flip(d, rng, 0, headers),
             }[mistake](data)
-        except (
-            zipfile.BadZipFile,
-            LookupError,
-            ValueError,
-            EOFError,
-            OSError,
-            NotImplementedError,
-        ):
-            # the mistake before it may have left no zip file to edit
+        except NOTHING_TO_EDIT:
+            # the mistake before it may have left no zip file
             continue
     return data
 
