@@ -316,7 +316,7 @@ def seconds_of(arm: str, setting: str) -> Found:
     expected, _ = text_of("PyTorch, eager", gpu.DTYPE, SETTINGS[setting], NEW[1])
     pairs = list(zip(texts[NEW[1]][0], expected[0], strict=False))
     each = (best[NEW[1]] - best[NEW[0]]) / (NEW[1] - NEW[0])
-    weights = estimate.count_parameters(MODEL) * gpu.DTYPE.itemsize
+    weights = MODEL.n_parameters * gpu.DTYPE.itemsize
     return {
         "seconds_a_token": each,
         "first_tokens_equal": next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs)),

@@ -62,7 +62,7 @@ EXERCISES: Mapping[str, list[tuple[str, str, str]]] = {
         ),
         (
             "model.py",
-            "rows, weight = x.flatten(0, 1), self.wte.weight",
+            "rows, weight = x.flatten(0, 1), self.head_weight",
             "rows, weight = x.flatten(0, 1), self.head.weight",
         ),
     ],

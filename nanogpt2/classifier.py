@@ -9,6 +9,7 @@ This file knows neither text nor files.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class GPTClassifier(nn.Module):
         super().__init__()
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"labels must be two different ones or more, not {labels!r:.100}")
+        if not transformer.config.tie_word_embeddings:
+            # a classifier has no head for tokens
+            transformer.config = replace(transformer.config, tie_word_embeddings=True)
+            del transformer.lm_head
         self.config = transformer.config
         self.labels = labels
         self.transformer = transformer

@@ -27,6 +27,7 @@ from nanogpt2.config import (
     check_model,
     fail,
     is_encoding,
+    official_name,
     parse,
     usage_error,
 )
@@ -140,7 +141,11 @@ class EvaluateConfig:
     SECOND: ClassVar[str] = "several files: a folder, or a glob in quotes: 'texts/*.txt'"
     file: str = flag("", "the text or the examples", positional=True)
     task: str = flag("perplexity", "what to measure", choices=TASKS)
-    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
+    model: str = flag(
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a folder, "
+        "or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
+    )
     device: str = flag("auto", "where to run", choices=DEVICES)
     threads: int | None = flag(
         None, "threads on a CPU (default: all it may use)", low=1, high=MOST_THREADS
@@ -365,7 +370,7 @@ JOBS = {
 
 def shown(config: EvaluateConfig, block_size: int, figures: Mapping[str, Any]) -> str:
     """Write the figures as one JSON object, or as a table followed by the published ones."""
-    others = published(config.task, config.model)
+    others = published(config.task, official_name(config.model) or config.model)
     if config.json:
         head = {"task": config.task, "model": config.model, "file": config.file}
         rest = {"published": [dataclasses.asdict(p) for p in others]} if others else {}

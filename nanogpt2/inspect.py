@@ -1,10 +1,10 @@
 """Inside a GPT, for one text: attention weights, each layer's guess, norms, neighbours, merges.
 
 x_0 = wte[id] + wpe[position] is the residual stream before the blocks, x_l the stream after l
-blocks; the model's own logits are ln_f(x_L) wte^T.
+blocks; the model's own logits are ln_f(x_L) W^T, where W is the head: wte, but for untied models.
 
     attention_maps     softmax(q k^T / sqrt(D)) over a position and those before it, for each head
-    logit_lens         softmax(ln_f(x_l) wte^T) for each l: the model's answer if it ended there
+    logit_lens         softmax(ln_f(x_l) W^T) for each l: the model's answer if it ended there
     residual_norms     |x_l|
     token_neighbours   the tokens whose rows of wte have the largest cosine with a token's row
     merges             the steps of byte-pair encoding
@@ -230,10 +230,12 @@ def _layers(model: GPT, idx: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     for block in model.h:
         attn, mlp = block.attn, block.mlp
         qkv = attn.c_attn(block.ln_1(x)).view(1, T, 3, H, C // H)
+        if attn.scale != 1:
+            qkv[:, :, 0] *= attn.scale
         yield _finite(x), qkv
         y = ops.self_attention(qkv, kernels=attn.kernels).flatten(2)  # (1, T, C)
         x = x + attn.c_proj(y)
-        x = x + mlp.c_proj(ops.gelu(mlp.c_fc(block.ln_2(x)), mlp.kernels))
+        x = x + mlp.c_proj(ops.linear_gelu(block.ln_2(x), mlp.c_fc, mlp.kernels, mlp.approximate))
     yield _finite(x), None
 
 

@@ -8,6 +8,9 @@ Axes: B batch, T new tokens, S all tokens (new and cached), C = n_embd, H heads,
 V vocabulary. Names are OpenAI's, so the released checkpoints load as they are. The operations
 themselves are in ops.py. This file knows neither training nor sampling nor files.
 
+OpenAI's models are GPTConfig's defaults. Others' differ in the MLP's width, its GELU, the scale of
+the queries, or have a head of their own; each takes a line here.
+
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; openai/gpt-2
 src/model.py.
 """
@@ -50,6 +53,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
+        self.scale = config.query_scale(layer)
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -58,6 +62,8 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C); `mask` (B, 1, T, S) is True where a query may look."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        if self.scale != 1:
+            qkv[:, :, 0] *= self.scale
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = ops.self_attention(qkv, mask, dropout, self.kernels)  # (B, T, H, D)
@@ -80,12 +86,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        # F.gelu's names
+        self.approximate = "tanh" if config.activation_function == "gelu_new" else "none"
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = ops.linear_gelu(x, self.c_fc, self.kernels)  # (B, T, 4C)
+        x = ops.linear_gelu(x, self.c_fc, self.kernels, self.approximate)  # (B, T, 4C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -121,6 +129,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -195,13 +205,18 @@ class GPT(nn.Module):
             cache.advance(T)
         return self.ln_f(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head (V, C): the embedding itself, but for untied models."""
+        return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, x: Tensor) -> Tensor:
         """Compare hidden states with every token's embedding: (B, T, C) -> (B, T, V)."""
-        return F.linear(x, self.wte.weight)
+        return F.linear(x, self.head_weight)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of x's logits, in chunks of rows: (B, T, C), int64 (B, T) -> ()."""
-        rows, weight = x.flatten(0, 1), self.wte.weight
+        rows, weight = x.flatten(0, 1), self.head_weight
         return ops.linear_cross_entropy(rows, weight, targets.flatten(), self.kernels)
 
     def new_cache(

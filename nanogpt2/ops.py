@@ -6,10 +6,10 @@ Each function states its result, then makes one choice by `kernels`.
     "torch"       PyTorch's own operation: the same numbers, faster, on any device.
     "triton"      our kernels in nanogpt2/kernels, for a GPU.
 
-`choose_kernels` picks one for the whole model. Two exceptions: attention with a tensor as mask has
-no kernel, so "triton" runs PyTorch's; `sample` exists as a kernel alone. An error in a kernel is an
-error and never a reason to run something else. Triton is imported only where a kernel is called.
-This file does not know the model.
+`choose_kernels` picks one for the whole model. Two exceptions: attention with a tensor as mask and
+erf GELU have no kernel, so "triton" runs PyTorch's; `sample` exists as a kernel alone. An error in
+a kernel is an error and never a reason to run something else. Triton is imported only where a
+kernel is called. This file does not know the model.
 """
 
 import math
@@ -83,28 +83,38 @@ def layer_norm(
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def gelu(x: Tensor, kernels: str = "torch") -> Tensor:
-    """Pass large numbers, hold back negative ones, bend smoothly between: GPT-2's tanh form."""
+def gelu(x: Tensor, kernels: str = "torch", approximate: str = "tanh") -> Tensor:
+    """Pass large numbers, hold back negative ones, bend smoothly between.
+
+    approximate: "tanh" is GPT-2's form, "none" the exact one, by erf.
+    """
     if kernels == "reference":
         z = _float32(x)
+        if approximate == "none":
+            return (0.5 * z * (1 + torch.erf(z / math.sqrt(2)))).to(x.dtype)
         y = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
         return y.to(x.dtype)
-    if kernels == "triton" and not torch.compiler.is_compiling():
+    if _has_gelu_kernel(kernels, approximate):
         from nanogpt2.kernels import gelu as gelu_kernel
 
         return gelu_kernel.gelu(x)
-    return F.gelu(x, approximate="tanh")
+    return F.gelu(x, approximate=approximate)
 
 
-def linear_gelu(x: Tensor, linear: nn.Module, kernels: str = "torch") -> Tensor:
+def linear_gelu(
+    x: Tensor, linear: nn.Module, kernels: str = "torch", approximate: str = "tanh"
+) -> Tensor:
     """gelu(linear(x)): (..., C) -> (..., N). Triton's kernel adds a plain layer's bias itself."""
-    compiling = torch.compiler.is_compiling()
     # a subclass, as LoRA's, computes more than the product and the bias
-    if kernels == "triton" and type(linear) is nn.Linear and not compiling:
+    if type(linear) is nn.Linear and _has_gelu_kernel(kernels, approximate):
         from nanogpt2.kernels import gelu as gelu_kernel
 
         return gelu_kernel.bias_gelu(F.linear(x, linear.weight), linear.bias)
-    return gelu(linear(x), kernels)
+    return gelu(linear(x), kernels, approximate)
+
+
+def _has_gelu_kernel(kernels: str, approximate: str) -> bool:
+    return kernels == "triton" and approximate == "tanh" and not torch.compiler.is_compiling()
 
 
 def softmax(x: Tensor, kernels: str = "torch") -> Tensor:

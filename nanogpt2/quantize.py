@@ -25,7 +25,8 @@ from nanogpt2.config.flags import check, flag
 class QuantizeConfig:
     """python -m nanogpt2.quantize MODEL [flags]: narrow a model's weights.
 
-    MODEL is gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path.
+    MODEL is gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a
+    folder, or a file of safetensors, PyTorch (.bin, .pt) or llm.c.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (

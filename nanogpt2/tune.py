@@ -24,8 +24,9 @@ from nanogpt2.config.flags import MOST_THREADS, check, flag
 class TuneConfig:
     """nanogpt2 tune [MODEL] [flags]: time the products of a model on this machine.
 
-    MODEL is gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path. The table is kept in
-    ~/.cache/nanogpt2, for this processor, this number of threads and models of this shape.
+    MODEL is gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path. The
+    table is kept in ~/.cache/nanogpt2, for this processor, this number of threads and models of
+    this shape.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (

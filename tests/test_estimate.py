@@ -13,7 +13,6 @@ from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.model import GPT
 from nanogpt2.training import estimate
 from nanogpt2.training.estimate import (
-    count_parameters,
     device_rate,
     measure_matmul_rate,
     memory_estimate,
@@ -27,11 +26,11 @@ SHAPE = GPTConfig(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=19
 def test_parameters(config):
     with torch.device("meta"):
         model = GPT(config)
-    assert count_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert config.n_parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_published_sizes():
-    found = [count_parameters(config) for config in PRESETS.values()]
+    found = [config.n_parameters for config in PRESETS.values()]
     assert found == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
 
 
@@ -64,7 +63,7 @@ def test_memory_grows_with_what_needs_it():
     assert memory(**low, device="cuda") < memory(**low)
     assert memory(rows=64) < memory(rows=64, device="cuda")
     # a classifier has few logits, and one gradient of the embedding
-    classifier = memory(trainable=count_parameters(SHAPE) + 2 * 192, labels=2, device="cuda")
+    classifier = memory(trainable=SHAPE.n_parameters + 2 * 192, labels=2, device="cuda")
     logits, embedding = 4 * 8 * 64 * (257 - 2), 4 * 257 * 192
     assert memory(device="cuda") - classifier == logits + embedding - 8 * 2 * 192
     # twice the sequences, twice the activations: a block and token keep 64 C + 4 H bytes

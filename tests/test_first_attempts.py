@@ -65,6 +65,12 @@ WORKS = [
     ("sample.py Hi --num_samples=2 --max_new_tokens=9", {"num_return_sequences": 2}),
     ("sample.py Hi --nsamples 2 --length 9", {"num_return_sequences": 2, "max_new_tokens": 9}),
     ("sample.py Hi --model_name demo", {"model": "demo"}),
+    ("sample.py Hi --model distilgpt2", {"model": "distilgpt2"}),
+    ("sample.py Hi --model microsoft/DialoGPT-small", {"model": "microsoft/DialoGPT-small"}),
+    (
+        "train.py book.txt --model_name_or_path openai-community/gpt2",
+        {"init": "openai-community/gpt2"},
+    ),
     # llama.cpp, ollama
     ("sample.py Hi --n-predict 9 --temp 0.5", {"max_new_tokens": 9, "temperature": 0.5}),
     ("sample.py --file a.txt", {"prompt_file": "a.txt"}),
@@ -110,8 +116,7 @@ ANSWERED = [
     ("train.py --dataset_name wikitext", "DATA stands by itself"),
     ("train.py book.txt --push_to_hub", "the folder --out loads in transformers"),
     ("train.py book.txt --deepspeed ds.json", "torchrun --nproc_per_node=N train.py DATA --fsdp"),
-    ("train.py book.txt --model_name_or_path openai-community/gpt2", "gpt2"),
-    ("train.py book.txt --init distilgpt2", "gpt2, gpt2-medium"),
+    ("train.py book.txt --init distillgpt2", "did you mean distilgpt2?"),
     # nanoGPT
     ("train.py config/train_shakespeare_char.py", "is not a file, a folder or a known text"),
     ("train.py book.txt --init_from=gpt2", "use --init gpt2"),
@@ -139,7 +144,7 @@ ANSWERED = [
     ("sample.py --start='Once upon'", "the prompt stands by itself"),
     ("sample.py --init_from=gpt2-xl --start=Hi", "the model is --model gpt2-xl"),
     ("sample.py --out_dir=o", "the model is --model FOLDER"),
-    ("sample.py Hi --model distilgpt2", "gpt2, gpt2-medium"),
+    ("sample.py Hi --model DialoGPT-small", "USER/NAME of the hub"),
     ("sample.py --run_name run1", "the model is --model FOLDER"),
     ("sample.py Hi --prefix x", "the prompt stands by itself"),
     ("sample.py Hi --truncate '<|endoftext|>'", "use --stop_strings"),

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "download": [],
     "inspect": ["model", "ops", "tokenizer"],
     "hub": ["terminal", "atomic", "download", "filesystem"],
+    "repository": ["terminal", "atomic", "download", "filesystem", "hub"],
     "chunked_loss": ["config"],
     "ops": ["config", "kernels", "chunked_loss"],
     "model": ["config", "ops", "kv_cache"],
@@ -51,6 +52,8 @@ MAY_IMPORT = {
         "hub",
         "memory",
         "model",
+        "terminal",
+        "repository",
         "tokenizer",
     ],
     "generation": [

@@ -339,11 +339,8 @@ def test_an_id_outside_the_vocabulary_is_ignored(saved, tmp_path, stated, eos):
     "stated",
     [
         {"model_type": "llama"},
-        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
         {"n_inner": 5},
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"scale_attn_weights": False},
-        {"tie_word_embeddings": False},
         {"n_head": 5},
         {"n_layer": "2"},
         {"n_positions": -1},

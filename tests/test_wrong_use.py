@@ -163,7 +163,7 @@ CLASHES = [
     (["--batch_size"], "--batch_size"),
     (["--init"], "--init"),
     (["--init", "gpt2-small"], "--init"),
-    (["--init", "openai-community/gpt2"], "--init"),
+    (["--init", "openai-community/"], "--init"),
 ]
 
 # ---- files, by name: everything wrong that a file can be

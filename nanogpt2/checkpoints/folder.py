@@ -1,6 +1,7 @@
 """The files of a model beside its tensors: find them, read them, check them.
 
-    model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json
+    model.safetensors, model.int8.safetensors, or shards named by model.safetensors.index.json;
+    else pytorch_model.bin, or its shards; nanoGPT's ckpt.pt; minGPT's model.pt
     config.json, generation_config.json        the shape, and the options of decoding
     vocab.json or tokenizer.json, ...          the vocabulary
     manifest.json                              {file: {"size", "sha256"}}, in a run's folder
@@ -11,8 +12,9 @@ reads no tensor and does not import torch.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,29 +22,76 @@ from typing import Any
 
 from nanogpt2 import hub
 from nanogpt2.checkpoints import header as tensor_header
-from nanogpt2.config import PICKLES, PRESETS, GenerationConfig, GPTConfig, check_model
+from nanogpt2.config import (
+    PICKLES,
+    PRESETS,
+    GenerationConfig,
+    GPTConfig,
+    check_model,
+    official_name,
+    other_format,
+    repository_of,
+)
 from nanogpt2.config.flags import show
 from nanogpt2.config.generation import FOREIGN
 from nanogpt2.filesystem import open_regular
+from nanogpt2.repository import fetch_repository
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 # not WEIGHTS: transformers would read the numbers without their scales
 WEIGHTS_INT8 = "model.int8.safetensors"
-INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LARGEST_JSON = 2**25  # bytes
 # without these texts the weights mean something else
 TIED = ("config.json", "generation_config.json")
+# what config.json states where it is not OpenAI's
+UNUSUAL = (
+    "n_inner",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
+)
 # by file: the SHA-256 of the text replaced and the new text, from a header
 Replaces = Mapping[str, tuple[Any, Any]]
 # config.json's names that differ from ours
-THEIR_NAMES = {"block_size": "n_positions"}
+# by minGPT's names of models
+MINGPT_HEADS = {
+    "openai-gpt": 12,
+    "gpt2": 12,
+    "gpt2-medium": 16,
+    "gpt2-large": 20,
+    "gpt2-xl": 25,
+    "gopher-44m": 16,
+    "gpt-mini": 6,
+    "gpt-micro": 4,
+    "gpt-nano": 3,
+}
+THEIR_NAMES = {"block_size": "n_positions", "mlp_width": "n_inner"}
+# other names of tanh GELU and of erf GELU
+ACTIVATIONS = {
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu_python": "gelu",
+}
+# architectures that are taken for GPT-2
+OTHERS = {
+    "openai-gpt": "the first GPT, with layer norms after the sums",
+    "gpt_neo": "GPT-Neo, half of whose layers see 256 tokens",
+    "gpt_neox": "GPT-NeoX, with rotary positions",
+    "gptj": "GPT-J, with rotary positions",
+    "gpt_bigcode": "GPTBigCode, whose heads share their keys and values",
+    "imagegpt": "Image GPT, which writes pixels",
+}
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The safetensors files of a model, its shape where stated, config.json and the manifest."""
+    """The files of a model's tensors, its shape where stated, config.json and the manifest."""
 
     files: tuple[Path, ...]
     config: GPTConfig | None
@@ -51,6 +100,7 @@ class ModelFiles:
     # generation_config.json's options, without the ids that are in `config`
     generation: dict[str, Any] = field(default_factory=dict, repr=False)
     is_settled: bool = True  # False where the folder's texts are of an earlier model
+    stated_by: str = "config.json"  # the file that states the shape
 
     def sha256_of(self, file: Path) -> str | None:
         """Return the digest in the manifest; None without a manifest or an entry in it."""
@@ -58,14 +108,40 @@ class ModelFiles:
 
 
 def find_files(name: str | Path) -> ModelFiles:
-    """Find a model's files by its name or path and read its config.json.
+    """Find a model's files by its name or path, downloading them if needed; read its config.json.
 
-    Raises ValueError for a path without a checkpoint, OSError for a failed read or download.
+    Raises ValueError for a name or path without a checkpoint, OSError for a failed read or
+    download.
     """
     check_model(name)
-    if name in PRESETS:
-        return ModelFiles((hub.fetch_weights(str(name)),), PRESETS[str(name)])
-    path = _path(name)
+    if (official := official_name(name)) is not None:
+        return ModelFiles((hub.fetch_weights(official),), PRESETS[official])
+    found = repository_of(name)
+    return _files_at(_path(name)) if found is None else _files_of(*found)
+
+
+def _files_of(repo: str, revision: str) -> ModelFiles:
+    """Find the files of a repository of the hub. Another model's weights are not downloaded."""
+
+    def accept(folder: Path) -> None:
+        with _short_path(folder):
+            _read_configs(folder, None)
+
+    folder = fetch_repository(repo, revision, accept)
+    with _short_path(folder, f"{repo}/"):
+        return _files_at(folder)
+
+
+@contextmanager
+def _short_path(folder: Path, name: str = "") -> Iterator[None]:
+    """Write `name` in place of the folder's path, which would fill an error's line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}{os.sep}", name)) from None
+
+
+def _files_at(path: Path) -> ModelFiles:
     folder = path if path.is_dir() else path.parent
     if folder.is_symlink():
         # a run's `best` may change its target between two reads
@@ -73,12 +149,21 @@ def find_files(name: str | Path) -> ModelFiles:
         path, folder = (target if path == folder else target / path.name), target
     manifest = read_manifest(folder)
     found = (path,) if folder != path else _weights_in(folder, manifest)
-    stated = _read_json(folder / "config.json", manifest)
-    generation = _read_json(folder / "generation_config.json", manifest)
-    config = None if stated is None else _config(folder / "config.json", stated, generation or {})
+    config, stated, generation = _read_configs(folder, manifest)
     names = {f.name for f in fields(GenerationConfig)} - {"eos_token_id", "pad_token_id"}
-    options = {k: v for k, v in (generation or {}).items() if k in (*names, *FOREIGN)}
-    return ModelFiles(found, config, manifest, stated or {}, options)
+    options = {k: v for k, v in generation.items() if k in (*names, *FOREIGN)}
+    return ModelFiles(found, config, manifest, stated, options)
+
+
+def _read_configs(
+    folder: Path, manifest: dict[str, Any] | None
+) -> tuple[GPTConfig | None, dict[str, Any], dict[str, Any]]:
+    """Return the shape and the contents of config.json and generation_config.json."""
+    stated, generation = (_read_json(folder / name, manifest) for name in TIED)
+    config = None
+    if stated is not None and mingpt_heads(stated) is None:
+        config = _config(folder / TIED[0], stated, generation or {})
+    return config, stated or {}, generation or {}
 
 
 def name_for_others(name: str | Path) -> str:
@@ -86,13 +171,15 @@ def name_for_others(name: str | Path) -> str:
 
     A name that is neither ours nor a path is theirs already.
     """
-    if name in PRESETS:
-        return hub.RELEASES[str(name)].repo
+    if (official := official_name(name)) is not None:
+        return hub.RELEASES[official].repo
+    if (found := repository_of(name)) is not None:
+        return found[0]
     path = _path(name)
     if not path.exists():
         return str(name)
     # they take a folder, not the file in it
-    return str((path.parent if path.name == WEIGHTS else path).absolute())
+    return str((path.parent if path.name in (WEIGHTS, PICKLED) else path).absolute())
 
 
 def _path(name: str | Path) -> Path:
@@ -115,6 +202,25 @@ def current(source: ModelFiles, replaces: Replaces) -> ModelFiles:
     return replace(source, config=config, stated=stated, is_settled=False)
 
 
+def with_stated(source: ModelFiles, file: Path, stated: Mapping[str, Any]) -> ModelFiles:
+    """Return the files with the shape that a file of tensors states; config.json beside it counts.
+
+    Raises ValueError for another shape than GPT-2's, and where the two differ in n_head.
+    """
+    if not stated:
+        return source
+    if source.config is None:
+        generation = _read_json(file.parent / "generation_config.json", source.manifest)
+        config = _config(file, dict(stated), generation or {})
+        return replace(source, config=config, stated=dict(stated), stated_by=file.name)
+    if source.config.n_head != stated["n_head"]:
+        raise ValueError(
+            f"{str(file.parent / 'config.json')!r}: n_head is {source.config.n_head}, but "
+            f"{stated['n_head']} by {file.name}"
+        )
+    return source
+
+
 def current_text(path: Path, replaces: Replaces) -> str | None:
     """Return the text that a header states in place of this file; None where the file counts."""
     old, new = replaces.get(path.name, (None, None))
@@ -133,8 +239,8 @@ def digest_ahead(name: str | Path) -> None:
 
     Errors in the files are left for `load_generator` to report.
     """
-    # OpenAI's files were digested after their download
-    if name not in PRESETS:
+    # files of the hub were digested after their download
+    if official_name(name) is None and repository_of(name) is None:
         with suppress(ValueError, OSError):
             source = find_files(name)
             for file in source.files:
@@ -142,21 +248,31 @@ def digest_ahead(name: str | Path) -> None:
 
 
 def _weights_in(folder: Path, manifest: dict[str, Any] | None) -> tuple[Path, ...]:
-    for name in (WEIGHTS, WEIGHTS_INT8):
-        if (folder / name).exists():
-            return (folder / name,)
-    index = _read_json(folder / INDEX, manifest)
-    if index is not None:
-        shards = index.get("weight_map")
-        if not (isinstance(shards, dict) and shards and all(map(_is_name, shards.values()))):
-            raise ValueError(
-                f"{str(folder / INDEX)!r} has no weight_map of tensors to files beside it"
-            )
-        return tuple(folder / shard for shard in sorted(set(shards.values())))
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLES:
-            check_model(file)
-    raise ValueError(f"{str(folder)!r} holds no {WEIGHTS}")
+    ours, theirs = ((WEIGHTS, WEIGHTS_INT8), INDEXES[0]), ((PICKLED,), INDEXES[1])
+    for names, index in (ours, theirs, (("ckpt.pt", "model.pt"), None)):
+        for name in names:
+            if (folder / name).exists():
+                return (folder / name,)
+        found = _read_json(folder / index, manifest) if index else None
+        if index and found is not None:
+            shards = found.get("weight_map")
+            if not (isinstance(shards, dict) and shards and all(map(_is_name, shards.values()))):
+                raise ValueError(
+                    f"{str(folder / index)!r} has no weight_map of tensors to files beside it"
+                )
+            return tuple(folder / shard for shard in sorted(set(shards.values())))
+    present = sorted(file.name for file in folder.iterdir())
+    if "adapter_config.json" in present:
+        raise ValueError(
+            f"{str(folder)!r} holds only a LoRA adapter: merge it into its model by PEFT's "
+            "merge_and_unload, and save that"
+        )
+    for name in present:
+        if other_format(name) is not None:
+            check_model(folder / name)
+    named = [name for name in present if Path(name).suffix in (".safetensors", *PICKLES)]
+    hint = f"; name a file of it, as {str(folder / named[0])!r}" if named else ""
+    raise ValueError(f"{str(folder)!r} holds no {WEIGHTS} and no {PICKLED}{hint}")
 
 
 def _is_name(value: Any) -> bool:
@@ -216,23 +332,18 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
 
     Raises ValueError for an architecture other than GPT-2's.
     """
-    required = {
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * stated["n_embd"] if isinstance(stated.get("n_embd"), int) else None),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    }
-    for key, allowed in required.items():
-        if key in stated and stated[key] not in allowed:
-            raise ValueError(
-                f"{str(path)!r}: {key} must be {allowed[0]!r}, not {show(stated[key])}"
-            )
-    ours = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon")
+    for key, allowed in {"model_type": "gpt2", "add_cross_attention": False}.items():
+        if (value := stated.get(key, allowed)) != allowed:
+            known = OTHERS.get(value) if isinstance(value, str) else None
+            found = show(value) + (f": {known}" if known else "")
+            raise ValueError(f"{str(path)!r}: {key} must be {allowed!r}, not {found}")
+    ids_of_tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ours = {f.name for f in fields(GPTConfig)} - {"dropout", *ids_of_tokens}
     theirs = {name: THEIR_NAMES.get(name, name) for name in ours}
     options = {name: stated[their] for name, their in theirs.items() if their in stated}
+    activation = options.get("activation_function")
+    if isinstance(activation, str):
+        options["activation_function"] = ACTIVATIONS.get(activation, activation)
     ids: dict[str, Any] = {
         "bos_token_id": 50256,
         "eos_token_id": 50256,
@@ -244,9 +355,26 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
     except ValueError as error:
         line = str(error).replace("block_size", THEIR_NAMES["block_size"])
         raise ValueError(f"{str(path)!r}: {line}") from None
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    known = {key: _known_ids(ids[key], config.vocab_size) for key in names}
-    return replace(config, **known)
+    return replace(config, **{n: _known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
+
+
+def mingpt_heads(stated: Mapping[str, Any]) -> int | None:
+    """Return n_head by the config.json of minGPT's projects; None for another file.
+
+    minGPT writes it before the rest of the shape is known.
+    """
+    model = stated.get("model")
+    if "model_type" in stated or not isinstance(model, dict):
+        return None
+    heads = model.get("n_head")
+    return heads if type(heads) is int else MINGPT_HEADS.get(str(model.get("model_type")))
+
+
+def config_of(source: ModelFiles, sizes: Mapping[str, Any], heads: int) -> GPTConfig:
+    """Make the shape of a minGPT; its tensors show all but n_head, and its head is not tied."""
+    shape = {THEIR_NAMES.get(name, name): size for name, size in sizes.items()}
+    stated = {**shape, "n_head": heads, "tie_word_embeddings": False}
+    return _config(source.files[0].parent / "config.json", stated, {})
 
 
 def _known_ids(value: Any, vocab_size: int) -> Any:
@@ -297,7 +425,7 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
     stated: dict[str, Any] = {
         "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
+        "activation_function": c.activation_function,
         "vocab_size": c.vocab_size,
         "n_positions": c.block_size,
         "n_ctx": c.block_size,
@@ -308,6 +436,8 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
         "initializer_range": 0.02,
         "dtype": dtype,
     }
+    # as a file without them means OpenAI's shape, the rest is stated where it differs
+    stated |= {n: getattr(c, n) for n in UNUSUAL if getattr(c, n) != getattr(GPTConfig, n)}
     if labels:
         stated["id2label"] = {str(i): label for i, label in enumerate(labels)}
         stated["label2id"] = {label: i for i, label in enumerate(labels)}

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked in full, and the SHA-256 of the file's bytes.
+"""The header of a safetensors file, checked in full, and the SHA-256 of a file's bytes.
 
     8 bytes      length of the header, little-endian
     header       JSON: {name: {"dtype", "shape", "data_offsets": [start, end]}, "__metadata__": {}}
@@ -18,7 +18,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import IO, Any
@@ -49,31 +49,72 @@ REPLACES = "nanogpt2.replaces"  # the texts that the file replaces others with: 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The header's entry of a tensor."""
+    """A tensor in a file: its name, type, shape and place.
+
+    A tensor with numbers but without bytes (start = end) is all zeros. strides: in numbers, as
+    PyTorch counts them; None for a tensor stored row by row.
+    """
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int  # in the data, in bytes
+    start: int  # in the file, in bytes
     end: int
+    strides: tuple[int, ...] | None = None
+
+    def transposed(self) -> "StoredTensor":
+        """Return a matrix's transposed view: the same bytes."""
+        rows, columns = self.shape
+        down, across = self.strides or (columns, 1)
+        plain = (across, down) == (rows, 1)
+        strides = None if plain else (across, down)
+        return replace(self, shape=(columns, rows), strides=strides)
 
 
-class Header:
-    """The checked header of an open file: `entries`, in the data's order, and its own `sha256`."""
+class Layout:
+    """The tensors of an open file, and its own statements about them.
+
+    entries: by their start. sha256: of the file's bytes, None where the file does not state it.
+    replaces: see replace.py. stated: the shape, by config.json's names; empty where not stated.
+    """
+
+    KIND = ""  # for messages
+    entries: list[StoredTensor]
+    sha256: str | None = None
+    replaces: Mapping[str, tuple[Any, Any]] = {}
+    stated: Mapping[str, Any] = {}
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        """file: open to read; its position does not matter."""
+        self.path = path
+        self.size = file.seek(0, 2)
+        file.seek(0)
+
+    def required_digest(self, sha256: str | None) -> tuple[str | None, bytes]:
+        """Return the required digest, and the bytes to digest in place of the file's first ones."""
+        return sha256, b""
+
+    def broken(self, why: str) -> ValueError:
+        """Return the error for a damaged file."""
+        return ValueError(f"{str(self.path)!r} is no whole {self.KIND}: {why}")
+
+
+class Header(Layout):
+    """The checked header of an open safetensors file."""
+
+    KIND = "safetensors file"
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         """Read the header. Raises ValueError for an invalid one."""
-        self.path = path
-        self._file = file
-        self._size = size = file.seek(0, 2)
-        file.seek(0)
+        super().__init__(path, file)
+        size = self.size
         length = file.read(8)
         announced = int.from_bytes(length, "little")
         if len(length) < 8 or announced > size - 8:
-            raise self._broken(f"{size} bytes cannot hold its header")
+            raise self.broken(f"{size} bytes cannot hold its header")
         if announced > LONGEST_HEADER:
-            raise self._broken(f"its header has {announced} bytes, above {LONGEST_HEADER}")
+            raise self.broken(f"its header has {announced} bytes, above {LONGEST_HEADER}")
         header = file.read(announced)
         self._head = length + header
         try:
@@ -84,24 +125,24 @@ class Header:
             self.replaces = {name: (old, new) for name, (old, new) in replaces.items()}
             found = [_entry(path, name, value) for name, value in stated.items()]
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            raise self._broken(f"its header: {error}") from None
-        self.entries = sorted(found, key=lambda entry: (entry.start, entry.end))
+            raise self.broken(f"its header: {error}") from None
+        found = sorted(found, key=lambda entry: (entry.start, entry.end))
         end = 0
-        for entry in self.entries:
+        for entry in found:
             if entry.start != end:
-                raise self._broken(f"{entry.name!r} starts at {entry.start}, not at {end}")
+                raise self.broken(f"{entry.name!r} starts at {entry.start}, not at {end}")
             end = entry.end
-        if end != size - len(self._head):
-            raise self._broken(f"its tensors take {end} bytes, not {size - len(self._head)}")
+        first = len(self._head)
+        if end != size - first:
+            raise self.broken(f"its tensors take {end} bytes, not {size - first}")
+        self.entries = [replace(e, start=e.start + first, end=e.end + first) for e in found]
 
+    @override
     def required_digest(self, sha256: str | None) -> tuple[str | None, bytes]:
         """Return the required digest, `sha256` or the file's own, and the head to digest."""
         if sha256 is not None or self.sha256 is None:
             return sha256, self._head
         return self.sha256, self._head.replace(str(self.sha256).encode(), NO_DIGEST.encode(), 1)
-
-    def _broken(self, why: str) -> ValueError:
-        return ValueError(f"{str(self.path)!r} is no whole safetensors file: {why}")
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,8 +200,9 @@ def digest_ahead(path: Path, sha256: str | None = None) -> None:
 
     Raises ValueError for an invalid safetensors file, OSError for an unreadable one.
     """
+    layout = Header if path.suffix == ".safetensors" else Layout
     with open_regular(path) as file:
-        stated, head = Header(path, file).required_digest(sha256)
+        stated, head = layout(path, file).required_digest(sha256)
         if stated is not None:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             _AHEAD[*_state(file), head] = Digest(head, mapping)

@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nanogpt2 import terminal
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import (
     check_vocabulary,
@@ -24,21 +25,23 @@ from nanogpt2.checkpoints.folder import (
     find_files,
     is_chat,
     labels_of,
+    with_stated,
 )
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.checkpoints.names import (
     DTYPES,
     NARROW,
     SCORE,
+    SECOND_HEAD,
     Undrawn,
     agreed_config,
     by_our_names,
-    check_masks,
     check_tensors,
+    check_unused,
 )
 from nanogpt2.checkpoints.state import map_state, read_state
 from nanogpt2.classifier import GPTClassifier
-from nanogpt2.config import PRESETS, GPTConfig
+from nanogpt2.config import GPTConfig, official_name
 from nanogpt2.cpu.inference_model import InferenceGPT, check_scheme
 from nanogpt2.cpu.prepacked import runs_prepacked
 from nanogpt2.devices import as_usual, memory_of
@@ -73,12 +76,20 @@ class Checkpoint:
             self.tensors = by_our_names(entries)
             for file in self._opened:
                 self._source = current(self._source, file.replaces)
+                self._source = with_stated(self._source, file.path, file.layout.stated)
             self.config = agreed_config(self._source, self.tensors)
-            check_masks(entries, self.config)
+            check_unused(entries, self.config)
             head = self.tensors.get(SCORE)
             self.labels = () if head is None else labels_of(self._source, head.shape)
+            if self.labels:
+                # no head for tokens
+                self.config = replace(self.config, tie_word_embeddings=True)
+            self._source = replace(self._source, config=self.config)
             check_tensors(self.tensors, self.config, self.labels, self._source.files[0])
             self.close = weakref.finalize(self, stack.pop_all().close)
+        if any(entry.name.startswith(SECOND_HEAD) for entry in entries):
+            name = str(self._source.files[0].parent)
+            terminal.note_once(f"{name!r}: its second head, {SECOND_HEAD}*, is left out")
 
     def __enter__(self) -> Self:
         return self
@@ -96,14 +107,14 @@ class Checkpoint:
                 f"no tokenizer here has a vocabulary of {size} "
                 "(GPT-2's has 50257, the byte-level one 257)"
             )
-        if self.name not in PRESETS and self._source.is_settled:
+        if official_name(self.name) is None and self._source.is_settled:
             check_vocabulary(self._source.files[0].parent, tokenizer)
         return tokenizer
 
     @property
     def is_chat(self) -> bool:
         """True if `--task chat` trained the model: its tokenizer's files have that template."""
-        return self.name not in PRESETS and is_chat(self._source.files[0].parent)
+        return official_name(self.name) is None and is_chat(self._source.files[0].parent)
 
     def model(
         self,
@@ -212,7 +223,7 @@ def _release(opened: list[tensor_file.TensorFile], tensor: Tensor) -> None:
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """Open a model by one of config.MODEL_NAMES, its folder or its .safetensors file.
+    """Open a model by one of config.MODEL_NAMES, its repository, folder or .safetensors file.
 
     Raises ValueError or OSError, in one line that names the file or the tensor.
     """

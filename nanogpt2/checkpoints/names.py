@@ -4,8 +4,9 @@ Files of GPT-2 differ in small ways. All of these are read:
 
 - names with or without the prefix `transformer.`;
 - `h.N.attn.bias` and `h.N.attn.masked_bias`: the causal mask, not a parameter; skipped;
-- `lm_head.weight`: the tied output head; must equal `wte.weight`;
+- `lm_head.weight`: the output head; must equal `wte.weight` where it is tied;
 - `score.weight`: a classifier's head; such a file cannot generate text;
+- `multiple_choice_head.*`: GPT2DoubleHeadsModel's second head; skipped;
 - projections stored [in, out] (TensorFlow's order, transformers' Conv1D); torch's Linear is
   [out, in], so reading and writing transpose them;
 - F32, F16 or BF16, in one file or sharded with an index, aligned or not;
@@ -23,20 +24,22 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles
+from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles, config_of, mingpt_heads
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.config.flags import show
-from nanogpt2.cpu.inference_model import EMBEDDING, MATRICES
+from nanogpt2.cpu.inference_model import EMBEDDING, HEAD, MATRICES, TABLES
 from nanogpt2.cpu.prepacked import SCALE
 from nanogpt2.model import GPT
 
-TRANSPOSED = tuple(name for name in MATRICES if name != EMBEDDING)
+TRANSPOSED = tuple(name for name in MATRICES if name not in TABLES)
 MASKS = (".attn.bias", ".attn.masked_bias")
 PREFIX = "transformer."
 POSITIONS = "wpe.weight"
-HEAD = "lm_head.weight"
 SCORE = "score.weight"
+SECOND_HEAD = "multiple_choice_head."
+# the first words of tensors whose models are not supported
+HEADS = {"classifier": "GPT2ForTokenClassification", "qa_outputs": "GPT2ForQuestionAnswering"}
 READABLE_DTYPES = ("F32", "F16", "BF16")
 NARROW = "I8"  # a matrix of this type has a scale
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,11 +62,11 @@ class Undrawn(TorchFunctionMode):
 
 
 def by_our_names(entries: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
-    """Index the stored tensors by our names, without masks. Raises ValueError for a duplicate."""
+    """Index the tensors in use by our names. Raises ValueError for a duplicate."""
     found: dict[str, StoredTensor] = {}
     for entry in entries:
         ours = entry.name.removeprefix(PREFIX)
-        if ours.endswith(MASKS):
+        if ours.endswith(MASKS) or entry.name.startswith(SECOND_HEAD):
             continue
         if ours in found:
             raise ValueError(f"{str(entry.file)!r}: tensor {show(entry.name)} is there twice")
@@ -71,14 +74,16 @@ def by_our_names(entries: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     return found
 
 
-def check_masks(entries: Iterable[StoredTensor], config: GPTConfig) -> None:
-    """Raise ValueError for a mask above block_size x block_size, before it is read."""
+def check_unused(entries: Iterable[StoredTensor], config: GPTConfig) -> None:
+    """Raise ValueError for a mask or a second head that is too large, before it is read."""
     for entry in entries:
         size = math.prod(entry.shape)
-        if entry.name.endswith(MASKS) and size > config.block_size**2:
+        is_mask, is_head = entry.name.endswith(MASKS), entry.name.startswith(SECOND_HEAD)
+        most = (config.block_size if is_mask else config.n_embd) ** 2
+        if (is_mask or is_head) and size > most:
             raise ValueError(
-                f"{str(entry.file)!r}: tensor {show(entry.name)} must have "
-                f"{config.block_size**2:,} numbers at most, not {size:,}"
+                f"{str(entry.file)!r}: tensor {show(entry.name)} must have {most:,} numbers at "
+                f"most, not {size:,}"
             )
 
 
@@ -91,19 +96,21 @@ def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPT
     file = source.files[0]
     sizes = _sizes(file, stored)
     if source.config is None:
+        if (heads := mingpt_heads(source.stated)) is not None:
+            return config_of(source, sizes, heads)
         for preset in PRESETS.values():
             if all(getattr(preset, name) == size for name, size in sizes.items()):
                 return preset
         raise ValueError(
-            f"{str(file)!r} has no config.json beside it and is of no known size "
+            f"{str(file)!r} has no config.json beside it, to state n_head, and is of no known size "
             f"({', '.join(PRESETS)})"
         )
     for name, size in sizes.items():
         stated = getattr(source.config, name)
         if stated != size:
             raise ValueError(
-                f"{str(file.parent / 'config.json')!r}: {THEIR_NAMES.get(name, name)} is {stated}, "
-                f"but {size} by the tensors of {file.name}"
+                f"{str(file.parent / source.stated_by)!r}: {THEIR_NAMES.get(name, name)} is "
+                f"{stated}, but {size} by the tensors of {file.name}"
             )
     return source.config
 
@@ -117,12 +124,16 @@ def _sizes(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, int]:
             raise ValueError(f"{str(file)!r}: tensor {name} must be a matrix")
     vocab_size, n_embd = stored[EMBEDDING].shape
     blocks = {name.split(".")[1] for name in stored if name.startswith("h.")}
-    return {
+    sizes = {
         "n_embd": n_embd,
         "vocab_size": vocab_size,
         "block_size": stored[POSITIONS].shape[0],
         "n_layer": len(blocks),
     }
+    mlp = stored.get("h.0.mlp.c_fc.weight")
+    if mlp is not None and len(mlp.shape) == 2 and mlp.shape[0] == n_embd:
+        sizes["mlp_width"] = mlp.shape[1]
+    return sizes
 
 
 def _model_shapes(config: GPTConfig, labels: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -157,6 +168,8 @@ def check_tensors(
                 raise ValueError(f"{str(first)!r}: tensor {name + SCALE} is missing")
     for name, found in stored.items():
         where = f"{str(found.file)!r}: tensor {show(found.name)}"
+        if name not in expected and (kind := HEADS.get(name.split(".")[0])):
+            raise ValueError(f"{where} is the head of {kind}, which is not supported")
         if name not in expected:
             raise ValueError(f"{where} is no part of GPT-2")
         if found.shape != expected[name]:

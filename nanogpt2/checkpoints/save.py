@@ -15,7 +15,7 @@ from nanogpt2.checkpoints.folder import (
 from nanogpt2.checkpoints.names import DTYPES, PREFIX, TRANSPOSED
 from nanogpt2.checkpoints.replace import replace_set
 from nanogpt2.classifier import GPTClassifier, Model
-from nanogpt2.cpu.inference_model import InferenceGPT
+from nanogpt2.cpu.inference_model import HEAD, InferenceGPT
 from nanogpt2.model import GPT
 from nanogpt2.tokenizer import Tokenizer, gpt2_tokenizer
 
@@ -49,11 +49,10 @@ def save_model(
     texts = config_files(model.config, dtype, labels)
     if tokenizer is not None:
         texts |= tokenizer_files(tokenizer, model.config.block_size, chat)
-    prefix = "" if labels else PREFIX
-    theirs = {
-        prefix + name: tensor.t() if name.endswith(TRANSPOSED) else tensor
-        for name, tensor in state.items()
-    }
+    theirs = {}
+    for name, tensor in state.items():
+        prefix = "" if labels or name.startswith(HEAD) else PREFIX
+        theirs[prefix + name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
     narrow = any(tensor.dtype == torch.int8 for tensor in state.values())
     file, other = (WEIGHTS_INT8, WEIGHTS) if narrow else (WEIGHTS, WEIGHTS_INT8)
     replace_set(Path(folder), texts, TIED, file, theirs, stale=other)

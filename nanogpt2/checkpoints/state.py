@@ -11,9 +11,9 @@ from torch import Tensor
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import MANIFEST, ModelFiles
 from nanogpt2.checkpoints.header import StoredTensor
-from nanogpt2.checkpoints.names import HEAD, POSITIONS, TRANSPOSED
+from nanogpt2.checkpoints.names import POSITIONS, TRANSPOSED
 from nanogpt2.checkpoints.tensors import TensorFile
-from nanogpt2.cpu.inference_model import EMBEDDING, MATRICES
+from nanogpt2.cpu.inference_model import EMBEDDING, HEAD, MATRICES
 
 
 def map_state(
@@ -24,10 +24,12 @@ def map_state(
     Raises ValueError where a file does not have the SHA-256 that its manifest, or itself, states.
     """
     state: dict[str, Tensor] = {}
-    ours_of = _parameters(stored)
+    ours_of = _parameters(source, stored)
     for file in opened:
         for name, tensor in file.mapped(ours_of, _stated_digest(source, file)):
             ours = ours_of[name]
+            by_columns = ours.endswith(TRANSPOSED) and tensor.t().is_contiguous()
+            tensor = tensor if by_columns else tensor.contiguous()
             if not ours.endswith(MATRICES):
                 # position lookups read the file, as token lookups do
                 tensor = tensor.to(torch.float32, copy=ours != POSITIONS)
@@ -44,14 +46,14 @@ def read_state(
 ) -> dict[str, Tensor]:
     """Read all tensors, each into memory of its own. Raises ValueError as `map_state` does."""
     state: dict[str, Tensor] = {}
-    ours_of = _parameters(stored)
+    ours_of = _parameters(source, stored)
     # a tensor that is copied anyway goes through one shared buffer
     passing = {
         entry.name
         for ours, entry in stored.items()
-        if ours.endswith(TRANSPOSED) or tensor_file.DTYPES[entry.dtype] != dtype
+        if ours.endswith(TRANSPOSED) or entry.strides or tensor_file.DTYPES[entry.dtype] != dtype
     }
-    if HEAD in stored and EMBEDDING in stored:
+    if HEAD in stored and EMBEDDING in stored and _is_tied(source):
         passing.add(max((stored[HEAD], stored[EMBEDDING]), key=lambda e: e.start).name)
     for file in opened:
         for name, tensor in file.read(ours_of, _stated_digest(source, file), passing):
@@ -63,9 +65,14 @@ def read_state(
     return state
 
 
-def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """Map the files' names to ours. GPT-2's output head is its embedding."""
-    return {entry.name: EMBEDDING if ours == HEAD else ours for ours, entry in stored.items()}
+def _parameters(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Map the files' names to ours. A tied head is the embedding."""
+    head = EMBEDDING if _is_tied(source) else HEAD
+    return {entry.name: head if ours == HEAD else ours for ours, entry in stored.items()}
+
+
+def _is_tied(source: ModelFiles) -> bool:
+    return source.config is None or source.config.tie_word_embeddings
 
 
 def _stated_digest(source: ModelFiles, file: TensorFile) -> str | None:
@@ -85,5 +92,6 @@ def _put(state: dict[str, Tensor], name: str, tensor: Tensor, file: TensorFile) 
     wide = torch.promote_types(first.dtype, tensor.dtype)
     if first is not tensor and not torch.equal(first.to(wide), tensor.to(wide)):
         raise ValueError(
-            f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}: GPT-2's head is tied"
+            f"{str(file.path)!r}: tensor {HEAD} must equal {EMBEDDING}, "
+            "unless config.json states tie_word_embeddings false"
         )

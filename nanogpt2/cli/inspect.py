@@ -13,7 +13,7 @@ from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints.load import open_checkpoint
 from nanogpt2.cli import inspect_page
 from nanogpt2.cli.findings import SEVERAL, Head, Inside, counts, layer_names, look, spelled
-from nanogpt2.config import PRESETS, GPTConfig, SampleConfig, fail, usage_error
+from nanogpt2.config import GPTConfig, SampleConfig, fail, official_name, usage_error
 from nanogpt2.inspect import Guesses, Piece
 from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
@@ -58,7 +58,7 @@ def load(config: SampleConfig, device: str, text: str) -> tuple[Tokenizer, list[
     Raises ValueError or OSError as `open_checkpoint` does.
     """
     special = not config.literal_prompt
-    if not config.reads and config.model in PRESETS:
+    if not config.reads and official_name(config.model):
         # the tokens alone need no weights, which may have to be downloaded
         tokenizer = gpt2_tokenizer()
         return tokenizer, tokenizer.encode(text, allow_special=special), None

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Self
 
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
-from nanogpt2.config import SampleConfig
+from nanogpt2.checkpoints.folder import find_files
+from nanogpt2.config import PICKLES, SampleConfig, repository_of, usage_error
 from nanogpt2.config.flags import show
 from nanogpt2.filesystem import lock
 
@@ -110,7 +111,12 @@ class Output:
     def _weights(self) -> list[Any]:
         """Name, size and time of the model's files."""
         path = Path(self._config.model)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        kinds = (".safetensors", *PICKLES)
+        inside = sorted(p for p in path.glob("*") if p.suffix in kinds)
+        files = inside if path.is_dir() else [path]
+        if repository_of(self._config.model):
+            with usage_error("--model"):
+                files = [*find_files(self._config.model).files]
         stats = [(file.name, file.stat()) for file in files if file.is_file()]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

@@ -13,9 +13,9 @@ from nanogpt2.config.model import (
     DEVICES,
     DTYPES,
     KERNELS,
-    MODEL_NAMES,
     SCHEMES,
     check_model,
+    official_name,
 )
 from nanogpt2.config.presets import TASKS
 from nanogpt2.config.train import is_encoding
@@ -183,7 +183,11 @@ class SampleConfig:
     SECOND: ClassVar[str] = "is it in quotes? The model is --model NAME"
     prompt: str = flag("", "the text to continue, or - for standard input", positional=True)
     prompt_file: str | None = flag(None, "a file that holds the prompt")
-    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
+    model: str = flag(
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a folder, "
+        "or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
+    )
     device: str = flag("auto", "where to run", choices=DEVICES)
     threads: int | None = flag(
         None, "threads on a CPU (default: all, or one, by time)", low=1, high=MOST_THREADS
@@ -334,9 +338,11 @@ def _check_classify(given: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be left out where --classify is given")
     if not any(given.get(name) for name in ("prompt", "prompt_file", "prompts")):
         fail("PROMPT is missing: --classify needs a text, --prompt_file or --prompts")
-    if given.get("model", "gpt2") in MODEL_NAMES:
+    model = given.get("model", "gpt2")
+    if model == "demo" or official_name(model):
         raise ValueError(
-            "model must be the path of a classifier with --classify (train.py makes one)"
+            "model must be the path of a classifier with --classify (train.py makes one), or "
+            "USER/NAME of the hub"
         )
 
 

@@ -161,7 +161,11 @@ class TrainConfig:
     label_column: str = flag("label", "with --task classify")
     encoding: str = flag("utf-8", "of DATA's files without a byte-order mark")
     skip_bad: bool = flag(False, "skip and count the records that cannot be used")
-    init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
+    init: str = flag(
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch, USER/NAME of the hub, or a path: "
+        "a folder, or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
+    )
     # the run's folder
     out: str = flag("out", "folder to write the model to")
     resume: bool = flag(False, "go on from the last checkpoint in --out")

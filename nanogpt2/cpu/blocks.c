@@ -38,6 +38,7 @@ typedef struct {
 typedef struct {
     const float *ln_1_weight, *ln_1_bias, *ln_2_weight, *ln_2_bias;
     Matrix c_attn, attn_c_proj, c_fc, mlp_c_proj;
+    float scale; /* of the queries, beside 1 / sqrt(D) */
 } Layer;
 
 typedef struct {
@@ -267,9 +268,9 @@ static void mix(float *restrict y, long step, const float *p, long all, const fl
             for (long i = 0; i < D; i++) y[m * step + i] += p[m * all + t] * v[i];
 }
 
-/* p (all) through softmax, but for the division by the sum, which it returns. */
-static float exponentials(float *p, const float *mask, long all, long D) {
-    float most = -INFINITY, sum = 0, scale = 1 / sqrtf(D);
+/* scale p + mask (all) through softmax, but for the division by the sum, which it returns. */
+static float exponentials(float *p, const float *mask, long all, float scale) {
+    float most = -INFINITY, sum = 0;
     for (long t = 0; t < all; t++) p[t] = p[t] * scale + (mask ? mask[t] : 0);
     for (long t = 0; t < all; t++) most = p[t] > most ? p[t] : most;
     for (long t = 0; t < all; t++) sum += p[t] = exponential(p[t] - most);
@@ -278,7 +279,7 @@ static float exponentials(float *p, const float *mask, long all, long D) {
 
 /* A thread's heads of y (M, C): attention of qkv (M, 3 C) to the cache, which it extends. */
 static void attention(float *y, const float *qkv, const Cache *c, long l, float *p, long M,
-                      const Shape *s) {
+                      float scale, const Shape *s) {
     long C = s->n_embd, H = s->n_head, D = C / H, rows = c->rows, S = c->common, W = c->past + 1;
     for (long n = omp_get_thread_num(); n < M / rows * H; n += omp_get_num_threads()) {
         long h = n % H, first = n / H * rows;
@@ -296,7 +297,8 @@ static void attention(float *y, const float *qkv, const Cache *c, long l, float 
             memcpy(k + c->past * D, q + m * 3 * C + C, D * sizeof(float));
             memcpy(v + c->past * D, q + m * 3 * C + 2 * C, D * sizeof(float));
             scores(row + S, 0, q + m * 3 * C, 0, k, W, 1, D);
-            float sum = exponentials(row, c->mask ? c->mask + (first + m) * (S + W) : 0, S + W, D);
+            const float *mask = c->mask ? c->mask + (first + m) * (S + W) : 0;
+            float sum = exponentials(row, mask, S + W, scale / sqrtf(D));
             for (long t = 0; t < S + W; t++) row[t] /= sum;
             memset(to + m * C, 0, D * sizeof(float));
             mix(to + m * C, 0, row + S, 0, v, W, 1, D);
@@ -338,7 +340,7 @@ void blocks(float *x, const Layer *layers, const Shape *s, const Cache *c, float
                            s->epsilon);
             product(qkv, &a->c_attn, own.normal, own.u, M, 3 * C, C, STORE, s);
 #pragma omp barrier
-            attention(y, qkv, c, l, own.p, M, s);
+            attention(y, qkv, c, l, own.p, M, a->scale, s);
 #pragma omp barrier
             product(x, &a->attn_c_proj, y, own.u, M, C, C, ADD, s);
 #pragma omp barrier

@@ -134,6 +134,8 @@ class CPUDecoder:
         """
         layer, (R, T, _), S = self._layers[n], x.shape, self._shared_length
         qkv = layer.c_attn(layer.ln_1(x)).view(R, T, 3, self._H, self._D)
+        if layer.scale != 1:
+            qkv[:, :, 0] *= layer.scale
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, R, H, T, D)
         store, past = (self._own[n], self._own_length) if self._writes_own else (self._shared[n], S)
         kv = store.narrow(3, 0, past + T)  # (2, R, H, past + T, D)
@@ -151,7 +153,7 @@ class CPUDecoder:
     def _add_mlp(self, n: int, x: Tensor) -> Tensor:
         """Block.forward's second line with MLP.forward, in layer n: (R, T, C) -> (R, T, C)."""
         layer = self._layers[n]
-        return layer.mlp_c_proj.plus(layer.c_fc.gelu(layer.ln_2(x)), x)
+        return layer.mlp_c_proj.plus(layer.c_fc.gelu(layer.ln_2(x), layer.approximate), x)
 
     def _advance(self, R: int, T: int) -> None:
         """Count the positions that every layer has just been given."""

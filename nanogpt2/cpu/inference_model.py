@@ -1,9 +1,9 @@
 """A model for generating only, on a CPU: weights prepacked for few rows, and narrowed on request.
 
 A new token multiplies every weight by a single row, so a step takes as long as reading the weights.
-Fewer bytes, in the order of their use, make a step faster; prepacked.py multiplies them. The tied
-embedding is narrowed with its head. This model cannot be trained. This file does not know how
-tokens are chosen, nor the format of a file.
+Fewer bytes, in the order of their use, make a step faster; prepacked.py multiplies them. The
+embedding is narrowed too, like the head that it is tied to. This model cannot be trained. This file
+does not know how tokens are chosen, nor the format of a file.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,12 +29,14 @@ from nanogpt2.cpu.prepacked import (
 from nanogpt2.model import GPT
 
 EMBEDDING = "wte.weight"
+HEAD = "lm_head.weight"
+TABLES = (EMBEDDING, HEAD)  # (V, C)
 MATRICES = (
     "attn.c_attn.weight",
     "attn.c_proj.weight",
     "mlp.c_fc.weight",
     "mlp.c_proj.weight",
-    EMBEDDING,
+    *TABLES,
 )
 CHUNK = 256  # rows of logits computed at once
 
@@ -57,6 +59,13 @@ class NarrowEmbedding(nn.Module):
             q, scale = to_int8(rows) if self._scale is None else (rows, self._scale[places])
             x = q * scale[:, None]
         return x.view(*ids.shape, x.size(-1))
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the narrow matrix, with int8's scales, by the suffixes of their names."""
+        if self._scheme == "fp16":
+            return {"": to_fp16(self.weight)}
+        q, scale = to_int8(self.weight) if self._scale is None else (self.weight, self._scale)
+        return {"": q, SCALE: scale}
 
 
 class InferenceGPT(GPT):
@@ -86,17 +95,20 @@ class InferenceGPT(GPT):
     def _make_products(self, state: dict[str, Tensor], release: Release | None) -> None:
         # the head first: it is the largest, and narrowing holds it twice for a moment
         table, scale = state.pop(EMBEDDING), state.pop(EMBEDDING + SCALE, None)
-        # lay out the head only beside a mapped embedding: a second copy would add a third of the
-        # model to memory
-        is_mapped = release is not None and table.dtype == torch.float32
+        # lay out a tied head only beside a mapped embedding: a second copy would add a third of
+        # the model to memory
+        lays_out = release is not None and table.dtype == torch.float32
         table = widened(table, release) if self.scheme is None else table
-        self.head = prepacked_linear_for(table, scale, None, self.scheme, release, is_mapped)
+        head = table, scale
+        if not self.config.tie_word_embeddings:
+            head, lays_out = (state.pop(HEAD), state.pop(HEAD + SCALE, None)), True
+        self.head = prepacked_linear_for(*head, None, self.scheme, release, lays_out)
         if self.scheme is None:
             self.wte.weight = nn.Parameter(table, requires_grad=False)
         else:
             self.wte = NarrowEmbedding(table, scale, self.scheme)  # type: ignore[assignment]
         for n, block in enumerate(self.h):
-            for part, name in (m.split(".")[:2] for m in MATRICES if m != EMBEDDING):
+            for part, name in (m.split(".")[:2] for m in MATRICES if m not in TABLES):
                 module = getattr(block, part)
                 bias = getattr(module, name).bias.detach()
                 weight = f"h.{n}.{part}.{name}.weight"
@@ -145,7 +157,12 @@ class InferenceGPT(GPT):
         for name, tensor in self.state_dict().items():
             if name != EMBEDDING:
                 yield name, tensor
-        products = {EMBEDDING: self.head} | {
+        tied, wte = self.config.tie_word_embeddings, self.wte
+        if not tied:
+            own = wte.stored() if isinstance(wte, NarrowEmbedding) else {"": wte.weight}
+            for end, tensor in own.items():
+                yield EMBEDDING + end, tensor
+        products = {EMBEDDING if tied else HEAD: self.head} | {
             f"{name}.weight": m
             for name, m in self.h.named_modules(prefix="h")
             if isinstance(m, PrepackedLinear)

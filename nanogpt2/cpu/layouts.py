@@ -50,9 +50,9 @@ class Layout(ABC):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias: (..., K) -> (..., N)."""
 
-    def gelu(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return GELU(x W^T + bias), in the tanh form."""
-        return F.gelu(self.product(x, bias), approximate="tanh")
+    def gelu(self, x: Tensor, bias: Tensor | None, approximate: str = "tanh") -> Tensor:
+        """Return GELU(x W^T + bias). approximate: tanh or none, as for F.gelu."""
+        return F.gelu(self.product(x, bias), approximate=approximate)
 
     def plus(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """Return x W^T + bias + residual; residual: (..., N)."""
@@ -89,8 +89,8 @@ class OneDNN(Layout):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
 
     @override
-    def gelu(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "gelu", [], "tanh")
+    def gelu(self, x: Tensor, bias: Tensor | None, approximate: str = "tanh") -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "gelu", [], approximate)
 
     @override
     def plus(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((f"ln_{n}_{part}", POINTER) for n in (1, 2) for part in ("weight", "bias")),
         *((name, Matrix) for name in ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")),
+        ("scale", ctypes.c_float),
     ]
 
 

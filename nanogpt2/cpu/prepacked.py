@@ -71,9 +71,9 @@ class PrepackedLinear(nn.Module, ABC):
     def _product(self, x: Tensor) -> Tensor:
         """Return x W^T + b, by PyTorch's operations."""
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """Return GELU(x W^T + b), in the tanh form."""
-        return F.gelu(self(x), approximate="tanh")
+    def gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
+        """Return GELU(x W^T + b). approximate: tanh or none, as for F.gelu."""
+        return F.gelu(self(x), approximate=approximate)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return x W^T + b + residual; residual: (..., N)."""
@@ -138,8 +138,8 @@ class FloatLinear(PrepackedLinear):
         return self._layout.product(x, self._bias)
 
     @override
-    def gelu(self, x: Tensor) -> Tensor:
-        return self._layout.gelu(x, self._bias)
+    def gelu(self, x: Tensor, approximate: str = "tanh") -> Tensor:
+        return self._layout.gelu(x, self._bias, approximate)
 
     @override
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class Layer(NamedTuple):
     ln_2: LayerNorm
     c_fc: PrepackedLinear
     mlp_c_proj: PrepackedLinear
+    scale: float  # of the queries
+    approximate: str  # GELU's form
 
     def products(self) -> tuple[PrepackedLinear, ...]:
         """Return the four matrices, in the order of their use."""
@@ -56,7 +58,7 @@ class Prepared:
         if isinstance(model, InferenceGPT):
             self.head = model.head
         else:
-            self.head = FloatLinear(model.wte.weight, None, keeps=True)
+            self.head = FloatLinear(model.head_weight, None, keeps=True)
         self.layers = [_layer(block) for block in model.h]
         self._modules = _modules(model)
         self._seen = [_state(tensor) for tensor in _weights(model)]
@@ -73,6 +75,8 @@ class Prepared:
         self.pace = Pace()
         self.blocks = None
         self._model = ref(model)
+        # blocks.c has GELU in the tanh form alone
+        self._can_compile = all(layer.approximate == "tanh" for layer in self.layers)
         self._steps = 0  # of few rows
         self._choosing = Lock()  # one thread at a time changes layouts
 
@@ -98,7 +102,7 @@ class Prepared:
     def count(self, rows: int, tokens: int) -> None:
         """Account for reading this many tokens in each of some rows."""
         with self._choosing:
-            if tokens == 1 and self._can_compile(rows):
+            if tokens == 1 and self._compiles(rows):
                 self._prepare_blocks()
             elif tokens == 1 or self.blocks is None:
                 self.blocks = None
@@ -108,7 +112,7 @@ class Prepared:
     def count_head(self, rows: int) -> None:
         """Account for scoring this many rows."""
         with self._choosing:
-            if not self._can_compile(rows):
+            if not self._compiles(rows):
                 self._head.count(rows)
             self._sum_copies()
 
@@ -122,8 +126,8 @@ class Prepared:
         found["head"] = [self.head.layout or "none yet"]
         return {name: "+".join(dict.fromkeys(layouts)) for name, layouts in found.items()}
 
-    def _can_compile(self, rows: int) -> bool:
-        return native.can_run(rows, self._least)
+    def _compiles(self, rows: int) -> bool:
+        return self._can_compile and native.can_run(rows, self._least)
 
     def _prepare_blocks(self) -> None:
         """Lay out a layer a step for blocks.c, once that pays, the head at last."""
@@ -146,7 +150,7 @@ class Prepared:
             norms = [t for ln in (layer.ln_1, layer.ln_2) for t in (ln.weight, ln.bias)]
             found = [p.matrix() for p in layer.products()]
             matrices = [matrix for matrix, _ in found]
-            layers.append(native.Layer(*[t.data_ptr() for t in norms], *matrices))
+            layers.append(native.Layer(*[t.data_ptr() for t in norms], *matrices, layer.scale))
             tensors += [*norms, *(t for _, kept in found for t in kept)]
         c, c_fc = model.config, self.layers[0].c_fc
         shape: dict[str, Any] = {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head}
@@ -215,7 +219,8 @@ def is_product(layer: nn.Module) -> bool:
 
 def _layer(block: Any) -> Layer:
     c_attn, attn_c_proj, c_fc, mlp_c_proj = map(_product, matrices(block))
-    return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj)
+    scale, approximate = block.attn.scale, block.mlp.approximate
+    return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj, scale, approximate)
 
 
 def _product(layer: Any) -> PrepackedLinear:
@@ -226,7 +231,8 @@ def _product(layer: Any) -> PrepackedLinear:
 
 def _modules(model: GPT) -> list[nn.Module]:
     """Return all modules that prepared layers read."""
-    head = model.head if isinstance(model, InferenceGPT) else model.wte
+    own = "head" if isinstance(model, InferenceGPT) else "lm_head"
+    head = getattr(model, own, model.wte)
     blocks: list[Any] = [*model.h]
     return [head, *(m for b in blocks for m in (b.ln_1, b.ln_2, *matrices(b)))]
 
@@ -238,7 +244,7 @@ def _weights(model: GPT) -> list[Tensor]:
     weights: list[Tensor] = []
     if not isinstance(model, InferenceGPT):
         layers += [m for block in blocks for m in matrices(block)]
-        weights.append(model.wte.weight)
+        weights.append(model.head_weight)
     return [*weights, *(t for m in layers for t in (m.weight, m.bias))]
 
 

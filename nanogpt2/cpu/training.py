@@ -8,7 +8,8 @@ and gets a faster `forward` of its own. Four things change:
 2. A linear layer does not keep its input for the backward pass where the input came from GELU or a
    layer norm. It keeps what they were computed from, which autograd keeps anyway, and repeats them.
 3. The loss multiplies by oneDNN too.
-4. The gradient of the embedding's lookup is added in place to the head's, which shares the matrix.
+4. The gradient of the embedding's lookup is added in place to the head's, which shares the matrix
+   but for untied models.
 
 1 to 3 need float32 on a CPU, outside autocast and torch.compile; elsewhere PyTorch's own operations
 run. 2 and 3 also need kernels "torch", and 1 runs only with gradients: generation must equal
@@ -150,7 +151,7 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     if mlp.kernels != "torch":
         return MLP.forward(mlp, x)
-    x = recomputable(partial(F.gelu, approximate="tanh"), mlp.c_fc(x))  # (B, T, 4C)
+    x = recomputable(partial(F.gelu, approximate=mlp.approximate), mlp.c_fc(x))  # (B, T, 4C)
     return F.dropout(mlp.c_proj(x), mlp.dropout, mlp.training)
 
 
@@ -177,8 +178,8 @@ def _embedding(wte: nn.Embedding, ids: Tensor) -> Tensor:
 def _loss(model: Model, x: Tensor, targets: Tensor) -> Tensor:
     if model.kernels != "torch" or not _onednn_multiplies(x):
         return type(model).loss(model, x, targets)  # type: ignore[arg-type]
-    head = model.score if isinstance(model, GPTClassifier) else model.wte
-    return chunked_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten(), matmul)
+    weight = model.score.weight if isinstance(model, GPTClassifier) else model.head_weight
+    return chunked_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), matmul)
 
 
 FORWARD: dict[type, Function] = {nn.Linear: _linear_layer, LayerNorm: _layer_norm, MLP: _mlp}

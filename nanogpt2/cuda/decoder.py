@@ -144,11 +144,14 @@ class CUDADecoder:
         for n, block in enumerate(blocks):
             kv = self._cache.k[n, :, :, :bucket], self._cache.v[n, :, :, :bucket]
             qkv = self._product(x, block.attn.c_attn, norm=_norm(block.ln_1))  # (N, 3C)
+            if block.attn.scale != 1:
+                qkv[:, : x.size(1)] *= block.attn.scale
             y = step_ops.decode_attention(
                 qkv, *kv, self.lengths, start=self.start, ancestors=ancestors, **how
             )  # (N, C)
             x = self._product(y, block.attn.c_proj, residual=x)
-            y = self._product(x, block.mlp.c_fc, norm=_norm(block.ln_2), bends=True)  # (N, 4C)
+            bends = block.mlp.approximate
+            y = self._product(x, block.mlp.c_fc, norm=_norm(block.ln_2), bends=bends)  # (N, 4C)
             x = self._product(y, block.mlp.c_proj, residual=x)
         return x
 
@@ -176,7 +179,7 @@ class CUDADecoder:
     @property
     def head(self) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
         """The head's weight (V, C), and weight, bias and eps of the layer norm before it."""
-        return self._model.wte.weight, _norm(self._model.ln_f)
+        return self._model.head_weight, _norm(self._model.ln_f)
 
     def _product(self, x: Tensor, layer: Any, **options: Any) -> Tensor:
         return step_ops.decode_linear(x, layer.weight, layer.bias, **options, **self._how)

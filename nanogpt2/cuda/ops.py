@@ -41,27 +41,30 @@ def decode_linear(
     bias: Tensor | None,
     *,
     norm: tuple[Tensor, Tensor, float] | None = None,
-    bends: bool = False,
+    bends: str | None = None,
     residual: Tensor | None = None,
     kernels: str = "torch",
     scratch: Tensor | None = None,
 ) -> Tensor:
     """Compute gelu(layer_norm(x) W^T + b) + residual: (R, K) -> (R, N).
 
-    norm: weight and bias (K,), and eps. Without norm, bends or residual (R, N) that part is left
-    out. Triton's kernel takes few rows of some thousand columns; PyTorch multiplies larger ones.
+    norm: weight and bias (K,), and eps. bends: GELU's form, as for ops.gelu. Without norm, bends or
+    residual (R, N) that part is left out. Triton's kernel takes few rows of some thousand columns;
+    PyTorch multiplies larger ones, and computes erf GELU.
     """
     if kernels == "triton":
         from nanogpt2.kernels import decode_linear as kernel
 
         if len(x) <= kernel.MAX_ROWS and x.size(1) <= kernel.MAX_COLUMNS:
-            return kernel.decode_linear(
-                x, weight, bias, norm=norm, gelu=bends, residual=residual, arrived=scratch
+            tanh = bends == "tanh"
+            y = kernel.decode_linear(
+                x, weight, bias, norm=norm, gelu=tanh, residual=residual, arrived=scratch
             )
+            return y if tanh or bends is None else ops.gelu(y, kernels, bends)
     if norm is not None:
         x = ops.layer_norm(x, *norm, kernels)
     y = F.linear(x, weight, bias)
-    y = ops.gelu(y, kernels) if bends else y
+    y = y if bends is None else ops.gelu(y, kernels, bends)
     return y if residual is None else y + residual
 
 

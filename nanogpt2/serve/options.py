@@ -77,7 +77,11 @@ class ServeConfig:
         "reload": "start the server again",
     }
     SECOND: ClassVar[str] = "the model is --model NAME"
-    model: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo or a path")
+    model: str = flag(
+        "gpt2",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, USER/NAME of the hub, or a path: a folder, "
+        "or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
+    )
     compare_model: str | None = flag(
         None, "a second model, to compare with; it answers requests too"
     )

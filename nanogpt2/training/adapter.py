@@ -23,6 +23,7 @@ from nanogpt2.checkpoints.folder import Replaces, current_text, name_for_others
 from nanogpt2.checkpoints.replace import replace_set
 from nanogpt2.checkpoints.save import unwrapped
 from nanogpt2.classifier import GPTClassifier, Model
+from nanogpt2.config import repository_of
 from nanogpt2.model import GPT
 from nanogpt2.training.lora import add_lora, lora_layers
 
@@ -76,6 +77,8 @@ def save_adapter(model: Model, folder: str | Path, base_name: str) -> None:
         "fan_in_fan_out": True,
         "inference_mode": True,
     }
+    if (found := repository_of(base_name)) is not None:
+        config["revision"] = found[1]
     texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
     replace_set(Path(folder), texts, [CONFIG], TENSORS, _tensors(model))
 

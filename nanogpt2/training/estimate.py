@@ -1,8 +1,8 @@
 """The cost of training: an estimate of the memory, and the arithmetic's speed.
 
-Axes as in model.py: C = n_embd, L = n_layer, H = n_head, V = vocabulary; P parameters, M = B T
-tokens in a micro-batch. The memory formula follows this model's autograd graph, not transformers'
-in general. This file does not know the loop.
+Axes as in model.py: C = n_embd, F = the MLP's width, L = n_layer, H = n_head, V = vocabulary;
+P parameters, M = B T tokens in a micro-batch. The memory formula follows this model's autograd
+graph, not transformers' in general. This file does not know the loop.
 """
 
 import time
@@ -15,13 +15,6 @@ from nanogpt2.chunked_loss import chunk_rows
 from nanogpt2.config import GPTConfig
 from nanogpt2.cpu.training import linear
 from nanogpt2.memory import peak_memory
-
-
-def count_parameters(config: GPTConfig) -> int:
-    """P = V C + S C + L (12 C^2 + 13 C) + 2 C for a context of S; the head is tied to V C."""
-    c = config
-    block = 12 * c.n_embd**2 + 13 * c.n_embd
-    return (c.vocab_size + c.block_size + 2) * c.n_embd + c.n_layer * block
 
 
 def memory_estimate(
@@ -39,22 +32,22 @@ def memory_estimate(
 
         weights      4 P                                 fp32, whatever the products' type
         optimizer    8 T                                 two moments of the T trainable parameters
-        activations  M L (40 C + 4 H)                    fp32 on a CPU: per block and token 10 C
+        activations  M L (24 C + 4 F + 4 H)              fp32 on a CPU: per block and token these
                                                          floats (two residuals C, q k v 3 C,
-                                                         attention C, 4 C before GELU)
-                     M L (64 C + 4 H)                    fp32 elsewhere: two normalised C and 4 C
+                                                         attention C, F before GELU)
+                     M L (32 C + 8 F + 4 H)              fp32 elsewhere: two normalised C and F
                                                          after GELU more, which are not recomputed
-                     M L (36 C + 4 H) + 24 L C^2         bf16: the residuals stay fp32; autocast's
-                                                         copies of the blocks' matrices
+                     M L (20 C + 4 F + 4 H)              bf16: the residuals stay fp32; autocast's
+                       + L (8 C^2 + 4 C F)               copies of the blocks' matrices
         head         4 V C + 4 R V + 12 M C              the embedding's gradient; R rows of logits
                                                          (6 R V in bf16); ln_f's input, output, dx
         gradients    4 T                                 kept through the forward pass only by
                                                          grad_accum > 1
 
     The peak is the larger of two: at the loss (activations + head, + gradients with grad_accum > 1)
-    or at the end of the backward pass (gradients, and on a GPU 8 V C: the embedding's gradient from
-    each of its two uses). A frozen embedding (T < P) has no gradient. A classifier's embedding has
-    none at the loss, and its loss has `labels` logits a token in place of V. Dropout adds its
+    or at the end of the backward pass (gradients, and on a GPU 8 V C: a tied embedding's gradient
+    from each of its two uses). A frozen embedding (T < P) has no gradient. A classifier's embedding
+    has none at the loss, and its loss has `labels` logits a token in place of V. Dropout adds its
     masks: 2 M L C on a GPU; on a CPU M L (16 C + 12 H block_size), because they are floats and
     PyTorch has no fused attention with dropout. On a CPU malloc leaves holes between tensors of
     many sizes: they add a third (an eighth in bf16) of everything but weights and optimizer. The
@@ -67,14 +60,15 @@ def memory_estimate(
     1 % with grad_accum=2. Not compared on a GPU.
     """
     c = config
-    params = count_parameters(c)
+    params = c.n_parameters
     trained = params if trainable is None else trainable
     tokens, width, vocab = batch_size * block_size, c.n_embd, c.vocab_size
     low = dtype != "float32"
-    kept = 36 if low else 40 if device == "cpu" else 64
-    activations = tokens * c.n_layer * (kept * width + 4 * c.n_head)
+    per_width, per_inner = (20, 4) if low else (24, 4) if device == "cpu" else (32, 8)
+    kept = per_width * width + per_inner * c.mlp_width + 4 * c.n_head
+    activations = tokens * c.n_layer * kept
     if low:
-        activations += 24 * c.n_layer * width**2
+        activations += c.n_layer * width * (8 * width + 4 * c.mlp_width)
     if c.dropout and device == "cpu":
         activations += tokens * c.n_layer * (16 * width + 12 * c.n_head * block_size)
     elif c.dropout:
@@ -86,7 +80,8 @@ def memory_estimate(
     gradients = 4 * trained
     at_loss = activations + head + (gradients if grad_accum > 1 else 0)
     if device != "cpu":
-        return 4 * params + 8 * trained + max(at_loss, gradients + 2 * embedding)
+        uses = 2 * embedding if c.tie_word_embeddings else 0
+        return 4 * params + 8 * trained + max(at_loss, gradients + uses)
     passing = max(at_loss, gradients)
     return 4 * params + 8 * trained + passing + passing // (8 if low else 3)
 
@@ -115,12 +110,13 @@ class Rate:
 def model_flops(config: GPTConfig, tokens: int, block_size: int) -> float:
     """Count the FLOP of a forward and backward pass over `tokens`: tokens (6 N + 12 L C T).
 
-    N is every parameter but the position embeddings, which are added and never multiplied. 12 L C T
-    is attention's two products, the masked half included (Chowdhery et al. 2022, appendix B).
-    Frozen weights and recomputation are ignored.
+    N is every parameter but the embeddings, which are added and never multiplied, unless the head
+    is tied to one. 12 L C T is attention's two products, the masked half included (Chowdhery et al.
+    2022, appendix B). Frozen weights and recomputation are ignored.
     """
     c = config
-    multiplied = count_parameters(c) - c.block_size * c.n_embd
+    looked_up = c.block_size + (0 if c.tie_word_embeddings else c.vocab_size)
+    multiplied = c.n_parameters - looked_up * c.n_embd
     return float(tokens) * (6 * multiplied + 12 * c.n_layer * c.n_embd * block_size)
 
 
