@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles
+from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles, known_ids
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.config.flags import show
@@ -106,6 +106,15 @@ def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPT
                 f"but {size} by the tensors of {file.name}"
             )
     return source.config
+
+
+def unpadded(config: GPTConfig, vocab_size: int) -> GPTConfig:
+    """Return the shape for the ids below `vocab_size`: the rows behind them are padding."""
+    if vocab_size == config.vocab_size:
+        return config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: known_ids(getattr(config, name), vocab_size) for name in names}
+    return replace(config, vocab_size=vocab_size, **ids)
 
 
 def _sizes(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, int]:
