@@ -66,31 +66,35 @@ class _Pass:
 
     def split(self, pieces: Iterable[str | int]) -> Iterator[str | int]:
         """Search each run of text between the ids found before."""
-        held, before, enough = "", "", 0
+        held, before, taken, enough = "", "", 0, 0
         for piece in pieces:
             if isinstance(piece, int):
-                yield from self._cut(held, before, is_last=True)[0]
+                yield from self._cut(held, before, taken, is_last=True)[0]
                 yield piece
-                held, before, enough = "", "", 0
+                held, before, taken, enough = "", "", 0, 0
                 continue
             held += piece
             # search a held text again only when it has doubled: a run of blanks may be long
             if len(held) >= enough:
-                found, size = self._cut(held, before, is_last=False)
+                found, size, taken = self._cut(held, before, taken, is_last=False)
                 yield from found
                 before, held = held[:size][-1:] or before, held[size:]
                 enough = 2 * len(held)
-        yield from self._cut(held, before, is_last=True)[0]
+        yield from self._cut(held, before, taken, is_last=True)[0]
 
-    def _cut(self, text: str, before: str, is_last: bool) -> tuple[list[str | int], int]:
+    def _cut(
+        self, text: str, before: str, taken: int, is_last: bool
+    ) -> tuple[list[str | int], int, int]:
         """Split a text as far as the text behind it cannot matter; return how far that is.
 
-        before: the character in front of the text, or nothing.
+        before: the character in front of the text, or nothing. taken: characters at the start that
+        an earlier token took as its white space, where another token may still begin. The last
+        value returned is that number for the rest of the text.
         """
         # behind `end` a longer token may begin, or the neighbour of a match is still unknown
         end = len(text) if is_last else len(text) - self._lengths[0]
         found: list[str | int] = []
-        done, place = 0, 0  # yielded so far; searched so far
+        done, place, matched = taken, 0, 0  # yielded; searched; the end of the last match
         while place < end and (first := self._firsts.search(text, place, end)) is not None:
             start = first.start()
             token = self._token_at(text, start)
@@ -103,16 +107,16 @@ class _Pass:
                 after = BLANKS.match(text, stop).end() if token.rstrip else stop
                 if token.rstrip and after == len(text) and not is_last:
                     # more white space may follow
-                    place = end = start
+                    place = end = max(matched, min(start, first.start()))
                     break
                 found += [text[done:start], token.id] if done < start else [token.id]
                 done = after
-            place = stop
-        size = max(done, place, end)
+            place = matched = stop
+        size = max(place, end)
         if self._strips and not is_last:
             # a token that follows may take the white space before it
-            size = max(done, _blanks_before(text, size))
-        return [*found, text[done:size]] if done < size else found, size
+            size = max(matched, _blanks_before(text, size))
+        return [*found, text[done:size]] if done < size else found, size, max(0, done - size)
 
     def _token_at(self, text: str, start: int) -> AddedToken | None:
         for length in self._lengths:

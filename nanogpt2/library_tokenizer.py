@@ -40,6 +40,8 @@ class LibraryTokenizer(Tokenizer):
     stated: the content of tokenizer.json.
     """
 
+    shows_merges = False
+
     def __init__(
         self,
         stated: Mapping[str, Any],

@@ -61,6 +61,8 @@ class Tokenizer:
     Ids are `0 <= id < vocab_size`; the id `end_of_text` separates texts.
     """
 
+    shows_merges = True  # `merges` and `vocabulary` are in GPT-2's format
+
     def __init__(
         self,
         name: str,
@@ -129,6 +131,10 @@ class Tokenizer:
         """The text of `end_of_text`: <|endoftext|>, unless the vocabulary has another."""
         return self.decode([self.end_of_text])
 
+    def ends(self, token: int) -> bool:
+        """Tell whether a token ends a text."""
+        return token == self._end
+
     @property
     def key(self) -> str:
         """A short name that no other tokenizer has: the one's cache is not read for the other."""
@@ -156,12 +162,17 @@ class Tokenizer:
             shown = repr(text)[:60]
             if SURROGATE.search(text):
                 raise ValueError(f"a token must be text that UTF-8 can encode, not {shown}")
-            if text in grown._ids_of() or len(grown.encode(text, allow_special=True)) < 2:
+            ids = grown.encode(text, allow_special=True)
+            if text in grown._ids_of() or (len(ids) < 2 and grown.decode(ids) == text):
                 raise ValueError(f"{shown} is a token already")
             grown._take([*grown.added, AddedToken(text, grown.vocab_size)])
             if (written := grown.decode([grown.vocab_size - 1])) != text:
                 raise ValueError(f"{shown} cannot be a token: it would be written {written!r}")
         return grown
+
+    def split(self, text: str, allow_special: bool = False) -> Iterator[str | int]:
+        """Yield the ids of a text's added tokens, and the texts between them."""
+        return self._searches[allow_special].split([sound(text)])
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Text -> ids. Special tokens, as <|endoftext|>, are ordinary text unless `allow_special`.

@@ -74,9 +74,10 @@ class Vocabulary:
     def roles(self) -> dict[str, str]:
         """The text of each special token that has an id, by its name in tokenizer_config.json."""
         stated = _defaults(self.is_gpt2) | self.settings
-        values = {role: v["content"] if isinstance(v, dict) else v for role, v in stated.items()}
-        known = self.tokens.keys() | {token.content for token in self.added}
-        return {role: values[role] for role in LIBRARY_ROLES if values.get(role) in known}
+        named = {role: stated.get(role) for role in LIBRARY_ROLES}
+        texts = {r: v.get("content") if isinstance(v, dict) else v for r, v in named.items()}
+        known = {token.content for token in self.added}
+        return {r: text for r, text in texts.items() if isinstance(text, str) and text in known}
 
     def tokenizer(self, eos: int | None = None) -> Tokenizer:
         """Build the tokenizer. eos: the model's, for a vocabulary whose files name none.
@@ -255,7 +256,7 @@ def _added(
             after += token.id == after
             found[token.content] = folder, token
             added += [token] if token.id < rows else []
-    return tuple(added)
+    return tuple(sorted(added, key=lambda token: token.id))
 
 
 def _named(settings: Mapping[str, Any], is_gpt2: bool) -> list[AddedToken]:
