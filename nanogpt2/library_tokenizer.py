@@ -153,7 +153,12 @@ class _Window:
 
     def __init__(self, engine: Any, text: str) -> None:
         self._engine, self.text = engine, text
-        found = engine.encode(text, add_special_tokens=False)
+        try:
+            found = engine.encode(text, add_special_tokens=False)
+        except Exception as error:
+            # a word without a token, in a model that has no token for unknown words
+            line = " ".join(str(error).split())[:80]
+            raise ValueError(f"the model's tokenizer cannot encode the text: {line}") from None
         self.ids: list[int] = found.ids
         self._ends = [end for _, end in found.offsets]
 

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles, known_ids
 from nanogpt2.checkpoints.header import StoredTensor
+from nanogpt2.checkpoints.vocabulary import PADDED
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.config.flags import show
 from nanogpt2.cpu.inference_model import EMBEDDING, MATRICES
@@ -85,15 +86,18 @@ def check_masks(entries: Iterable[StoredTensor], config: GPTConfig) -> None:
 def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPTConfig:
     """Return the model's shape, on which config.json and the tensors agree.
 
-    Without a config.json, the preset with these shapes: tensors do not show the number of heads.
+    Without a config.json, the preset with these shapes, its vocabulary padded or not: tensors do
+    not show the number of heads.
     Raises ValueError where they disagree.
     """
     file = source.files[0]
     sizes = _sizes(file, stored)
     if source.config is None:
+        rows = sizes["vocab_size"]
         for preset in PRESETS.values():
-            if all(getattr(preset, name) == size for name, size in sizes.items()):
-                return preset
+            shape = replace(preset, vocab_size=rows) if rows in PADDED else preset
+            if all(getattr(shape, name) == size for name, size in sizes.items()):
+                return shape
         raise ValueError(
             f"{str(file)!r} has no config.json beside it and is of no known size "
             f"({', '.join(PRESETS)})"

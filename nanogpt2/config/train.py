@@ -146,6 +146,8 @@ class TrainConfig:
         "no_cuda": "use --device cpu",
         "use_cpu": "use --device cpu",
         "cpu": "use --device cpu",
+        "special_tokens": "use --add_tokens '<user>,<bot>'",
+        "additional_special_tokens": "use --add_tokens '<user>,<bot>'",
         "tokenizer_name": "the tokenizer is the model's; with --init scratch use --tokenizer",
         "model_size": "use --init gpt2, gpt2-medium, gpt2-large or gpt2-xl",
         "temperature": "texts are sample.py's: sample.py --model out --temperature 0.7",

@@ -59,8 +59,9 @@ def split_texts(parts: Iterable[str], end: str = END_OF_TEXT) -> Iterator[Iterat
             texts.extend((texts.pop() + part).split(end))
             if len(texts) == 1:
                 begun = texts.pop()
-                yield begun[: len(begun) - held]
-                texts.append(begun[max(0, len(begun) - held) :])
+                size = max(0, len(begun) - held)
+                yield begun[:size]
+                texts.append(begun[size:])
         yield texts.popleft()
 
     while texts:
