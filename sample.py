@@ -82,7 +82,7 @@ def main(config: SampleConfig) -> None:
             with usage_error("--compare"), open_checkpoint(config.compare) as checkpoint:
                 with large_blocks_apart():
                     other = checkpoint.generator(*how)
-                if checkpoint.tokenizer is not tokenizer:
+                if checkpoint.tokenizer != tokenizer:
                     raise ValueError(f"{config.compare!r} has another vocabulary than --model")
             show_comparison(config, model, other, tokenizer, template.format(prompt))
         else:

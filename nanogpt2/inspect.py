@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from nanogpt2 import ops
 from nanogpt2.model import GPT
-from nanogpt2.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from nanogpt2.tokenizer import PATTERN, Tokenizer, printable_bytes
 
 ROWS = 256  # rows of logits computed at once
 TABLE_ROWS = 4096  # rows of the token table compared at once
@@ -154,22 +154,25 @@ def merges(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list
     """Encode a text step by step: its pieces, each with its merges in order.
 
     The ids of all pieces are those of `tokenizer.encode(text, allow_special)`. Within a piece the
-    pair of the lowest rank is merged first, of equal pairs the left one. <|endoftext|> is a piece
-    of its own with `allow_special`, and ordinary text otherwise.
+    pair of the lowest rank is merged first, of equal pairs the left one. An added token is a piece
+    of its own; special ones, as <|endoftext|>, with `allow_special` only. In a vocabulary without
+    GPT-2's steps each token is one, without merges.
     """
-    if allow_special:
-        first, *others = (merges(tokenizer, part) for part in text.split(END_OF_TEXT))
-        end = Piece(END_OF_TEXT, END_OF_TEXT, (), (END_OF_TEXT,), (tokenizer.end_of_text,))
-        return first + [piece for part in others for piece in (end, *part)]
-    # join pairs of surrogates and replace lone ones, as encode does
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    letters, ranks = _letters(tokenizer), _ranks(tokenizer.merges)
+    if not tokenizer.shows_merges:
+        names = ((i, tokenizer.decode([i])) for i in tokenizer.encode(text, allow_special))
+        return [Piece(name, name, (), (name,), (i,)) for i, name in names]
+    letters, ranks = printable_bytes(), _ranks(tokenizer.merges)
     found = []
-    for word in regex.findall(PATTERN, text):
-        spelled = "".join(letters[byte] for byte in word.encode("utf-8"))
-        steps, tokens = _merge(spelled, ranks)
-        ids = tuple(tokenizer.vocabulary[token] for token in tokens)
-        found.append(Piece(word, spelled, steps, tokens, ids))
+    for part in tokenizer.split(text, allow_special):
+        if isinstance(part, int):
+            token = tokenizer.decode([part])
+            found.append(Piece(token, token, (), (token,), (part,)))
+            continue
+        for word in regex.findall(PATTERN, part):
+            spelled = "".join(letters[byte] for byte in word.encode("utf-8"))
+            steps, tokens = _merge(spelled, ranks)
+            ids = tuple(tokenizer.vocabulary[token] for token in tokens)
+            found.append(Piece(word, spelled, steps, tokens, ids))
     return found
 
 
@@ -206,13 +209,6 @@ def _merge(
         if merge.start > 0:
             offer(before[merge.start])
     return tuple(done), tuple(parts.values())
-
-
-def _letters(tokenizer: Tokenizer) -> dict[int, str]:
-    """The printable alphabet, byte -> character."""
-    # the first 256 tokens of every vocabulary are the single bytes
-    single = list(tokenizer.vocabulary)[:256]
-    return {tokenizer.decode_bytes([i])[0]: token for i, token in enumerate(single)}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Text <-> token ids: GPT-2's byte-pair encoding, and a plain byte-level one for tiny models.
+"""Text <-> token ids: byte-pair encoding by GPT-2's merges, by other ones, or by none (bytes).
 
 tiktoken does the merging. The merges are packaged with the project, so nothing is downloaded.
 `assets/vocab.bpe` equals OpenAI's file to the byte: a version line, then one merge a line, the most
@@ -13,18 +13,27 @@ two neighbours are the encoding of theirs. Otherwise the seam moves back. If no 
 known text causes, the text is cut at the window's end. Time is linear in the text, and the work
 needs the memory of two windows, less than 10 MB, whatever the text. The ids come on top.
 
+Another vocabulary has its own merges and may number its tokens in any order. Tokens added to a
+vocabulary are found first, by added_tokens.py; the text between them is encoded as above.
+`reproduces` tells which merges tiktoken applies exactly; library_tokenizer.py has the others.
+
 This file does not know models, checkpoints or prompts.
 Sources: Sennrich et al. 2016; openai/gpt-2 src/encoder.py; tiktoken_ext/openai_public.py.
 """
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
+from typing import Self
 
 import tiktoken
+
+from nanogpt2.added_tokens import AddedToken, Search
 
 END_OF_TEXT = "<|endoftext|>"
 # the digests that tiktoken checks GPT-2's two files against
@@ -40,62 +49,165 @@ EQUAL_TOKENS = 4
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+# what a vocabulary calls its special tokens, as tokenizer_config.json does
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+READY = 1 << 12  # ids that are yielded at once, or more
+LONGEST_CHECKED = 512  # bytes of a token; the check takes their square
+
+
 class Tokenizer:
     """`encode` and `decode` over one vocabulary.
 
-    Ids are `0 <= id < vocab_size`; the last id, `end_of_text`, separates texts.
+    Ids are `0 <= id < vocab_size`; the id `end_of_text` separates texts.
     """
 
-    def __init__(self, name: str, merges: str) -> None:
-        """Build the vocabulary `name` from the text of a vocab.bpe file."""
-        self.name = name
-        self.merges = merges
-        self.vocabulary = _vocabulary(merges)
-        # Latin-1 encodes the character with number n as the byte n
-        byte_of = {ord(char): byte for byte, char in _printable_bytes().items()}
+    shows_merges = True  # `merges` and `vocabulary` are in GPT-2's format
+
+    def __init__(
+        self,
+        name: str,
+        merges: str,
+        vocabulary: Mapping[str, int] | None = None,
+        added: Iterable[AddedToken] | None = None,
+        roles: Mapping[str, str] | None = None,
+        end: int | None = None,
+    ) -> None:
+        """Build the vocabulary `name` from the text of a vocab.bpe file.
+
+        vocabulary: {token: id}, where the ids are not GPT-2's: bytes, merges, <|endoftext|>. added:
+        the added tokens, where they are not <|endoftext|> alone. roles: the text of each special
+        token, by ROLES. end: the id that separates texts, where no role names it.
+        """
+        self.name, self.merges = name, merges
+        self.vocabulary = dict(vocabulary or _vocabulary(merges))
+        self.roles = dict.fromkeys(ROLES, END_OF_TEXT) if roles is None else dict(roles)
+        self.is_own = vocabulary is not None or added is not None
+        if added is None:
+            added = [AddedToken(END_OF_TEXT, self.vocabulary[END_OF_TEXT], True, False)]
+        self._take(added)
+        ids = self._ids_of()
+        eos = ids.get(self.roles.get("eos_token", ""))
+        self._end = end if eos is None else eos
+        tokens = _tokens(merges)
         self._encoding = tiktoken.Encoding(
             name=name,
             pat_str=PATTERN,
-            mergeable_ranks={
-                token.translate(byte_of).encode("latin-1"): rank
-                for token, rank in self.vocabulary.items()
-                if token != END_OF_TEXT
-            },
-            special_tokens={END_OF_TEXT: self.vocabulary[END_OF_TEXT]},
+            mergeable_ranks={_bytes(token): rank for rank, token in enumerate(tokens)},
+            special_tokens={},
         )
+        order = [self.vocabulary[token] for token in tokens]
+        # rank -> id, where they differ
+        self._ids = None if order == [*range(len(order))] else order
+
+    def _take(self, added: Iterable[AddedToken]) -> None:
+        """Use these added tokens."""
+        self.added = tuple(added)
+        self._searches = {allow: Search(self.added, allow) for allow in (False, True)}
+        ids = self._ids_of()
+        # an id without a token, if any, is no text
+        self._bytes = [b""] * (max(ids.values()) + 1)
+        for token, i in ids.items():
+            self._bytes[i] = _bytes(token)
         # one object for each id: a list of ids needs 8 bytes an id, not 36
-        self._shared_ids = [*range(len(self.vocabulary))]
+        self._shared_ids = [*range(len(self._bytes))]
+
+    def _ids_of(self) -> dict[str, int]:
+        return self.vocabulary | {token.content: token.id for token in self.added}
 
     @property
     def vocab_size(self) -> int:
         """Number of ids: 50257 for GPT-2's vocabulary, 257 for bytes."""
-        return len(self.vocabulary)
+        return len(self._bytes)
 
     @property
     def end_of_text(self) -> int:
-        """The id of <|endoftext|>."""
-        return self.vocabulary[END_OF_TEXT]
+        """The id that ends a text: <|endoftext|>'s. Raises ValueError where there is none."""
+        if self._end is None:
+            raise ValueError("the tokenizer has no eos_token, which training needs between texts")
+        return self._end
+
+    @property
+    def end_text(self) -> str:
+        """The text of `end_of_text`: <|endoftext|>, unless the vocabulary has another."""
+        return self.decode([self.end_of_text])
+
+    def ends(self, token: int) -> bool:
+        """Tell whether a token ends a text."""
+        return token == self._end
+
+    @property
+    def key(self) -> str:
+        """A short name that no other tokenizer has: the one's cache is not read for the other."""
+        return f"{self.name}-{hashlib.sha256(self._content().encode()).hexdigest()[:8]}"
+
+    def _content(self) -> str:
+        """Return all that decides which ids a text has."""
+        own = json.dumps(sorted(self.vocabulary.items())) + repr((self.added, self._end))
+        return self.merges + (own if self.is_own else "")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def with_added(self, texts: Sequence[str]) -> Self:
+        """Return the tokenizer with a further token for each text, which encode always finds.
+
+        The ids follow the vocabulary's. Raises ValueError for a text that cannot be a new token.
+        """
+        grown = copy.copy(self)
+        grown.is_own = True
+        for text in texts:
+            shown = repr(text)[:60]
+            if SURROGATE.search(text):
+                raise ValueError(f"a token must be text that UTF-8 can encode, not {shown}")
+            ids = grown.encode(text, allow_special=True)
+            if text in grown._ids_of() or (len(ids) < 2 and grown.decode(ids) == text):
+                raise ValueError(f"{shown} is a token already")
+            grown._take([*grown.added, AddedToken(text, grown.vocab_size)])
+            if (written := grown.decode([grown.vocab_size - 1])) != text:
+                raise ValueError(f"{shown} cannot be a token: it would be written {written!r}")
+        return grown
+
+    def split(self, text: str, allow_special: bool = False) -> Iterator[str | int]:
+        """Yield the ids of a text's added tokens, and the texts between them."""
+        return self._searches[allow_special].split([sound(text)])
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Text -> ids. "<|endoftext|>" is ordinary text unless `allow_special`."""
-        if allow_special:
-            first, *others = map(self.encode, text.split(END_OF_TEXT))
-            return first + [i for ids in others for i in (self.end_of_text, *ids)]
-        shared = self._shared_ids
-        return [shared[i] for ids in self.encode_parts([text]) for i in ids]
+        """Text -> ids. Special tokens, as <|endoftext|>, are ordinary text unless `allow_special`.
 
-    def encode_parts(self, parts: Iterable[str]) -> Iterator[list[int]]:
+        Added tokens that are not special are always found.
+        """
+        shared = self._shared_ids
+        return [shared[i] for ids in self.encode_parts([text], allow_special) for i in ids]
+
+    def encode_parts(
+        self, parts: Iterable[str], allow_special: bool = False
+    ) -> Iterator[list[int]]:
         """Yield the ids of a text given in parts, in pieces: the same ids, however it is cut."""
-        ids: list[int] = []
-        for window in _windows(parts):
-            final, ids = self._continue(ids, window)
-            yield final
-        yield ids
+        ready: list[int] = []
+        ranks: list[int] = []
+        for window in _windows(self._searches[allow_special].split(map(sound, parts))):
+            if isinstance(window, int):
+                ready += [*self._named(ranks), window]
+                ranks = []
+            else:
+                final, ranks = self._continue(ranks, window)
+                ready += self._named(final)
+            if len(ready) >= READY:
+                yield ready
+                ready = []
+        yield ready + self._named(ranks)
+
+    def _named(self, ranks: list[int]) -> list[int]:
+        """Merges' ranks -> ids."""
+        return ranks if self._ids is None else [self._ids[rank] for rank in ranks]
 
     def _continue(self, ids: list[int], text: str) -> tuple[list[int], list[int]]:
         """Return the final ids of a window, and the ids of the next window, which ends in `text`.
 
-        ids: the window's, the final and the others.
+        ids: the window's, the final and the others, by tiktoken's numbers.
         """
         for overlap in OVERLAPS:
             start = len(ids) - overlap
@@ -124,7 +236,7 @@ class Tokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
-        return self._encoding.decode_bytes(ids)
+        return b"".join(map(self._bytes.__getitem__, ids))
 
     def encoder_json(self) -> str:
         """Return the text of vocab.json; GPT-2's equals OpenAI's encoder.json to the byte."""
@@ -146,15 +258,55 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer("bytes", "")
 
 
-def _windows(parts: Iterable[str]) -> Iterator[str]:
-    """Cut a text anew, every WINDOW characters or a little later."""
+def reproduces(pairs: Sequence[tuple[str, str]], vocabulary: Mapping[str, int]) -> bool:
+    """Tell whether tiktoken merges exactly these pairs of a byte-level vocabulary, in this order.
+
+    tiktoken joins any neighbours whose bytes make a token, in the order of the tokens. Those are
+    the given pairs if the parts of each pair come before it, no token has two pairs, and the merges
+    lead from each token's bytes to the token: then no other two parts of it can meet.
+    """
+    made = {*printable_bytes().values()}
+    ranks = {pair: rank for rank, pair in enumerate(pairs)}
+    for left, right in pairs:
+        if left not in made or right not in made or left + right in made:
+            return False
+        made.add(left + right)
+    if not made <= vocabulary.keys():
+        return False
+    return all(_is_merged(left + right, ranks) for left, right in pairs)
+
+
+def _is_merged(token: str, ranks: Mapping[tuple[str, str], int]) -> bool:
+    """Tell whether the merges lead from a token's bytes to the token; False for a very long one."""
+    parts = list(token) if len(token) <= LONGEST_CHECKED else []
+    while len(parts) > 1:
+        found = [ranks.get(pair, len(ranks)) for pair in pairwise(parts)]
+        at = found.index(min(found))
+        if found[at] == len(ranks):
+            return False
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return len(parts) == 1
+
+
+def sound(part: str) -> str:
+    """Join pairs of surrogates and replace lone ones, before a cut can part a pair."""
+    if part.isascii() or not SURROGATE.search(part):
+        return part
+    return part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _windows(pieces: Iterable[str | int]) -> Iterator[str | int]:
+    """Cut a text anew, every WINDOW characters or a little later, and at each id."""
     held = ""
-    for part in parts:
-        if not part.isascii() and SURROGATE.search(part):
-            # join pairs and replace lone ones before a cut can part a pair, as tiktoken does
-            part = part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        for start in range(0, len(part), WINDOW):
-            held += part[start : start + WINDOW]
+    for piece in pieces:
+        if isinstance(piece, int):
+            if held:
+                yield held
+            yield piece
+            held = ""
+            continue
+        for start in range(0, len(piece), WINDOW):
+            held += piece[start : start + WINDOW]
             if len(held) >= WINDOW:
                 yield held
                 held = ""
@@ -162,7 +314,8 @@ def _windows(parts: Iterable[str]) -> Iterator[str]:
         yield held
 
 
-def _printable_bytes() -> dict[int, str]:
+@cache
+def printable_bytes() -> dict[int, str]:
     """GPT-2's alphabet, byte -> character, in the order of the ids; unprintable bytes come last."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -170,10 +323,27 @@ def _printable_bytes() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | shifted
 
 
-def _vocabulary(merges: str) -> dict[str, int]:
-    """The text of vocab.bpe -> {token: id}. Without merges the id of a byte is its value."""
-    alphabet = _printable_bytes()
+@cache
+def _byte_of() -> dict[int, int]:
+    """The alphabet's characters -> bytes, by number: Latin-1 encodes the number n as the byte n."""
+    return {ord(char): byte for byte, char in printable_bytes().items()}
+
+
+def _bytes(token: str) -> bytes:
+    """Return a token's bytes. A token with characters outside the alphabet is its own text."""
+    if _byte_of().keys() >= {*map(ord, token)}:
+        return token.translate(_byte_of()).encode("latin-1")
+    return token.encode()
+
+
+def _tokens(merges: str) -> list[str]:
+    """The text of vocab.bpe -> the tokens in the order of their ranks: the bytes, the merges."""
+    alphabet = printable_bytes()
     lines = merges.splitlines()[1:]
     tokens = [*alphabet.values()] if lines else [alphabet[byte] for byte in range(256)]
-    tokens += [line.replace(" ", "") for line in lines]
-    return {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}
+    return tokens + [line.replace(" ", "") for line in lines]
+
+
+def _vocabulary(merges: str) -> dict[str, int]:
+    """The text of vocab.bpe -> {token: id}. Without merges the id of a byte is its value."""
+    return {token: i for i, token in enumerate([*_tokens(merges), END_OF_TEXT])}

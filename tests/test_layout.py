@@ -11,7 +11,9 @@ from reference import ROOT
 # module -> what of ours it may import; a name stands for the module and everything under it
 MAY_IMPORT = {
     "config": ["config", "memory", "terminal"],
-    "tokenizer": [],
+    "added_tokens": [],
+    "tokenizer": ["added_tokens"],
+    "library_tokenizer": ["added_tokens", "tokenizer"],
     "kv_cache": ["ops"],
     "memory": [],
     "threads": [],
@@ -42,6 +44,7 @@ MAY_IMPORT = {
     ],
     "cuda": ["cuda", "kernels", "kv_cache", "model", "ops", "terminal"],
     "checkpoints": [
+        "added_tokens",
         "atomic",
         "checkpoints",
         "classifier",
@@ -50,6 +53,7 @@ MAY_IMPORT = {
         "devices",
         "filesystem",
         "hub",
+        "library_tokenizer",
         "memory",
         "model",
         "terminal",

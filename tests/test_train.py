@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -651,3 +652,119 @@ def test_edited_steps_are_no_extension(book, capsys):
     Path("out/run.json").write_text(json.dumps(record))
     assert run("--resume") == 2
     assert "run.json' was edited: steps is 8, in the checkpoint 4" in capsys.readouterr().err
+
+
+# ---- new tokens
+
+
+@pytest.fixture
+def chatty(book):
+    Path("chat.txt").write_text("<user>a sheep?<bot>over the fence\n" * 60)
+    rows = [{"prompt": f"<user>{i}", "completion": " baa<bot>" * (i % 3 + 1)} for i in range(40)]
+    labels = [{"text": f"{i}<user>sheep", "label": ["odd", "even"][i % 2 == 0]} for i in range(40)]
+    for name, records in (("chat", rows), ("labels", labels)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+    assert run("book.txt", *SMALL, "--steps", "1", "--out", "base") == 0
+
+
+ADDED = ["--init", "base", "--add_tokens", "<user>,<bot>", "--steps", "6", "--eval_every", "2"]
+ADDED += ["--block_size", "16", "--batch_size", "4", "--schedule", "constant"]
+
+
+@pytest.mark.parametrize(
+    "task", [["chat.txt"], ["chat.jsonl", "--task", "chat"], ["labels.jsonl", "--task", "classify"]]
+)
+def test_added_tokens_are_learnt_and_saved(chatty, task):
+    assert run(*task, *ADDED, "--lr", "0.05") == 0
+    tokenizer = load_tokenizer("out")
+    assert tokenizer.vocab_size == 259
+    theirs = AutoTokenizer.from_pretrained("out")
+    text = "<user>hi <bot>there<|endoftext|><user"
+    ids = tokenizer.encode(text, allow_special=True)
+    assert theirs(text)["input_ids"] == ids and {257, 258} <= {*ids}
+    assert theirs.decode(ids, clean_up_tokenization_spaces=False) == tokenizer.decode(ids) == text
+    if "classify" in task:
+        return
+    model, other = load_model("out"), GPT2LMHeadModel.from_pretrained("out").eval()
+    torch.testing.assert_close(
+        model(torch.tensor([ids])), other(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-4
+    )
+    mean = load_model("base").wte.weight.mean(0)
+    new = model.wte.weight[257:]
+    assert (new - mean).abs().amax(1).min() > 1e-3, "the rows were not trained"
+
+
+def test_added_tokens_start_as_the_mean(chatty):
+    config = parse(TrainConfig, ["chat.txt", *ADDED])
+    model, tokenizer = prepare.make_model(config, None, "cpu")
+    old = load_model("base").wte.weight
+    assert torch.equal(model.wte.weight[:257], old) and tokenizer.vocab_size == 259
+    torch.testing.assert_close(model.wte.weight[257:], old.mean(0).expand(2, -1))
+    assert model.config.vocab_size == 259 == model.wte.num_embeddings
+
+
+def test_a_resumed_run_keeps_its_added_tokens(chatty, monkeypatch):
+    assert run("chat.txt", *ADDED, "--out", "whole") == 0
+    assert run("chat.txt", *ADDED[:5], "4", *ADDED[6:]) == 0
+    assert run("--resume", "--steps", "6") == 0
+    assert numbers("out") == numbers("whole")
+    # a further run has the tokens already
+    assert run("chat.txt", "--init", "out", "--out", "more", "--steps", "1") == 0
+    assert load_tokenizer("more") == load_tokenizer("out")
+
+
+def test_another_tokenizers_cache_is_not_read(chatty, capsys):
+    base = ["chat.txt", "--init", "base", "--steps", "1", "--block_size", "16"]
+    for flags in ([], ["--add_tokens", "<user>"], ["--add_tokens", "<bot>"]):
+        out = f"o{len(list(Path().iterdir()))}"
+        assert run(*base, "--batch_size", "4", *flags, "--out", out) == 0
+    counts = re.findall(r"record, ([\d,]+) tokens", capsys.readouterr().err)[-3:]
+    assert len({*counts}) == 3, counts
+
+
+BAD_TOKENS = [
+    ("", "at least one token"),
+    (",", "commas between"),
+    ("<a>,", "commas between"),
+    ("<a>, <b>", "no spaces around"),
+    ("<a>,<b>,<a>", "'<a>' twice"),
+    (",".join(f"<{i}>" for i in range(1001)), "at most 1000 tokens, not 1001"),
+    ("a", "'a' is a token already"),
+    ("<|endoftext|>", "'<|endoftext|>' is a token already"),
+    ("<\u00fc>", "cannot be a token"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "line"), BAD_TOKENS, ids=lambda value: value[:20])
+def test_bad_added_tokens(chatty, capsys, tokens, line):
+    assert run("chat.txt", "--init", "base", "--add_tokens", tokens) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --add_tokens ") and line in said
+    assert said.count("\n") == 1 and len(said) <= 201
+    assert not Path("out").exists()
+
+
+def test_added_tokens_and_lora(chatty, capsys):
+    flags = ["--init", "base", "--lora_rank", "2", "--add_tokens", "<a>"]
+    assert run("chat.txt", *flags) == 2
+    assert "add_tokens must be left out with --lora_rank" in capsys.readouterr().err
+    # added before, they stay
+    assert run("chat.txt", *ADDED) == 0
+    flags = ["--init", "out", "--lora_rank", "2", "--out", "lora", "--steps", "1"]
+    assert run("chat.txt", *flags) == 0
+    assert load_tokenizer("lora") == load_tokenizer("out")
+
+
+def test_a_vocabulary_without_an_end_is_refused(chatty, capsys):
+    Path("base/manifest.json").unlink()
+    for name in ("tokenizer.json", "vocab.json"):
+        path = Path("base") / name
+        path.write_text(path.read_text().replace("<|endoftext|>", "<|other|>"))
+    settings = {"bos_token": None, "eos_token": None, "unk_token": None, "pad_token": None}
+    Path("base/tokenizer_config.json").write_text(json.dumps(settings))
+    stated = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps(stated | {"eos_token_id": None}))
+    flags = ["--init", "base", "--steps", "1", "--block_size", "16"]
+    assert run("chat.txt", *flags) == 2
+    assert "--init the tokenizer has no eos_token" in capsys.readouterr().err
+    assert run("labels.jsonl", "--task", "classify", *flags) == 0

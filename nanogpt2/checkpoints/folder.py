@@ -36,7 +36,6 @@ from nanogpt2.config.flags import show
 from nanogpt2.config.generation import FOREIGN
 from nanogpt2.filesystem import open_regular
 from nanogpt2.repository import fetch_repository
-from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -355,7 +354,7 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
     except ValueError as error:
         line = str(error).replace("block_size", THEIR_NAMES["block_size"])
         raise ValueError(f"{str(path)!r}: {line}") from None
-    return replace(config, **{n: _known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
+    return replace(config, **{n: known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
 
 
 def mingpt_heads(stated: Mapping[str, Any]) -> int | None:
@@ -377,9 +376,9 @@ def config_of(source: ModelFiles, sizes: Mapping[str, Any], heads: int) -> GPTCo
     return _config(source.files[0].parent / "config.json", stated, {})
 
 
-def _known_ids(value: Any, vocab_size: int) -> Any:
+def known_ids(value: Any, vocab_size: int) -> Any:
     """Return a token id, several or None; drop ids outside the vocabulary."""
-    ids = value if isinstance(value, list) else [value]
+    ids = value if isinstance(value, list | tuple) else [value]
     known = tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
     return None if not known else known[0] if len(known) == 1 else known
 
@@ -447,127 +446,9 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
     }
 
 
-# ---- the vocabulary
-
-
-def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where the folder's own tokenizer files state other tokens.
-
-    Tokens added after the vocabulary are ignored: the model has no embedding for them.
-    """
-    stated = {}
-    if (vocabulary := _read_json(folder / "vocab.json")) is not None:
-        stated["vocab.json"] = vocabulary
-    if (whole := _read_json(folder / "tokenizer.json")) is not None:
-        stated["tokenizer.json"] = _tokens_of(folder, whole, tokenizer.vocab_size)
-    # its content is unused, but a damaged file is still an error
-    _read_json(folder / "tokenizer_config.json")
-    for name, tokens in stated.items():
-        # tokenizer.json may keep the special token apart
-        if {END_OF_TEXT: tokenizer.end_of_text} | tokens != tokenizer.vocabulary:
-            raise ValueError(
-                f"{str(folder / name)!r} is another vocabulary of {tokenizer.vocab_size} tokens"
-            )
-
-
-def is_chat(folder: Path) -> bool:
-    """Tell whether the tokenizer's files in a folder have the template of `--task chat`."""
-    settings = _read_json(folder / "tokenizer_config.json") or {}
-    with suppress(OSError, UnicodeDecodeError):
-        # where newer transformers write it
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        settings |= {"chat_template": template}
-    return settings.get("chat_template") == CHAT_TEMPLATE
-
-
-def _tokens_of(folder: Path, stated: dict[str, Any], vocab_size: int) -> dict[Any, Any]:
-    """Return the tokens of tokenizer.json, with the tokens added within the vocabulary."""
-    path = folder / "tokenizer.json"
-    model, added = stated.get("model"), stated.get("added_tokens") or []
-    tokens = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(tokens, dict):
-        raise ValueError(f"{str(path)!r} states no vocabulary")
-    if not isinstance(added, list) or any(
-        not isinstance(token, dict)
-        or type(token.get("id")) is not int
-        or not isinstance(token.get("content"), str)
-        for token in added
-    ):
-        raise ValueError(
-            f"{str(path)!r}: added_tokens must be a list of tokens with id and content"
-        )
-    return tokens | {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
-
-
-# a conversation as data/chat.py writes it for training
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% set content = message['content'] | trim %}"
-    "{% if message['role'] == 'assistant' %}{{ 'Friend: ' + content }}"
-    "{{ eos_token if loop.last else '\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'You: ' + content + '\\n' }}"
-    "{% elif content %}{{ content + '\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Friend:' }}{% endif %}"
-)
-
-
-def tokenizer_files(tokenizer: Tokenizer, block_size: int, chat: bool = False) -> dict[str, str]:
-    """Return the files that AutoTokenizer needs; for GPT-2's vocabulary two are OpenAI's own.
-
-    tokenizer.json holds the other two's content for the fast tokenizers. chat: with the template of
-    a model that `--task chat` trained.
-    """
-    settings: dict[str, Any] = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
-        # GPT-2 has no other special token; the attention mask tells padding from an end
-        "pad_token": END_OF_TEXT,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    if chat:
-        settings["chat_template"] = CHAT_TEMPLATE
-    return {
-        "vocab.json": tokenizer.encoder_json(),
-        "merges.txt": tokenizer.merges or "#version: 0.2\n",
-        "tokenizer.json": json.dumps(_fast_tokenizer(tokenizer)),
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-    }
-
-
-def _fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json, in the format of Hugging Face's library `tokenizers`."""
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {"id": tokenizer.end_of_text, "content": END_OF_TEXT} | flags | {"special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [special],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": tokenizer.vocabulary,
-            "merges": tokenizer.merges.splitlines()[1:],
-        },
-    }
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object beside a model. Return None for an absent file."""
+    return _read_json(path)
 
 
 def model_digest(name: str | Path) -> str:

@@ -8,7 +8,7 @@ opened. The names are in names.py, the formats in header.py and folder.py.
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,10 +20,8 @@ from torch import Tensor
 from nanogpt2 import terminal
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import (
-    check_vocabulary,
     current,
     find_files,
-    is_chat,
     labels_of,
     with_stated,
 )
@@ -38,16 +36,18 @@ from nanogpt2.checkpoints.names import (
     by_our_names,
     check_tensors,
     check_unused,
+    unpadded,
 )
 from nanogpt2.checkpoints.state import map_state, read_state
+from nanogpt2.checkpoints.vocabulary import Vocabulary, by_size, is_chat, read_vocabulary
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, official_name
-from nanogpt2.cpu.inference_model import InferenceGPT, check_scheme
+from nanogpt2.cpu.inference_model import EMBEDDING, InferenceGPT, check_scheme
 from nanogpt2.cpu.prepacked import runs_prepacked
 from nanogpt2.devices import as_usual, memory_of
 from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
-from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
+from nanogpt2.tokenizer import Tokenizer
 
 
 class TooLittleMemoryError(ValueError, MemoryError):
@@ -57,8 +57,8 @@ class TooLittleMemoryError(ValueError, MemoryError):
 class Checkpoint:
     """An open checkpoint; close it, use `with`, or drop it. Its models outlive it.
 
-    name: as given. config: the shape. labels: a classifier's, empty for a language model.
-    tensors: the headers' entries, by our names.
+    name: as given. config: the shape, without the rows that pad the vocabulary. labels: a
+    classifier's, empty for a language model. tensors: the headers' entries, by our names.
     """
 
     name: str | Path
@@ -86,6 +86,7 @@ class Checkpoint:
                 self.config = replace(self.config, tie_word_embeddings=True)
             self._source = replace(self._source, config=self.config)
             check_tensors(self.tensors, self.config, self.labels, self._source.files[0])
+            self.config = unpadded(self.config, self._vocabulary_size())
             self.close = weakref.finalize(self, stack.pop_all().close)
         if any(entry.name.startswith(SECOND_HEAD) for entry in entries):
             name = str(self._source.files[0].parent)
@@ -99,17 +100,40 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError for a vocabulary that is neither GPT-2's nor the byte-level one."""
-        size = self.config.vocab_size
-        known = (t for t in (gpt2_tokenizer(), byte_tokenizer()) if t.vocab_size == size)
-        if (tokenizer := next(known, None)) is None:
+        """The tokenizer by the folder's files, or without any by the size of the vocabulary.
+
+        Raises ValueError for files that cannot be read, and for a size that tells nothing.
+        """
+        if self._vocabulary is not None:
+            eos = self._source.stated.get("eos_token_id")
+            return self._vocabulary.tokenizer(eos if type(eos) is int else None)
+        if (tokenizer := by_size(self.config.vocab_size)) is None:
             raise ValueError(
-                f"no tokenizer here has a vocabulary of {size} "
+                f"no tokenizer here has a vocabulary of {self.config.vocab_size} "
                 "(GPT-2's has 50257, the byte-level one 257)"
             )
-        if official_name(self.name) is None and self._source.is_settled:
-            check_vocabulary(self._source.files[0].parent, tokenizer)
         return tokenizer
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """The folder's files of a tokenizer; None without any, or where they are of another model.
+
+        Raises ValueError for files that cannot be read.
+        """
+        if official_name(self.name) is not None or not self._source.is_settled:
+            return None
+        rows, stated = self.tensors[EMBEDDING].shape[0], self._source.stated
+        folder = self._source.files[0].parent
+        return read_vocabulary(folder, rows, stated.get("tokenizer_class"))
+
+    def _vocabulary_size(self) -> int:
+        """Return how many ids there are; all rows where that is unknown."""
+        rows = self.config.vocab_size
+        with suppress(ValueError, OSError):
+            # `tokenizer` reports a damaged file
+            known = self._vocabulary or by_size(rows)
+            return rows if known is None else min(rows, known.vocab_size)
+        return rows
 
     @property
     def is_chat(self) -> bool:
@@ -154,9 +178,7 @@ class Checkpoint:
             with torch.device("meta"), Undrawn():
                 model = GPTClassifier(self._empty(dropout), self.labels)
             model.use_kernels(kernels, device)
-            state = read_state(
-                self._source, self._opened, self.tensors, device, getattr(torch, dtype)
-            )
+            state = self._read(device, getattr(torch, dtype))
         score = state.pop(SCORE)
         model.transformer.load_state_dict(state, assign=True)
         model.score.load_state_dict({"weight": score}, assign=True)
@@ -201,13 +223,18 @@ class Checkpoint:
             if quantize is not None or (
                 generates and runs_prepacked(model.kernels, device, wanted)
             ):
-                state = map_state(self._source, self._opened, self.tensors)
+                rows = self.config.vocab_size
+                state = map_state(self._source, self._opened, self.tensors, rows)
                 # without self: the model must not keep the checkpoint open
                 release = partial(_release, self._opened)
                 return InferenceGPT(model, state, quantize, release)
-            state = read_state(self._source, self._opened, self.tensors, device, wanted)
+            state = self._read(device, wanted)
         model.load_state_dict(state, assign=True)
         return model.eval()
+
+    def _read(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        rows = self.config.vocab_size
+        return read_state(self._source, self._opened, self.tensors, device, dtype, rows)
 
     def _is_narrow(self) -> bool:
         return any(entry.dtype == NARROW for entry in self.tensors.values())
@@ -299,7 +326,8 @@ def is_classifier(name: str | Path) -> bool:
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """Return the tokenizer of a model named as for `load_model`.
 
-    Raises ValueError for a vocabulary that is neither GPT-2's nor the byte-level one.
+    Raises ValueError for files that cannot be read; without any, for a vocabulary whose size is
+    neither GPT-2's nor the byte-level one's.
     """
     with open_checkpoint(name) as checkpoint:
         return checkpoint.tokenizer

@@ -24,8 +24,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nanogpt2.checkpoints.folder import THEIR_NAMES, ModelFiles, config_of, mingpt_heads
+from nanogpt2.checkpoints.folder import (
+    THEIR_NAMES,
+    ModelFiles,
+    config_of,
+    known_ids,
+    mingpt_heads,
+)
 from nanogpt2.checkpoints.header import StoredTensor
+from nanogpt2.checkpoints.vocabulary import PADDED
 from nanogpt2.config import PRESETS, GPTConfig
 from nanogpt2.config.flags import show
 from nanogpt2.cpu.inference_model import EMBEDDING, HEAD, MATRICES, TABLES
@@ -90,7 +97,8 @@ def check_unused(entries: Iterable[StoredTensor], config: GPTConfig) -> None:
 def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPTConfig:
     """Return the model's shape, on which config.json and the tensors agree.
 
-    Without a config.json, the preset with these shapes: tensors do not show the number of heads.
+    Without a config.json, the preset with these shapes, its vocabulary padded or not: tensors do
+    not show the number of heads.
     Raises ValueError where they disagree.
     """
     file = source.files[0]
@@ -98,9 +106,11 @@ def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPT
     if source.config is None:
         if (heads := mingpt_heads(source.stated)) is not None:
             return config_of(source, sizes, heads)
+        rows = sizes["vocab_size"]
         for preset in PRESETS.values():
-            if all(getattr(preset, name) == size for name, size in sizes.items()):
-                return preset
+            shape = replace(preset, vocab_size=rows) if rows in PADDED else preset
+            if all(getattr(shape, name) == size for name, size in sizes.items()):
+                return shape
         raise ValueError(
             f"{str(file)!r} has no config.json beside it, to state n_head, and is of no known size "
             f"({', '.join(PRESETS)})"
@@ -113,6 +123,15 @@ def agreed_config(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> GPT
                 f"{stated}, but {size} by the tensors of {file.name}"
             )
     return source.config
+
+
+def unpadded(config: GPTConfig, vocab_size: int) -> GPTConfig:
+    """Return the shape for the ids below `vocab_size`: the rows behind them are padding."""
+    if vocab_size == config.vocab_size:
+        return config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: known_ids(getattr(config, name), vocab_size) for name in names}
+    return replace(config, vocab_size=vocab_size, **ids)
 
 
 def _sizes(file: Path, stored: Mapping[str, StoredTensor]) -> dict[str, int]:

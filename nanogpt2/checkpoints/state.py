@@ -13,14 +13,19 @@ from nanogpt2.checkpoints.folder import MANIFEST, ModelFiles
 from nanogpt2.checkpoints.header import StoredTensor
 from nanogpt2.checkpoints.names import POSITIONS, TRANSPOSED
 from nanogpt2.checkpoints.tensors import TensorFile
-from nanogpt2.cpu.inference_model import EMBEDDING, HEAD, MATRICES
+from nanogpt2.cpu.inference_model import EMBEDDING, HEAD, MATRICES, TABLES
+from nanogpt2.cpu.prepacked import SCALE
 
 
 def map_state(
-    source: ModelFiles, opened: Sequence[TensorFile], stored: Mapping[str, StoredTensor]
+    source: ModelFiles,
+    opened: Sequence[TensorFile],
+    stored: Mapping[str, StoredTensor],
+    vocab_size: int,
 ) -> dict[str, Tensor]:
     """Map all tensors: matrices and positions are views of their files, the rest float32 copies.
 
+    vocab_size: rows of the embedding to take; those behind them are padding.
     Raises ValueError where a file does not have the SHA-256 that its manifest, or itself, states.
     """
     state: dict[str, Tensor] = {}
@@ -28,6 +33,7 @@ def map_state(
     for file in opened:
         for name, tensor in file.mapped(ours_of, _stated_digest(source, file)):
             ours = ours_of[name]
+            tensor = _without_padding(ours, tensor, vocab_size)
             by_columns = ours.endswith(TRANSPOSED) and tensor.t().is_contiguous()
             tensor = tensor if by_columns else tensor.contiguous()
             if not ours.endswith(MATRICES):
@@ -43,8 +49,9 @@ def read_state(
     stored: Mapping[str, StoredTensor],
     device: str,
     dtype: torch.dtype,
+    vocab_size: int,
 ) -> dict[str, Tensor]:
-    """Read all tensors, each into memory of its own. Raises ValueError as `map_state` does."""
+    """Read all tensors, each into memory of its own; arguments and errors as for `map_state`."""
     state: dict[str, Tensor] = {}
     ours_of = _parameters(source, stored)
     # a tensor that is copied anyway goes through one shared buffer
@@ -58,6 +65,7 @@ def read_state(
     for file in opened:
         for name, tensor in file.read(ours_of, _stated_digest(source, file), passing):
             ours = ours_of[name]
+            tensor = _without_padding(ours, tensor, vocab_size)
             tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
             if name in passing and ours not in state:
                 tensor = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
@@ -73,6 +81,11 @@ def _parameters(source: ModelFiles, stored: Mapping[str, StoredTensor]) -> dict[
 
 def _is_tied(source: ModelFiles) -> bool:
     return source.config is None or source.config.tie_word_embeddings
+
+
+def _without_padding(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """Return the rows of the vocabulary, of a tensor with a row for each id."""
+    return tensor[:vocab_size] if name.removesuffix(SCALE) in TABLES else tensor
 
 
 def _stated_digest(source: ModelFiles, file: TensorFile) -> str | None:

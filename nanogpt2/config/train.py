@@ -16,6 +16,7 @@ from nanogpt2.config.sources import check_data
 
 # a larger scale drowns the model's own weights
 MOST_ALPHA = 10**6
+MOST_ADDED = 1000
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ class TrainConfig:
         "no_cuda": "use --device cpu",
         "use_cpu": "use --device cpu",
         "cpu": "use --device cpu",
+        "special_tokens": "use --add_tokens '<user>,<bot>'",
+        "additional_special_tokens": "use --add_tokens '<user>,<bot>'",
         "tokenizer_name": "the tokenizer is the model's; with --init scratch use --tokenizer",
         "model_size": "use --init gpt2, gpt2-medium, gpt2-large or gpt2-xl",
         "temperature": "texts are sample.py's: sample.py --model out --temperature 0.7",
@@ -166,6 +169,8 @@ class TrainConfig:
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch, USER/NAME of the hub, or a path: "
         "a folder, or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
     )
+    init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
+    add_tokens: str = flag("", "new tokens, with commas between: '<user>,<bot>'")
     # the run's folder
     out: str = flag("out", "folder to write the model to")
     resume: bool = flag(False, "go on from the last checkpoint in --out")
@@ -262,8 +267,32 @@ class TrainConfig:
             )
         if self.lora_rank and self.init == "scratch":
             raise ValueError("lora_rank must be 0 with --init scratch: nothing to adapt")
+        self._check_added()
         if self.fsdp:
             self._check_fsdp()
+
+    @property
+    def added(self) -> list[str]:
+        """The tokens of add_tokens."""
+        return self.add_tokens.split(",") if self.add_tokens else []
+
+    def _check_added(self) -> None:
+        added = self.added
+        if self.lora_rank and added:
+            raise ValueError(
+                "add_tokens must be left out with --lora_rank, which trains no embedding: add them "
+                "in a run without it, then --init its folder"
+            )
+        if len(added) > MOST_ADDED:
+            raise ValueError(f"add_tokens must be at most {MOST_ADDED} tokens, not {len(added)}")
+        for token in added:
+            if not token or token != token.strip():
+                raise ValueError(
+                    f"add_tokens must be tokens with commas between and no spaces around them, "
+                    f"not {show(self.add_tokens)}"
+                )
+            if added.count(token) > 1:
+                raise ValueError(f"add_tokens must be different tokens, not {show(token)} twice")
 
     def _check_fsdp(self) -> None:
         if "LOCAL_RANK" not in os.environ:
@@ -310,6 +339,8 @@ class TrainConfig:
             raise ValueError("lora_alpha must come with lora_rank")
         if "label_column" in given and given.get("task") != "classify":
             raise ValueError("label_column must come with --task classify")
+        if given.get("add_tokens") == "":
+            raise ValueError("add_tokens must name at least one token, not ''")
         for name in ("prompt", "sample_every"):
             if name in given and given.get("task") == "classify":
                 raise ValueError(

@@ -34,18 +34,20 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 LISTS = ("messages", "conversations", "conversation")
-ENDS = re.compile(r"(\s*" + re.escape(END_OF_TEXT) + r"\s*)+\Z")
 
 
-def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
+def segments(
+    record: Record, skip: Skip = no_report, end: str = END_OF_TEXT
+) -> list[tuple[str, bool]]:
     """Return the text in order, in segments, each with True if it is trained on.
 
-    skip: told of each message left out. Raises RecordError for a malformed conversation.
+    skip: told of each message left out. end: the text of the token that ends a text. Raises
+    RecordError for a malformed conversation.
     """
     values = record.values
     for name in LISTS:
         if name in values:
-            return _dialogue(record, name, record.value(name), skip)
+            return _dialogue(record, name, record.value(name), skip, end)
     if "instruction" in values:
         answer = "output" if "output" in values or "response" not in values else "response"
         # an instruction needs no input
@@ -57,7 +59,7 @@ def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
         question = "\n".join(record.text(name).strip() for name in ("instruction", *more))
         turn = [("user", question), ("assistant", record.text(answer))]
         messages = [{"role": role, "content": content} for role, content in turn]
-        return _dialogue(record, "instruction", messages, skip)
+        return _dialogue(record, "instruction", messages, skip, end)
     if "prompt" not in values:
         names = ", ".join(map(repr, (*LISTS[:2], "instruction")))
         found = ", ".join(map(repr, values)) or "none"
@@ -68,18 +70,21 @@ def segments(record: Record, skip: Skip = no_report) -> list[tuple[str, bool]]:
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         if isinstance(completion, list):
-            return _dialogue(record, "prompt", prompt + completion, skip)
+            return _dialogue(record, "prompt", prompt + completion, skip, end)
     asked = "" if prompt == "" else record.text("prompt")
-    return [(asked, False), (_without_end(record, "completion"), True)]
+    return [(asked, False), (_without_end(record, "completion", end), True)]
 
 
-def _without_end(record: Record, column: str) -> str:
+def _without_end(record: Record, column: str, end: str) -> str:
     """Return a text without a written <|endoftext|> at its end: the encoder adds the token."""
-    text = ENDS.sub("", record.text(column))
+    ends = re.compile(r"(\s*" + re.escape(end) + r"\s*)+\Z")
+    text = ends.sub("", record.text(column))
     return text or Record(record.where, {column: ""}).text(column)
 
 
-def _dialogue(record: Record, name: str, messages: Any, skip: Skip) -> list[tuple[str, bool]]:
+def _dialogue(
+    record: Record, name: str, messages: Any, skip: Skip, end: str
+) -> list[tuple[str, bool]]:
     if not isinstance(messages, list) or not messages:
         reason = f": {name!r} must be a list of messages, not {excerpt(messages)}"
         raise RecordError(record.where, reason)
@@ -94,10 +99,10 @@ def _dialogue(record: Record, name: str, messages: Any, skip: Skip) -> list[tupl
         role = _role(part)
         if role == "system" and part.values["content"] == "":
             continue
-        content = _without_end(part, "content").strip()
+        content = _without_end(part, "content", end).strip()
         if role == "assistant":
-            end = "\n" if i < len(messages) - 1 else ""
-            parts += [(asked + "Friend:", False), (f" {content}{end}", True)]
+            after = "\n" if i < len(messages) - 1 else ""
+            parts += [(asked + "Friend:", False), (f" {content}{after}", True)]
             asked = ""
         else:
             asked += f"You: {content}\n" if role == "user" else f"{content}\n"

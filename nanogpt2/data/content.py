@@ -23,8 +23,6 @@ from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 # fixed, so that runs with different seeds share one split and can be compared
 SPLIT_SEED = 1558
-# a part of a text may end within <|endoftext|>
-HELD = len(END_OF_TEXT) - 1
 
 Pieces = list[NDArray[np.integer]]
 
@@ -50,17 +48,20 @@ def records_of(file: DataFile, columns: Columns) -> Iterator[Record]:
     return iter([Record(repr(file.name), values)])
 
 
-def split_texts(parts: Iterable[str]) -> Iterator[Iterator[str]]:
-    """Cut a text, given in parts, at <|endoftext|>. Read each text before the next one."""
+def split_texts(parts: Iterable[str], end: str = END_OF_TEXT) -> Iterator[Iterator[str]]:
+    """Cut a text, given in parts, at the text of its end token. Read each before the next one."""
     source, texts = iter(parts), deque([""])
+    # a part of a text may end within it
+    held = len(end) - 1
 
     def text() -> Iterator[str]:
         while len(texts) == 1 and (part := next(source, None)) is not None:
-            texts.extend((texts.pop() + part).split(END_OF_TEXT))
+            texts.extend((texts.pop() + part).split(end))
             if len(texts) == 1:
                 begun = texts.pop()
-                yield begun[:-HELD]
-                texts.append(begun[-HELD:])
+                size = max(0, len(begun) - held)
+                yield begun[:size]
+                texts.append(begun[size:])
         yield texts.popleft()
 
     while texts:
@@ -144,7 +145,7 @@ class Content:
 
     def _encode(self, record: Record) -> list[Pieces]:
         if self.task == "chat":
-            parts = segments(record, self.reading.skip)
+            parts = segments(record, self.reading.skip, self.tokenizer.end_text)
             entries = encode_chat([part for part in parts if part[0]], self.tokenizer)
             # without a prompt the completion begins as after another text
             has_prompt = bool(parts[0][0])
@@ -165,7 +166,8 @@ class Content:
                 self.advice = said and f"{record.where} {said}"
 
     def _texts(self, parts: Iterable[str]) -> list[Pieces]:
-        found = [encode_text(text, self.tokenizer) for text in split_texts(parts)]
+        texts = split_texts(parts, self.tokenizer.end_text)
+        found = [encode_text(text, self.tokenizer) for text in texts]
         return [pieces for pieces in found if pieces]
 
     def _bad_records(self) -> str:

@@ -18,10 +18,13 @@ END = np.int32(-(2**31))
 
 
 def encode_text(parts: Iterable[str], tokenizer: Tokenizer) -> list[NDArray[np.integer]]:
-    """Return a text's ids and <|endoftext|>, in pieces; an empty list for a blank text."""
+    """Return a text's ids and <|endoftext|>, in pieces; an empty list for a blank text.
+
+    A written special token is the token, as in a prompt of sample.py.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     pieces: list[NDArray[np.integer]] = [
-        np.array(ids, dtype) for ids in tokenizer.encode_parts(parts) if ids
+        np.array(ids, dtype) for ids in tokenizer.encode_parts(parts, allow_special=True) if ids
     ]
     # each piece is whole characters
     if not any(tokenizer.decode(piece.tolist()).strip() for piece in pieces):
@@ -32,7 +35,7 @@ def encode_text(parts: Iterable[str], tokenizer: Tokenizer) -> list[NDArray[np.i
 def encode_chat(segments: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> NDArray[np.int32]:
     """Return the entries of a conversation; <|endoftext|> ends its last completion.
 
-    A written <|endoftext|> is the token, as in a prompt of sample.py.
+    A written special token is the token, as in a prompt of sample.py.
     """
     entries = []
     for text, trained in segments:

@@ -111,8 +111,7 @@ class Streams:
         return digest.digest()
 
     def _path(self, files: Sequence[_Digested]) -> Path:
-        merges = hashlib.sha256(self.tokenizer.merges.encode()).hexdigest()[:8]
-        name = f"{self._digest(files).hex()}-{self.tokenizer.name}-{merges}.tokens"
+        name = f"{self._digest(files).hex()}-{self.tokenizer.key}.tokens"
         return expanded(self.cache) / name
 
     def _open_cached(self, path: Path) -> tuple[Ids, Reading] | None:

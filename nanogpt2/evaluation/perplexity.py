@@ -73,7 +73,7 @@ def measure_perplexity(
         total += finite(model(inputs.to(device), targets.to(device)).item()) * count
         advance(count)
     count = len(ids) - 1
-    written = [i for i in ids[1:] if i != tokenizer.end_of_text]
+    written = [i for i in ids[1:] if not tokenizer.ends(i)]
     scored_bytes = max(1, len(tokenizer.decode_bytes(written)))
     words = len(tokenizer.decode([*ids[:1], *written]).split())
     return Perplexity(

@@ -178,9 +178,9 @@ def _encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
     try:
         return tokenizer.encode(data.decode("utf-8"))
     except UnicodeDecodeError:
-        # the first 256 ids of every vocabulary are the single bytes
-        single = {tokenizer.decode_bytes([i]): i for i in range(256)}
-        return [single[bytes([byte])] for byte in data]
+        # a vocabulary without a token for each byte leaves them out
+        single = {tokenizer.decode_bytes([i]): i for i in reversed(range(tokenizer.vocab_size))}
+        return [single[one] for byte in data if (one := bytes([byte])) in single]
 
 
 def pieces(tokenizer: Tokenizer, completion: Completion) -> Iterator[tuple[str, slice]]:

@@ -37,7 +37,7 @@ def serve(config: ServeConfig, listener: socket.socket) -> None:
     if config.compare_model is not None:
         models.append(load(config, "compare_model", config.compare_model, device))
         with usage_error("--compare_model"):
-            if models[1].tokenizer is not models[0].tokenizer:
+            if models[1].tokenizer != models[0].tokenizer:
                 name = repr(config.compare_model)
                 raise ValueError(f"{name} has another vocabulary than --model")
     house = House(tuple(models), Worker(config.queue), config.max_tokens, int(time.time()))

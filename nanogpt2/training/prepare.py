@@ -7,7 +7,7 @@ lock is written to the run's folder here. This file does not know the loop.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,9 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     with usage_error("--init"):
         model, tokenizer = make_model(config, checkpoint, world.device)
         model.use_kernels(config.kernels, world.device)
+        if config.task != "classify":
+            # the id between texts: a ValueError where there is none
+            _ = tokenizer.end_of_text
     if config.validation is not None:
         with usage_error("--validation"):
             check_data(config.validation)
@@ -181,13 +184,39 @@ def make_model(
     device = "cpu" if config.fsdp else device
     if config.init == "scratch" and checkpoint is None:
         tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else byte_tokenizer()
+        tokenizer = with_added(tokenizer, config)
         shape = config.shape(tokenizer.vocab_size, tokenizer.end_of_text)
         return weights.new_model(shape, device), tokenizer
     # LoRA keeps the initial weights; the checkpoint's A and B are restored later
     source = config.init if checkpoint is None or config.lora_rank else checkpoint
     has_head = config.task == "classify" and weights.is_classifier(source)
     load = weights.load_classifier if has_head else weights.load_model
-    return load(source, device, dropout=config.dropout), weights.load_tokenizer(source)
+    model, tokenizer = load(source, device, dropout=config.dropout), weights.load_tokenizer(source)
+    if checkpoint is None and config.added:
+        tokenizer = with_added(tokenizer, config)
+        add_rows(model, tokenizer.vocab_size)
+    return model, tokenizer
+
+
+def with_added(tokenizer: Tokenizer, config: TrainConfig) -> Tokenizer:
+    """Return the tokenizer with the tokens of --add_tokens."""
+    with usage_error("--add_tokens"):
+        return tokenizer.with_added(config.added) if config.added else tokenizer
+
+
+def add_rows(model: Model, vocab_size: int) -> None:
+    """Append rows to the token embedding, each the mean of the old ones, up to `vocab_size`.
+
+    Raises ValueError for a model whose rows are more than its tokens already.
+    """
+    gpt = model.transformer if isinstance(model, GPTClassifier) else model
+    old = gpt.wte.weight.detach()  # (V, C)
+    if (new := vocab_size - len(old)) < 0:
+        raise ValueError(f"the model has {len(old)} rows, more than its tokenizer has tokens")
+    mean = old.float().mean(0, keepdim=True).to(old.dtype)  # (1, C)
+    gpt.wte.weight = torch.nn.Parameter(torch.cat([old, mean.expand(new, -1)]))
+    gpt.wte.num_embeddings = vocab_size
+    model.config = gpt.config = replace(gpt.config, vocab_size=vocab_size)
 
 
 def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
