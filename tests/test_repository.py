@@ -423,7 +423,7 @@ LIES = [
     ({"sha256": "A" * 64}, "no hash"),
     ({"sha256": "a" * 40}, "no hash"),
     ({"sha256": None}, "no hash"),
-    ({"sha256": "0" * 64}, "other bytes (model.safetensors)"),
+    ({"sha256": "0" * 64}, "model.safetensors is not as 127.0.0.1"),
     ({"size": None}, "no size"),
     ({"size": -1}, "no size"),
     ({"size": True}, "no size"),
@@ -437,7 +437,7 @@ LIES = [
     ({"lfs": None, "blobId": None}, "no hash"),
     ({"name": "config.json", "size": 2**26}, "config.json has 67,108,864 bytes; 33,554,432 are"),
     ({"name": "config.json", "blobId": "../evil"}, "states no hash of config.json"),
-    ({"name": "config.json", "blobId": "0" * 40}, "other bytes (config.json)"),
+    ({"name": "config.json", "blobId": "0" * 40}, "states it: other bytes"),
 ]
 
 
