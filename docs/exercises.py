@@ -36,8 +36,8 @@ EXERCISES: Mapping[str, list[tuple[str, str, str]]] = {
     "no scaling": [
         (
             "ops.py",
-            "scores = _float32(q @ k.transpose(2, 3) / math.sqrt(q.size(3)))",
-            "scores = _float32(q @ k.transpose(2, 3))",
+            "scores = _float32(q) @ _float32(k).transpose(2, 3) / math.sqrt(q.size(3))",
+            "scores = _float32(q) @ _float32(k).transpose(2, 3)",
         )
     ],
     "mask one too far": [("ops.py", ".tril()", ".tril(1)")],

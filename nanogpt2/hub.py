@@ -232,9 +232,7 @@ def _download(url: str, partial: Path, file: StoredFile) -> None:
     token = token_for(url)
     for _ in range(2):
         with partial.open("r+b") as out:
-            if out.seek(0, os.SEEK_END) > file.size:
-                out.truncate(out.seek(0))
-            start = out.tell()
+            start = out.seek(0, os.SEEK_END)
             try:
                 _transfer(url, out, file, token)
                 error = ValueError("other bytes")

@@ -63,7 +63,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         if self.scale != 1:
-            qkv[:, :, 0] *= self.scale
+            qkv = torch.cat([self.scale * qkv[:, :, :1], qkv[:, :, 1:]], dim=2)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = ops.self_attention(qkv, mask, dropout, self.kernels)  # (B, T, H, D)

@@ -171,7 +171,7 @@ def attention(
             f'mask must be a tensor or None for kernels "{kernels}", not an AttentionMetadata'
         )
     if kernels == "reference":
-        scores = _float32(q @ k.transpose(2, 3) / math.sqrt(q.size(3)))  # (B, H, T, S)
+        scores = _float32(q) @ _float32(k).transpose(2, 3) / math.sqrt(q.size(3))  # (B, H, T, S)
         if causal:
             before = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
             mask = before if mask is None else mask & before

@@ -173,7 +173,10 @@ def _fetch(repo: str, listing: Listing, accept: Callable[[Path], object]) -> Pat
         try:
             return hub.fetch_file(repo, listing.file(name, largest), snapshot)
         except ValueError as error:
-            raise ValueError(f"{error} ({name})" if name not in str(error) else error) from None
+            if name in str(error):
+                raise
+            line = f"{name} is not as {hub.host()} states it: {error}"
+            raise ValueError(line) from None
 
     if CONFIGS[0] not in listing.entries:
         raise ValueError(f"the repository has no {CONFIGS[0]}: it does not hold a GPT-2")

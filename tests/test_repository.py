@@ -25,7 +25,20 @@ from transformers import GPT2LMHeadModel
 
 from nanogpt2 import download, load_model, load_tokenizer, repository
 from nanogpt2.checkpoints.folder import find_files, name_for_others
-from nanogpt2.config import check_model, official_name, repository_of
+from nanogpt2.config import (
+    SampleConfig,
+    TrainConfig,
+    check_model,
+    official_name,
+    parse,
+    repository_of,
+)
+from nanogpt2.evaluate import EvaluateConfig
+from nanogpt2.quantize import QuantizeConfig
+from nanogpt2.serve.options import ServeConfig
+from nanogpt2.training.adapter import load_adapter, save_adapter
+from nanogpt2.training.lora import add_lora
+from nanogpt2.tune import TuneConfig
 
 API = f"/api/models/{REPO}/revision/main"
 NEVER = {
@@ -410,7 +423,7 @@ LIES = [
     ({"sha256": "A" * 64}, "no hash"),
     ({"sha256": "a" * 40}, "no hash"),
     ({"sha256": None}, "no hash"),
-    ({"sha256": "0" * 64}, "other bytes (model.safetensors)"),
+    ({"sha256": "0" * 64}, "model.safetensors is not as 127.0.0.1"),
     ({"size": None}, "no size"),
     ({"size": -1}, "no size"),
     ({"size": True}, "no size"),
@@ -424,7 +437,7 @@ LIES = [
     ({"lfs": None, "blobId": None}, "no hash"),
     ({"name": "config.json", "size": 2**26}, "config.json has 67,108,864 bytes; 33,554,432 are"),
     ({"name": "config.json", "blobId": "../evil"}, "states no hash of config.json"),
-    ({"name": "config.json", "blobId": "0" * 40}, "other bytes (config.json)"),
+    ({"name": "config.json", "blobId": "0" * 40}, "states it: other bytes"),
 ]
 
 
@@ -526,9 +539,8 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_is_not_tried_again(server):
     class Full(io.BytesIO):
         def write(self, data):
-            if self.tell():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data[:9])
+            super().write(data[:9])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = of_weights(server)
     with pytest.raises(OSError, match="No space left"):
@@ -868,6 +880,49 @@ def run(server, tmp_path, argv):
     process = start(server, tmp_path, *argv, PYTHONPATH=str(ROOT))
     out, err = process.communicate(timeout=HUNG)
     return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("config", "argv"),
+    [
+        (SampleConfig, ["A", "--compare", "NAME", "--model", "NAME"]),
+        (SampleConfig, ["A", "--classify", "--model", "NAME"]),
+        (TrainConfig, ["pydocs", "--init", "NAME"]),
+        (EvaluateConfig, [__file__, "--model", "NAME"]),
+        (QuantizeConfig, ["NAME", "--out", "absent"]),
+        (TuneConfig, ["NAME"]),
+        (ServeConfig, ["--model", "NAME", "--compare_model", "NAME@v1"]),
+    ],
+)
+def test_every_command_line_takes_a_name(config, argv, capsys):
+    parse(config, [word.replace("NAME", REPO) for word in argv])
+    with pytest.raises(SystemExit):
+        parse(config, [word.replace("NAME", "./someone/tiny") for word in argv])
+    assert "is not a file, a folder or a known model" in capsys.readouterr().err
+
+
+def test_an_adapter_names_its_base_and_the_revision(tmp_path):
+    model = load_model("demo")
+    add_lora(model, 2, 4.0)
+    for name, revision in ((f"{REPO}@v1", "v1"), (REPO, "main")):
+        save_adapter(model, tmp_path / "adapter", name)
+        stated = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        assert (stated["base_model_name_or_path"], stated["revision"]) == (REPO, revision)
+    load_adapter(load_model("demo"), tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_a_run_is_not_resumed_with_a_moved_branch(server, tmp_path, tiny, model_files):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A\nB\n")
+    argv = ["-m", "nanogpt2", "sample", "--prompts", str(prompts), "--model", REPO]
+    argv += ["--output", str(tmp_path / "out.jsonl"), "--max_new_tokens", "3"]
+    assert run(server, tmp_path, argv)[0] == 0
+    code, _, err = run(server, tmp_path, [*argv, "--resume"])
+    assert code == 0, err
+    server.put(tiny | {"model.safetensors": model_files[1]["model.safetensors"]})
+    code, _, err = run(server, tmp_path, [*argv, "--resume"])
+    assert code == 2 and "its files have changed" in err
 
 
 @pytest.mark.slow

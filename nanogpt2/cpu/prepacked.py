@@ -269,7 +269,8 @@ class Int8Linear(PrepackedLinear):
         """Return u, uint8 (..., K), with d and low, each (..., 1)."""
         # each row: u, then d and low in the last 8 bytes
         rows = torch.ops.quantized.embedding_bag_byte_prepack(x)
-        d = rows[..., -8:-4].contiguous().view(torch.float32)
+        # a copy even of one row, whose d may start at any byte
+        d = rows[..., -8:-4].clone(memory_format=torch.contiguous_format).view(torch.float32)
         # recompute the minimum separately: the fused op drops NaN
         return rows[..., :-8], d, x.amin(dim=-1, keepdim=True)
 
