@@ -169,7 +169,6 @@ class TrainConfig:
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch, USER/NAME of the hub, or a path: "
         "a folder, or a file of safetensors, PyTorch (.bin, .pt) or llm.c",
     )
-    init: str = flag("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, scratch or a path")
     add_tokens: str = flag("", "new tokens, with commas between: '<user>,<bot>'")
     # the run's folder
     out: str = flag("out", "folder to write the model to")
