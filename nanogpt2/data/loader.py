@@ -12,12 +12,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.data.examples import Examples, Ints
 from nanogpt2.data.shards import Ids
+from nanogpt2.data.shuffle import Order
 
 Batch = tuple[Tensor, Tensor]
 
@@ -51,7 +51,7 @@ class WindowBatches:
         self.block_size = block_size
         # windows in an epoch, the same at every offset
         self.sequences = max(1, (len(ids) - block_size) // block_size)
-        self._order = _Order(self.sequences, seed, len(ids) - self.sequences * block_size)
+        self._order = Order(self.sequences, seed, len(ids) - self.sequences * block_size)
 
     def rows(self, first: int, count: int) -> Batch:
         """Return sequences first .. first + count - 1; targets are the inputs one token later."""
@@ -69,30 +69,12 @@ class ExampleBatches:
         self.examples = examples
         self.block_size = block_size
         self.sequences = len(examples)
-        self._order = _Order(self.sequences, seed)
+        self._order = Order(self.sequences, seed)
 
     def rows(self, first: int, count: int) -> Batch:
         """Return sequences first .. first + count - 1, padded to the longest of them."""
         numbers = [self._order(n)[0] for n in range(first, first + count)]
         return _pad([self.examples.example(i, self.block_size) for i in numbers])
-
-
-class _Order:
-    """n -> (index of the n-th item of the run, below `count`; offset drawn for its epoch)."""
-
-    def __init__(self, count: int, seed: int, offsets: int = 1) -> None:
-        self.count, self.seed, self.offsets = count, seed, offsets
-        self._epoch: tuple[int, int, NDArray[np.int64]] | None = None
-
-    def __call__(self, n: int) -> tuple[int, int]:
-        epoch, place = divmod(n, self.count)
-        # read and replace the tuple in one step: another thread may be in another epoch
-        drawn = self._epoch
-        if drawn is None or drawn[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            offset = int(rng.integers(0, self.offsets))
-            drawn = self._epoch = (epoch, offset, rng.permutation(self.count))
-        return int(drawn[2][place]), drawn[1]
 
 
 def _pad(rows: list[tuple[Ints, Ints]]) -> Batch:
