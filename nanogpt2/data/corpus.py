@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt2 import threads
 from nanogpt2.config import IGNORE_INDEX, data_kind
 from nanogpt2.data.content import SPLIT_SEED, Columns
 from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
@@ -91,6 +92,7 @@ def load_corpus(
     skip_bad: bool = False,
     out: str | None = None,
     cache: Path = CACHE,
+    processes: int | None = None,
 ) -> Corpus:
     """Tokenise a source, once for each content and tokenizer, and hold some of it out.
 
@@ -100,12 +102,14 @@ def load_corpus(
     encoding: of files without a byte-order mark.
     skip_bad: skip and count the records that cannot be used.
     out: the folder that the run writes, which is no data.
+    processes: that may tokenise; as many as the machine allows by default.
     Raises ValueError or OSError for a source that cannot be used.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
     size = vocab_size or tokenizer.vocab_size
-    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out)
+    most = processes or threads.allowed()
+    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out, most)
     stream, digest, reading = streams.read(source)
     readings, sha256, second = [reading], digest.hex(), None
     if validation is not None:
