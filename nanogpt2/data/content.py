@@ -132,23 +132,21 @@ class Content:
             yield END_OF_TEXT
 
     def _record_file(self, file: DataFile) -> Iterator[Any]:
-        bad, count = list[RecordError](), 0
-        bad_count = 0
+        before, count = (self.bad, self.bad_count), 0
         for record in self._records(file):
             count += 1
             try:
                 yield from self._encode(record)
             except RecordError as error:
                 self._advise(record)
-                bad_count += 1
-                bad += [error] * (len(bad) < SHOWN)
-        if file.format == ".json" and count == bad_count == 1 and Path(self.source).is_dir():
+                self.bad_count += 1
+                self.bad = [*self.bad, error][:SHOWN]
+        is_bad = count == 1 and self.bad_count > before[1]
+        if file.format == ".json" and is_bad and Path(self.source).is_dir():
             # settings or a description beside the texts
+            self.bad, self.bad_count = before
             self.reading.skip("one JSON object that is no record", repr(file.name))
-            return
-        self.bad = [*self.bad, *bad][:SHOWN]
-        self.bad_count += bad_count
-        if not count:
+        elif not count:
             self.reading.skip("empty", repr(file.name))
 
     def _finished(self) -> Reading:

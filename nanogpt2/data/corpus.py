@@ -19,7 +19,8 @@ from nanogpt2.data.content import SPLIT_SEED, Columns
 from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
 from nanogpt2.data.reading import Reading
 from nanogpt2.data.shards import Ids
-from nanogpt2.data.streams import Streams
+from nanogpt2.data.streams import VALIDATION, Streams
+from nanogpt2.data.token_files import Joined
 from nanogpt2.tokenizer import Tokenizer
 
 CACHE = Path("~/.cache/nanogpt2/tokens")
@@ -35,8 +36,8 @@ MANY_LABELS = 50  # more may be the wrong column
 class Corpus:
     """The training split, the validation split and their origin."""
 
-    train: Ids | Examples
-    validation: Ids | Examples
+    train: Ids | Joined | Examples
+    validation: Ids | Joined | Examples
     sha256: str  # of the files, the task and the columns
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
     # of the source, and of the validation source if there is one
@@ -74,7 +75,7 @@ class Corpus:
         if isinstance(self.validation, Examples):
             inputs, targets = self.validation.example(0, self.validation.longest)
             return inputs[: int((targets != IGNORE_INDEX).argmax()) + 1].tolist()
-        words = tokenizer.decode(self.validation[:64].tolist()).split()[1:7]
+        words = tokenizer.decode(np.asarray(self.validation[:64]).tolist()).split()[1:7]
         return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
 
 
@@ -112,11 +113,22 @@ def load_corpus(
     streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out, most)
     stream, digest, reading = streams.read(source)
     readings, sha256, second = [reading], digest.hex(), None
+    if streams.has_split(source):
+        if validation is not None:
+            reading.skip("its validation files: --validation names others", source)
+        validation = validation or source
     if validation is not None:
-        second, second_digest, reading = streams.read(validation)
+        second, second_digest, reading = streams.read(validation, VALIDATION)
+        if validation == source:
+            # the files that are no data are the same: tell of them once
+            known = readings[0]
+            reading.skipped = {
+                k: v for k, v in reading.skipped.items() if known.skipped.get(k) != v
+            }
+            reading.source, reading.advice = f"{source} (validation)", ""
         readings.append(reading)
         sha256 = hashlib.sha256(digest + second_digest).hexdigest()
-    parts: tuple[Ids, Ids] | tuple[Examples, Examples]
+    parts: tuple[Ids | Joined, Ids | Joined] | tuple[Examples, Examples]
     if task == "lm":
         parts = _texts(stream, second, source, validation, block_size or 1)
     else:
@@ -129,8 +141,12 @@ def load_corpus(
 
 
 def _texts(
-    ids: Ids, second: Ids | None, source: str, validation: str | None, block_size: int
-) -> tuple[Ids, Ids]:
+    ids: Ids | Joined,
+    second: Ids | Joined | None,
+    source: str,
+    validation: str | None,
+    block_size: int,
+) -> tuple[Ids | Joined, Ids | Joined]:
     if second is None:
         return _split_ids(ids, source)
     if len(second) < block_size + 1:
@@ -142,8 +158,8 @@ def _texts(
 
 
 def _records(
-    stream: Ids,
-    second: Ids | None,
+    stream: Ids | Joined,
+    second: Ids | Joined | None,
     source: str,
     validation: str | None,
     task: str,
@@ -155,7 +171,7 @@ def _records(
     return train, _examples(second, validation or source, task, train.labels)
 
 
-def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
+def _split_ids(ids: Ids | Joined, source: str) -> tuple[Ids | Joined, Ids | Joined]:
     if len(ids) < MIN_TOKENS:
         raise ValueError(
             f"{source!r} is too short: {len(ids)} tokens, at least {MIN_TOKENS} are needed"
@@ -165,12 +181,12 @@ def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
 
 
 def _examples(
-    stream: Ids, source: str, task: str, labels: tuple[str, ...] | None = None
+    stream: Ids | Joined, source: str, task: str, labels: tuple[str, ...] | None = None
 ) -> Examples:
     if task == "chat":
-        return chat_examples(stream)
+        return chat_examples(np.asarray(stream))
     try:
-        examples = labelled_examples(stream, labels or ())
+        examples = labelled_examples(np.asarray(stream), labels or ())
     except ValueError as error:
         raise ValueError(f"{source!r} {error}") from None
     if len(examples.labels) < 2:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LISTED = 2**20  # sequences: 8 MB and some 20 ms for each epoch
+ORDER = 2  # of runs with longer epochs; a checkpoint states it. 1 drew every permutation whole
 ROUNDS = 6
 MASK = 2**64 - 1
 

@@ -23,17 +23,21 @@ from typing_extensions import override
 
 from nanogpt2 import terminal
 from nanogpt2.atomic import whole_file
+from nanogpt2.config import Skip
 from nanogpt2.data.content import Columns, Content, folder_label
 from nanogpt2.data.encode import END, id_type
-from nanogpt2.data.files import DataFile, find_files
+from nanogpt2.data.files import TOKENS, DataFile, find_splits
 from nanogpt2.data.reading import Reading, reading_from
 from nanogpt2.data.records import RECORD_FORMATS
 from nanogpt2.data.shards import Ids, extremes, open_shard, write_shard
 from nanogpt2.data.tasks import labels_in_folders
+from nanogpt2.data.token_files import Joined, open_token_file
 from nanogpt2.data.unfinished import Unfinished
 from nanogpt2.hub import expanded
 from nanogpt2.tokenizer import Tokenizer
 
+# the splits of a source to train on and to validate on, the first one found
+TRAINING, VALIDATION = ("train", ""), ("validation", "test", "train", "")
 # increase it whenever the same files give other tokens
 CACHE_VERSION = 3
 # a temporary file of whole_file in the cache, and when no live run still writes it
@@ -74,22 +78,25 @@ class Streams:
     out: str | None = None  # the run's folder, which is no data
     processes: int = 1  # that may read and encode at once
 
-    def read(self, source: str) -> tuple[Ids, bytes, Reading]:
+    def read(
+        self, source: str, splits: Sequence[str] = TRAINING
+    ) -> tuple[Ids | Joined, bytes, Reading]:
         """Return a source's stream, its digest and what was read.
 
-        The digest is the SHA-256 of everything but the tokenizer that shapes the stream. Raises
-        ValueError or OSError for a source that cannot be used.
+        splits: the parts of a source to read, the first one that it has. The digest is the SHA-256
+        of everything but the tokenizer that shapes the stream. Raises ValueError or OSError for a
+        source that cannot be used.
         """
         reading = Reading(source)
-        stdin_format = ".txt" if self.task == "lm" else ".jsonl"
-        found = find_files(
-            source, stdin_format, encoding=self.encoding, out=self.out, skip=reading.skip
-        )
-        files = [_Digested(**vars(file)) for file in found]
+        files = [_Digested(**vars(file)) for file in self._find(source, splits, reading.skip)]
         reading.files = len(files)
         _read_all(files, self.processes)
-        if files[0].format == ".tokens":
-            return self._open_tokens(files[0]), self._digest(files), reading
+        if files[0].format in TOKENS:
+            if any((Path(file.name).parent / "meta.pkl").exists() for file in files):
+                reading.advice = (
+                    "note: meta.pkl, a pickle, is not read: the ids are taken as the model's"
+                )
+            return self._open_tokens(files), self._digest(files), reading
         if self.tokenizer.vocab_size > self.vocab_size:
             raise ValueError(
                 f"{source!r} would be tokenised into {self.tokenizer.vocab_size} ids, outside the "
@@ -104,6 +111,23 @@ class Streams:
         is_lm = self.task == "lm"
         reading.advice = read.advice or (labels_in_folders(source, files) if is_lm else "")
         return ids, self._digest(files), reading
+
+    def has_split(self, source: str) -> bool:
+        """Tell whether a source has data to validate on of its own."""
+        if source == "-":
+            return False
+        return "validation" in find_splits(source, out=self.out)
+
+    def _find(self, source: str, splits: Sequence[str], skip: Skip) -> list[DataFile]:
+        stdin_format = ".txt" if self.task == "lm" else ".jsonl"
+        found = find_splits(source, stdin_format, encoding=self.encoding, out=self.out, skip=skip)
+        wanted = next((split for split in splits if split in found), None)
+        if wanted is None:
+            there = ", ".join(sorted(found))
+            raise ValueError(f"{source!r} has no files to train on; it holds {there}: name these")
+        for file in found.get("test", []) if splits == TRAINING else []:
+            skip("of the split test", file.name)
+        return found[wanted]
 
     def _make(self, source: str, files: Sequence[_Digested]) -> tuple[Ids, Reading]:
         """Encode the files, and keep the stream in the cache."""
@@ -167,16 +191,21 @@ class Streams:
             low, high = 0, max(high, ~int(ids[ids != END].min(initial=0)))
         return next((i for i in (low, high) if not 0 <= i < self.vocab_size), None)
 
-    def _open_tokens(self, file: DataFile) -> Ids:
+    def _open_tokens(self, files: Sequence[DataFile]) -> Ids | Joined:
+        name = files[0].name
         if self.task != "lm":
             allowed = ", ".join(RECORD_FORMATS)
-            raise ValueError(f"{file.name!r} holds tokens; {self.task} needs {allowed}")
-        ids = open_shard(file.name)
-        if (i := self._outside(ids)) is not None:
-            raise ValueError(
-                f"{file.name!r} holds token id {i}, outside the vocabulary of {self.vocab_size}"
-            )
-        return ids
+            raise ValueError(f"{name!r} holds tokens; {self.task} needs {allowed}")
+        parts = []
+        for file in files:
+            is_own = file.format == ".tokens"
+            ids = open_shard(file.name) if is_own else open_token_file(file.name)
+            if (i := self._outside(ids)) is not None:
+                raise ValueError(
+                    f"{file.name!r} holds token id {i}, outside the vocabulary of {self.vocab_size}"
+                )
+            parts.append(ids)
+        return parts[0] if len(parts) == 1 else Joined(parts)
 
 
 def _read_all(files: Sequence[_Digested], threads: int) -> None:

@@ -16,6 +16,7 @@ from nanogpt2.data.unfinished import Unfinished
 from nanogpt2.tokenizer import Tokenizer
 
 BLOCK = 8  # batches: 8 MiB of text
+LONGEST_BLOCK = 64  # where the text has no place to cut it
 # the digest of a block whose ids may belong to a neighbour's text: no text has it
 NONE = ""
 
@@ -70,7 +71,7 @@ def _blocks(texts: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, Texts]]:
     for text, is_cut in texts:
         block.append((text, is_cut))
         digest.update(text.encode())
-        if len(block) >= BLOCK:
+        if len(block) >= (BLOCK if is_cut else LONGEST_BLOCK):
             yield digest.hexdigest() if is_whole and is_cut else NONE, block
             block, digest, is_whole = Texts(), hashlib.sha256(), is_cut
     if block:
