@@ -90,7 +90,11 @@ def is_beside_saved(path: Path) -> bool:
     """Tell whether a file belongs to a saved data set but is none of its data."""
     folder = path.parent
     if path.name in SAVED_FILES:
-        return (folder / "dataset_dict.json").exists() or any(folder.glob("*.arrow"))
+        several = sum((folder / name).exists() for name in SAVED_FILES) > 1
+        is_saved = several or path.name == "dataset_dict.json" or any(folder.glob("*.arrow"))
+        if is_saved and path.name == "state.json":
+            _data_files(folder)
+        return is_saved
     if path.suffix != ".arrow":
         return False
     if (folder / "state.json").exists():
@@ -103,15 +107,11 @@ def check_saved(paths: Iterable[Path]) -> None:
     """Raise ValueError for a saved data set that lacks a file, or is a selection of its rows."""
     for folder in sorted({path.parent for path in paths if path.suffix == ".arrow"}):
         if (folder / "state.json").exists():
-            for name in _data_files(folder):
-                if not (folder / name).is_file():
-                    raise ValueError(
-                        f"{show(str(folder))} lacks {name}, which its state.json lists"
-                    )
+            _data_files(folder)
 
 
 def _data_files(folder: Path) -> list[str]:
-    """Return the names that state.json lists. Raises ValueError for a damaged one."""
+    """Return the names that state.json lists. Raises ValueError for a damaged or lacking one."""
     path = folder / "state.json"
     try:
         if path.stat().st_size > LARGEST_JSON:
@@ -129,4 +129,6 @@ def _data_files(folder: Path) -> list[str]:
         )
     if any(Path(name).name != name or name in ("", "..") for name in names):
         raise ValueError(f"{show(str(path))} lists a file outside its folder")
+    if lacking := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{show(str(folder))} lacks {lacking[0]}, which its state.json lists")
     return names

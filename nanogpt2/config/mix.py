@@ -33,7 +33,7 @@ def read_mix(text: str) -> dict[str, Fraction]:
         if source == "-":
             raise ValueError("mix: '-', standard input, cannot be one of several sources")
         first = source.split(",")[0]
-        if first != source and not Path(source).exists() and Path(first).exists():
+        if first not in ("", source) and not Path(source).exists() and Path(first).exists():
             raise ValueError(f"mix: {show(first)} has no weight; write {first}=1")
         real = str(Path(source).resolve()) if "\0" not in source else source
         if real in seen:

@@ -34,7 +34,7 @@ def no_report(reason: str, name: str) -> None:
 def check_data(source: str, out: str | None = None) -> None:
     """Raise ValueError if `source` cannot be training data. Reads first bytes only."""
     if source not in (*DATA_NAMES, "-"):
-        data_files(source, out)
+        data_splits(source, out)
 
 
 def data_files(source: str, out: str | None = None, skip: Skip = no_report) -> list[Path]:

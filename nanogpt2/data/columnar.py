@@ -105,7 +105,7 @@ def _arrow(file: DataFile) -> Iterator[_Row]:
                     raise ValueError(f"{file.name!r} is damaged: {error}") from None
 
             yield from (_Row(names, column, index) for index in range(batch.num_rows))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{file.name!r} is damaged: {error}") from None
     is_cut, last = source.has_ended, b""
     while piece := source.read(1 << 20):

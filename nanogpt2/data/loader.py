@@ -121,8 +121,8 @@ class MixedBatches:
         """Return each corpus's share of so many sequences, and how often they pass over it."""
         counts = self.data.shares.counts(sequences)
         said = [
-            f"{name!r} {count / max(sequences, 1):.3%} ({count / part.sequences:.2f} epochs of "
-            f"{part.sequences:,} sequences)"
+            f"{name!r} {100 * count / max(sequences, 1):.4g} % "
+            f"({count / part.sequences:.2f} epochs of {part.sequences:,} sequences)"
             for name, count, part in zip(self.data.names, counts, self.parts, strict=True)
         ]
         return f"mix of {sequences:,} sequences: {', '.join(said)}"
