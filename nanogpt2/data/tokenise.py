@@ -1,8 +1,8 @@
 """Long texts -> their ids: in blocks, by all processors, in bounded memory, resumable after a kill.
 
-The first block is encoded in this process, and most texts are no longer. From the second one on
-several processes encode (see parallel.py), and the blocks made are kept on disk (see
-unfinished.py). A terminal shows the progress. This file does not know files or records.
+A text that does not fill a block is encoded in this process. A longer one is encoded by several
+(see parallel.py), and the blocks made are kept on disk (see unfinished.py). A terminal shows the
+progress. This file does not know files or records.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def tokenise(
             count = 0
             for digest, block in _blocks(batches(parts)):
                 count += 1
-                if count == 2:
+                if count == 1 and len(block) >= BLOCK:
                     encoder.start()
                     report.begin()
                 if count <= len(made.known) and made.known[count - 1] == digest != NONE:
