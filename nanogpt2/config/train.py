@@ -34,7 +34,6 @@ class TrainConfig:
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "python train.py book.txt --init demo --steps 300",
         "python train.py chat.jsonl --task chat",
-        "python train.py --mix web.jsonl=3,books=1 --init scratch",
         "python train.py --resume",
     )
     GROUPS: ClassVar[dict[str, str]] = {

@@ -109,8 +109,8 @@ def load_corpus(
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
     size = vocab_size or tokenizer.vocab_size
-    most = processes or threads.allowed()
-    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out, most)
+    processes = processes or threads.allowed()
+    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out, processes)
     stream, digest, reading = streams.read(source)
     readings, sha256, second = [reading], digest.hex(), None
     if streams.has_split(source):
@@ -120,12 +120,7 @@ def load_corpus(
     if validation is not None:
         second, second_digest, reading = streams.read(validation, VALIDATION)
         if validation == source:
-            # the files that are no data are the same: tell of them once
-            known = readings[0]
-            reading.skipped = {
-                k: v for k, v in reading.skipped.items() if known.skipped.get(k) != v
-            }
-            reading.source, reading.advice = f"{source} (validation)", ""
+            _tell_once(reading, readings[0])
         readings.append(reading)
         sha256 = hashlib.sha256(digest + second_digest).hexdigest()
     parts: tuple[Ids | Joined, Ids | Joined] | tuple[Examples, Examples]
@@ -138,6 +133,13 @@ def load_corpus(
     for reading, count in zip(readings, tokens if validation else [sum(tokens)], strict=True):
         reading.tokens = count
     return Corpus(train, held_out, sha256, getattr(train, "labels", ()), tuple(readings))
+
+
+def _tell_once(reading: Reading, known: Reading) -> None:
+    """Drop what `known` tells of the same source: which of its files are no data."""
+    found = reading.skipped.items()
+    reading.skipped = {reason: one for reason, one in found if known.skipped.get(reason) != one}
+    reading.source, reading.advice = f"{reading.source} (validation)", ""
 
 
 def _texts(
