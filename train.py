@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from nanogpt2.data.loader import Batches
+from nanogpt2.data.loader import ORDER, Batches, MixedBatches
 from nanogpt2.training import checkpoint as store
 from nanogpt2.training import plan
 from nanogpt2.training.adapter import save_adapter
@@ -84,6 +84,9 @@ def train(run: Run) -> None:
             if config.sample_every and step % config.sample_every == 0:
                 terminal.note(f"step {step}:\n{snapshot(run, figures).sample}")
 
+    if isinstance(run.batches, MixedBatches):
+        sequences = state["step"] * config.batch_size * config.grad_accum
+        terminal.note(f"trained on a {run.batches.describe(sequences)}")
     if not state["finished"]:
         terminal.note(f"stopped after step {step}: --resume goes on")
         sys.exit(128 + stopped)
@@ -111,7 +114,7 @@ def begin(run: Run) -> tuple[dict[str, Any], Snapshot]:
         if trainer.world.is_first:
             store.settle(folder.path, state, config.keep)
         terminal.note(f"resuming after step {state['step']}")
-    state |= {"settings": folder.settings(config), "chat": config.task == "chat"}
+    state |= {"settings": folder.settings(config), "chat": config.task == "chat", "order": ORDER}
     if config.tensorboard and trainer.world.is_first:
         folder.loggers.append(TensorBoard(folder.path / "tensorboard", state["step"]).log)
     sizes = run.batches.sequences, run.validation.sequences

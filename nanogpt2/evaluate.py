@@ -267,7 +267,8 @@ def main(config: EvaluateConfig) -> None:
 def perplexity_job(config: EvaluateConfig, tokenizer: Tokenizer) -> Job:
     """Strided perplexity of a text."""
     column = config.text_column or "text"
-    ids = joined(read_texts(config.file, column, config.encoding, config.skip_bad), tokenizer)
+    texts = read_texts(config.file, tokenizer.end_text, column, config.encoding, config.skip_bad)
+    ids = joined(texts, tokenizer)
     if len(ids) < 2:
         raise ValueError(f"{config.file!r} must hold 2 tokens or more, not {len(ids)}")
     if config.limit == 1:

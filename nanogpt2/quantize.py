@@ -133,7 +133,7 @@ def main(config: QuantizeConfig) -> None:
             finite(weight.abs().max().item())
         if config.text is not None:
             with usage_error("--text"):
-                ids = joined(read_texts(config.text), tokenizer)[: config.limit]
+                ids = joined(read_texts(config.text, tokenizer.end_text), tokenizer)[: config.limit]
                 figures |= asdict(measure(model, narrow, ids))
     except FloatingPointError as error:
         fail(str(error), code=1)

@@ -214,8 +214,9 @@ class Progress:
         self._bar.set_postfix_str(fitting(fields, room), refresh=False)
         self._bar.update()
 
-    def advance(self, count: int) -> None:
-        """Advance by `count`."""
+    def advance(self, count: int, said: str = "") -> None:
+        """Advance by `count`; show `said` beside the bar."""
+        self._bar.set_postfix_str(said, refresh=False)
         self._bar.update(count)
 
     def __enter__(self) -> "Progress":

@@ -26,10 +26,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import tiktoken
 
@@ -98,6 +99,23 @@ class Tokenizer:
         order = [self.vocabulary[token] for token in tokens]
         # rank -> id, where they differ
         self._ids = None if order == [*range(len(order))] else order
+
+    def arguments(self) -> dict[str, Any]:
+        """Return plain values, of which `of` makes an equal tokenizer."""
+        own = {
+            "vocabulary": self.vocabulary,
+            "added": [asdict(token) for token in self.added],
+            "roles": self.roles,
+            "end": self._end,
+        }
+        return {"name": self.name, "merges": self.merges, **(own if self.is_own else {})}
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Make a tokenizer by its `arguments`."""
+        added = arguments.get("added")
+        tokens = None if added is None else [AddedToken(**token) for token in added]
+        return cls(**{**arguments, "added": tokens})
 
     def _take(self, added: Iterable[AddedToken]) -> None:
         """Use these added tokens."""

@@ -90,7 +90,16 @@ MAY_IMPORT = {
         "terminal",
         "tokenizer",
     ],
-    "data": ["atomic", "config", "data", "filesystem", "hub", "terminal", "tokenizer"],
+    "data": [
+        "atomic",
+        "config",
+        "data",
+        "filesystem",
+        "hub",
+        "terminal",
+        "threads",
+        "tokenizer",
+    ],
     "training": [
         "atomic",
         "checkpoints",

@@ -6,13 +6,16 @@ value out of range. Nothing here knows tensors.
 
 model.py: the shape of a GPT-2, and the names and files of models. generation.py: the options of
 generate(). sample.py and train.py: the scripts' command lines. sources.py: the files that a source
-names; documents.py: those that are no text. flags.py, one floor below, declares, checks and reads
-the fields. Import every name from this package.
+names; corpora.py: those that other programs prepared; documents.py: those that are no text.
+flags.py, one floor below, declares, checks and reads the fields. Import every name from this
+package.
 """
 
+from nanogpt2.config.corpora import SHARD_MAGICS, TOKEN_KINDS
 from nanogpt2.config.documents import refuse_document
 from nanogpt2.config.flags import MAX_SEED, fail, parse, usage_error, value_of
 from nanogpt2.config.generation import FROM_CHECKPOINT, SENSIBLE_SAMPLING, GenerationConfig
+from nanogpt2.config.mix import read_mix
 from nanogpt2.config.model import (
     DEVICES,
     DTYPES,
@@ -46,6 +49,7 @@ from nanogpt2.config.sources import (
     check_data,
     data_files,
     data_kind,
+    data_splits,
     no_report,
 )
 from nanogpt2.config.train import TrainConfig, is_encoding
@@ -75,8 +79,11 @@ __all__ = [
     "SEARCH_FLAGS",
     "decoding_options",
     "SampleConfig",
+    "SHARD_MAGICS",
+    "TOKEN_KINDS",
     "refuse_document",
     "refuse_ignored",
+    "read_mix",
     "DATA_NAMES",
     "DATA_KINDS",
     "TrainConfig",
@@ -84,6 +91,7 @@ __all__ = [
     "check_data",
     "data_files",
     "data_kind",
+    "data_splits",
     "Skip",
     "no_report",
     "MAX_SEED",

@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from nanogpt2.config import documents
+from nanogpt2.config import corpora, documents
 from nanogpt2.config.flags import show
 
 DATA_NAMES = ("pydocs", "shakespeare")
-DATA_KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+DATA_KINDS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 # a folder that holds one of MARKS is a model's or a run's: OWN_FILES and OWN_FOLDERS are its parts
 MARKS = ("model.safetensors", "pytorch_model.bin", "run.json", "vocab.json")
 OWN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
@@ -34,19 +34,55 @@ def no_report(reason: str, name: str) -> None:
 def check_data(source: str, out: str | None = None) -> None:
     """Raise ValueError if `source` cannot be training data. Reads first bytes only."""
     if source not in (*DATA_NAMES, "-"):
-        data_files(source, out)
+        data_splits(source, out)
 
 
 def data_files(source: str, out: str | None = None, skip: Skip = no_report) -> list[Path]:
     """List the files of a path or a glob, sorted by name; of a folder, the files of known kinds.
 
-    out: the folder that the run writes, which is no data. Raises ValueError if no file is left, and
-    for one document.
+    out: the folder that the run writes, which is no data. Raises ValueError if no file is left, for
+    one document, and for several splits (training, validation, test): name one.
     """
+    splits = data_splits(source, out, skip)
+    if len(splits) > 1:
+        raise ValueError(f"{show(source)} holds {', '.join(sorted(splits))}: name the files of one")
+    return next(iter(splits.values()))
+
+
+def data_splits(
+    source: str, out: str | None = None, skip: Skip = no_report
+) -> dict[str, list[Path]]:
+    """Return the files of a source by split: train, validation and test, or "" for all files.
+
+    Beside files of token ids, other files are no data. Raises ValueError as `data_files` does.
+    """
+    paths = _files(source, out, skip)
+    corpora.check_saved(paths)
+    others = [path for path in paths if path.suffix.lower() not in corpora.TOKEN_KINDS]
+    if len(others) < len(paths):
+        for path in others:
+            skip("beside files of tokens", str(path))
+        paths = sorted({*paths} - {*others})
+    for path in paths:
+        corpora.check_ids(path)
+    splits: dict[str, list[Path]] = {}
+    for path in paths:
+        splits.setdefault(corpora.split_of(path), []).append(path)
+    if len(splits) > 1 and {"train", ""} & splits.keys():
+        # files of no split are trained on; a saved data set's other splits are not
+        splits["train"] = sorted([*splits.pop("train", []), *splits.pop("", [])])
+        for path in splits.pop("other", []):
+            skip("of another split", str(path))
+    return splits if len(splits) > 1 else {"": next(iter(splits.values()))}
+
+
+def _files(source: str, out: str | None, skip: Skip) -> list[Path]:
     path, seen = Path(source), list[str]()
 
     def is_text(file: Path) -> bool:
         """Tell whether a file is no document; say so otherwise."""
+        if corpora.holds_ids(file):
+            return True
         if (kind := documents.document_in(file)) is None:
             return True
         seen.append(f"{show(str(file))} is {documents.advice(kind, str(file))}")
@@ -88,6 +124,8 @@ def _is_read(path: Path, is_text: Callable[[Path], bool], skip: Skip) -> bool:
     is_document = path.suffix.lower() in documents.SUFFIXES and path.is_file()
     if path.name.startswith("."):
         skip("hidden", str(path))
+    elif corpora.holds_ids(path) and path.is_file():
+        return True
     elif not data_kind(path):
         # is_text says what to do with a document
         if not is_document or is_text(path):
@@ -103,6 +141,8 @@ def _is_own(path: Path, skip: Skip) -> bool:
     own = path.name in OWN_FILES and any((path.parent / mark).exists() for mark in MARKS)
     if own:
         skip("of a model or a run", str(path))
+    elif own := corpora.is_beside_saved(path):
+        skip("beside a saved data set", str(path))
     return own
 
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from nanogpt2.config.flags import MAX_SEED, MOST_THREADS, check, fail, flag, show, usage_error
+from nanogpt2.config.mix import read_mix
 from nanogpt2.config.model import DEVICES, DTYPES, KERNELS, MOST_LAYERS, GPTConfig, check_model
 from nanogpt2.config.sources import check_data
 
@@ -23,11 +24,12 @@ MOST_ADDED = 1000
 class TrainConfig:
     """python train.py DATA [flags]: train or fine-tune a GPT-2 on text.
 
-    DATA is a file (text, or records as .jsonl, .json, .csv, .tsv or .parquet; also .gz and .zst), a
-    folder or a glob of such files, a .tokens file, - for standard input, or a name: pydocs (the
-    language reference that every Python carries) or shakespeare (downloaded once). --out becomes a
-    folder that `sample.py --model` and transformers load. Several devices: torchrun
-    --nproc_per_node=N train.py DATA. With --resume, DATA is the run's.
+    DATA is a file (text, or records as .jsonl, .json, .csv, .tsv, .parquet or .arrow; also .gz and
+    .zst), a folder or a glob of such files, a data set saved by `datasets`, token ids (nanoGPT's
+    train.bin, llm.c's shards, .npy, .tokens), - for standard input, or a name: pydocs (the language
+    reference that every Python carries) or shakespeare (downloaded once). --out becomes a folder
+    that `sample.py --model` and transformers load. Several devices: torchrun --nproc_per_node=N
+    train.py DATA. With --resume, DATA is the run's.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -159,8 +161,9 @@ class TrainConfig:
     SECOND: ClassVar[str] = "several files: a folder, or a glob in quotes: 'texts/*.txt'"
     data: str = flag("", "a file, a folder, a glob, -, pydocs or shakespeare", positional=True)
     task: str = flag("lm", "what to learn from DATA", choices=("lm", "chat", "classify"))
+    mix: str = flag("", "sources by weight, in DATA's place: a.jsonl=3,b.txt=1")
     validation: str | None = flag(None, "texts to validate on (default: a tenth of DATA)")
-    text_column: str = flag("text", "of a .jsonl, .json, .csv, .tsv or .parquet file")
+    text_column: str = flag("text", "of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file")
     label_column: str = flag("label", "with --task classify")
     encoding: str = flag("utf-8", "of DATA's files without a byte-order mark")
     skip_bad: bool = flag(False, "skip and count the records that cannot be used")
@@ -347,7 +350,9 @@ class TrainConfig:
                 )
         if "text_column" in given and given.get("task") == "chat":
             raise ValueError("text_column must be left out with --task chat, whose columns are set")
-        if "data" in given:
+        if "mix" in given:
+            cls._check_mix(given)
+        elif "data" in given:
             with usage_error("DATA"):
                 check_data(given["data"], given.get("out", "out"))
         elif not given.get("resume"):
@@ -359,6 +364,17 @@ class TrainConfig:
             with usage_error("--init"):
                 check_model(given.get("init", "gpt2"))
         return cls(**given, given=tuple(given))
+
+    @staticmethod
+    def _check_mix(given: dict[str, Any]) -> None:
+        """Raise ValueError for a wrong --mix; exit where a source of it cannot be data."""
+        if "data" in given:
+            raise ValueError(f"mix must be left out where DATA is given, not {show(given['mix'])}")
+        if given.get("task") == "classify":
+            raise ValueError("mix must come with --task lm or chat, not classify")
+        for source in read_mix(given["mix"]):
+            with usage_error("--mix"):
+                check_data(source, given.get("out", "out"))
 
 
 def is_encoding(name: str) -> bool:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt2 import threads
 from nanogpt2.config import IGNORE_INDEX, data_kind
 from nanogpt2.data.content import SPLIT_SEED, Columns
 from nanogpt2.data.examples import Examples, chat_examples, labelled_examples
 from nanogpt2.data.reading import Reading
 from nanogpt2.data.shards import Ids
-from nanogpt2.data.streams import Streams
+from nanogpt2.data.streams import VALIDATION, Streams
+from nanogpt2.data.token_files import Joined
 from nanogpt2.tokenizer import Tokenizer
 
 CACHE = Path("~/.cache/nanogpt2/tokens")
@@ -34,8 +36,8 @@ MANY_LABELS = 50  # more may be the wrong column
 class Corpus:
     """The training split, the validation split and their origin."""
 
-    train: Ids | Examples
-    validation: Ids | Examples
+    train: Ids | Joined | Examples
+    validation: Ids | Joined | Examples
     sha256: str  # of the files, the task and the columns
     labels: tuple[str, ...] = ()  # classification: the name of each class's number
     # of the source, and of the validation source if there is one
@@ -73,7 +75,7 @@ class Corpus:
         if isinstance(self.validation, Examples):
             inputs, targets = self.validation.example(0, self.validation.longest)
             return inputs[: int((targets != IGNORE_INDEX).argmax()) + 1].tolist()
-        words = tokenizer.decode(self.validation[:64].tolist()).split()[1:7]
+        words = tokenizer.decode(np.asarray(self.validation[:64]).tolist()).split()[1:7]
         return tokenizer.encode(" ".join(words)) or [tokenizer.end_of_text]
 
 
@@ -91,6 +93,7 @@ def load_corpus(
     skip_bad: bool = False,
     out: str | None = None,
     cache: Path = CACHE,
+    processes: int | None = None,
 ) -> Corpus:
     """Tokenise a source, once for each content and tokenizer, and hold some of it out.
 
@@ -100,19 +103,27 @@ def load_corpus(
     encoding: of files without a byte-order mark.
     skip_bad: skip and count the records that cannot be used.
     out: the folder that the run writes, which is no data.
+    processes: that may tokenise; as many as the machine allows by default.
     Raises ValueError or OSError for a source that cannot be used.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
     size = vocab_size or tokenizer.vocab_size
-    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out)
+    processes = processes or threads.allowed()
+    streams = Streams(tokenizer, task, columns, size, cache, encoding, skip_bad, out, processes)
     stream, digest, reading = streams.read(source)
     readings, sha256, second = [reading], digest.hex(), None
+    if streams.has_split(source):
+        if validation is not None:
+            reading.skip("its validation files: --validation names others", source)
+        validation = validation or source
     if validation is not None:
-        second, second_digest, reading = streams.read(validation)
+        second, second_digest, reading = streams.read(validation, VALIDATION)
+        if validation == source:
+            _tell_once(reading, readings[0])
         readings.append(reading)
         sha256 = hashlib.sha256(digest + second_digest).hexdigest()
-    parts: tuple[Ids, Ids] | tuple[Examples, Examples]
+    parts: tuple[Ids | Joined, Ids | Joined] | tuple[Examples, Examples]
     if task == "lm":
         parts = _texts(stream, second, source, validation, block_size or 1)
     else:
@@ -124,9 +135,20 @@ def load_corpus(
     return Corpus(train, held_out, sha256, getattr(train, "labels", ()), tuple(readings))
 
 
+def _tell_once(reading: Reading, known: Reading) -> None:
+    """Drop what `known` tells of the same source: which of its files are no data."""
+    found = reading.skipped.items()
+    reading.skipped = {reason: one for reason, one in found if known.skipped.get(reason) != one}
+    reading.source, reading.advice = f"{reading.source} (validation)", ""
+
+
 def _texts(
-    ids: Ids, second: Ids | None, source: str, validation: str | None, block_size: int
-) -> tuple[Ids, Ids]:
+    ids: Ids | Joined,
+    second: Ids | Joined | None,
+    source: str,
+    validation: str | None,
+    block_size: int,
+) -> tuple[Ids | Joined, Ids | Joined]:
     if second is None:
         return _split_ids(ids, source)
     if len(second) < block_size + 1:
@@ -138,8 +160,8 @@ def _texts(
 
 
 def _records(
-    stream: Ids,
-    second: Ids | None,
+    stream: Ids | Joined,
+    second: Ids | Joined | None,
     source: str,
     validation: str | None,
     task: str,
@@ -151,7 +173,7 @@ def _records(
     return train, _examples(second, validation or source, task, train.labels)
 
 
-def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
+def _split_ids(ids: Ids | Joined, source: str) -> tuple[Ids | Joined, Ids | Joined]:
     if len(ids) < MIN_TOKENS:
         raise ValueError(
             f"{source!r} is too short: {len(ids)} tokens, at least {MIN_TOKENS} are needed"
@@ -161,12 +183,12 @@ def _split_ids(ids: Ids, source: str) -> tuple[Ids, Ids]:
 
 
 def _examples(
-    stream: Ids, source: str, task: str, labels: tuple[str, ...] | None = None
+    stream: Ids | Joined, source: str, task: str, labels: tuple[str, ...] | None = None
 ) -> Examples:
     if task == "chat":
-        return chat_examples(stream)
+        return chat_examples(np.asarray(stream))
     try:
-        examples = labelled_examples(stream, labels or ())
+        examples = labelled_examples(np.asarray(stream), labels or ())
     except ValueError as error:
         raise ValueError(f"{source!r} {error}") from None
     if len(examples.labels) < 2:

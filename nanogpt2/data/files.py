@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanogpt2 import hub
-from nanogpt2.config import Skip, data_files, data_kind, no_report, refuse_document
+from nanogpt2.config import (
+    TOKEN_KINDS,
+    Skip,
+    data_kind,
+    data_splits,
+    no_report,
+    refuse_document,
+)
 from nanogpt2.filesystem import open_regular, read_input
 
 PIECE_SIZE = 1 << 20  # bytes
@@ -31,6 +38,10 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+
+
+# files of token ids
+TOKENS = (".tokens", *TOKEN_KINDS)
 
 
 class EncodingError(ValueError):
@@ -145,23 +156,49 @@ def find_files(
     stdin_format: the format of standard input, unless that holds JSON objects.
     encoding: of the files without a byte-order mark. out: the folder that a run writes, which is no
     data. skip: told of each file that is not read. Raises ValueError or OSError for a source
-    without a file to read.
+    without a file to read, or with several splits.
+    """
+    splits = find_splits(source, stdin_format, encoding=encoding, out=out, skip=skip)
+    if len(splits) > 1:
+        found = ", ".join(sorted(splits))
+        raise ValueError(f"{source!r} holds several splits ({found}): name the files of one")
+    return next(iter(splits.values()))
+
+
+def find_splits(
+    source: str,
+    stdin_format: str = ".txt",
+    *,
+    encoding: str = "utf-8",
+    out: str | None = None,
+    skip: Skip = no_report,
+) -> dict[str, list[DataFile]]:
+    """Return the files of each split: train, validation and test; "" where there are no splits.
+
+    The arguments and errors are those of `find_files`.
     """
     if source == "-":
         data = read_input(source)
         refuse_document(data)
         file = DataFile("standard input", stdin_format, data, encoding)
-        return [replace(file, format=".jsonl") if _holds_objects(file) else file]
+        return {"": [replace(file, format=".jsonl") if _holds_objects(file) else file]}
     if source == "pydocs":
         from pydoc_data.topics import topics
 
-        return [DataFile(f"pydocs {n}", ".txt", topics[n].encode()) for n in sorted(topics)]
+        names = sorted(topics)
+        return {"": [DataFile(f"pydocs {n}", ".txt", topics[n].encode()) for n in names]}
     if source == "shakespeare":
-        return [DataFile(str(hub.fetch_shakespeare()), ".txt")]
-    paths = data_files(source, out, skip)
-    if any(path.suffix == ".tokens" for path in paths) and len(paths) > 1:
-        raise ValueError(f"{source!r} has a .tokens file among others: give one such file alone")
-    return [DataFile(str(path), _format(path), encoding=encoding) for path in paths]
+        return {"": [DataFile(str(hub.fetch_shakespeare()), ".txt")]}
+    splits = data_splits(source, out, skip)
+    for paths in splits.values():
+        if any(path.suffix == ".tokens" for path in paths) and len(paths) > 1:
+            raise ValueError(
+                f"{source!r} has a .tokens file among others: give one such file alone"
+            )
+    return {
+        split: [DataFile(str(path), _format(path), encoding=encoding) for path in paths]
+        for split, paths in splits.items()
+    }
 
 
 def encoding_of(files: Sequence[DataFile]) -> str | None:
@@ -192,6 +229,8 @@ def _holds_objects(file: DataFile) -> bool:
 
 
 def _format(path: Path) -> str:
+    if path.suffix == ".tokens" or path.suffix.lower() in TOKEN_KINDS:
+        return path.suffix.lower()
     # a file named on the command line is text if its suffix is unknown
-    kind = ".tokens" if path.suffix == ".tokens" else data_kind(path) or ".txt"
+    kind = data_kind(path) or ".txt"
     return ".jsonl" if kind == ".ndjson" else kind

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanogpt2 import terminal
 from nanogpt2.data.content import Columns, records_of
-from nanogpt2.data.files import DataFile, EncodingError, encoding_of
+from nanogpt2.data.files import TOKENS, DataFile, EncodingError, encoding_of
 from nanogpt2.data.records import Record, RecordError
 
 
@@ -62,7 +62,7 @@ def read_labelled(
     Raises ValueError for a file that cannot be read, and for the first bad record otherwise.
     """
     for file in files:
-        if file.format == ".tokens":
+        if file.format in TOKENS:
             raise ValueError(f"{file.name!r} holds tokens, not texts")
         try:
             for record in records_of(file, Columns(names.text[0], (*names.label, "label")[0])):

@@ -12,12 +12,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanogpt2.config import IGNORE_INDEX
 from nanogpt2.data.examples import Examples, Ints
+from nanogpt2.data.mix import Mixed
 from nanogpt2.data.shards import Ids
+from nanogpt2.data.shuffle import LISTED, ORDER, Order
+from nanogpt2.data.token_files import Joined
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,17 +34,32 @@ class Batches(Protocol):
         """Return sequences first .. first + count - 1 of the run, numbered from 0."""
 
 
-def make_batches(data: Ids | Examples, block_size: int, seed: int) -> Batches:
+def make_batches(data: Ids | Joined | Examples | Mixed, block_size: int, seed: int) -> Batches:
     """Return the batches of a run. Raises ValueError for too few ids to fill a sequence."""
+    if isinstance(data, Mixed):
+        return MixedBatches(data, block_size, seed)
     if isinstance(data, Examples):
         return ExampleBatches(data, block_size, seed)
     return WindowBatches(data, block_size, seed)
 
 
+def check_order(batches: Batches, order: object) -> None:
+    """Raise ValueError where a resumed run's order, stated by its checkpoint, is another one.
+
+    Releases before ORDER 2 ordered long epochs otherwise; the order of short ones is unchanged.
+    """
+    longest = max(part.sequences for part in getattr(batches, "parts", [batches]))
+    if longest > LISTED and order != ORDER:
+        raise ValueError(
+            f"another release ordered this run's {longest:,} sequences: go on with that one, or "
+            "train its model further with --init"
+        )
+
+
 class WindowBatches:
     """Every epoch cuts the text into windows of T tokens at a new offset and shuffles them."""
 
-    def __init__(self, ids: Ids, block_size: int, seed: int) -> None:
+    def __init__(self, ids: Ids | Joined, block_size: int, seed: int) -> None:
         if len(ids) < block_size + 1:
             raise ValueError(
                 f"block_size must be < {len(ids)}, the tokens to train on, not {block_size}"
@@ -51,7 +68,7 @@ class WindowBatches:
         self.block_size = block_size
         # windows in an epoch, the same at every offset
         self.sequences = max(1, (len(ids) - block_size) // block_size)
-        self._order = _Order(self.sequences, seed, len(ids) - self.sequences * block_size)
+        self._order = Order(self.sequences, seed, len(ids) - self.sequences * block_size)
 
     def rows(self, first: int, count: int) -> Batch:
         """Return sequences first .. first + count - 1; targets are the inputs one token later."""
@@ -69,7 +86,7 @@ class ExampleBatches:
         self.examples = examples
         self.block_size = block_size
         self.sequences = len(examples)
-        self._order = _Order(self.sequences, seed)
+        self._order = Order(self.sequences, seed)
 
     def rows(self, first: int, count: int) -> Batch:
         """Return sequences first .. first + count - 1, padded to the longest of them."""
@@ -77,22 +94,38 @@ class ExampleBatches:
         return _pad([self.examples.example(i, self.block_size) for i in numbers])
 
 
-class _Order:
-    """n -> (index of the n-th item of the run, below `count`; offset drawn for its epoch)."""
+class MixedBatches:
+    """The sequences of several corpora, each in its own order. An epoch has as many as all have."""
 
-    def __init__(self, count: int, seed: int, offsets: int = 1) -> None:
-        self.count, self.seed, self.offsets = count, seed, offsets
-        self._epoch: tuple[int, int, NDArray[np.int64]] | None = None
+    def __init__(self, data: Mixed, block_size: int, seed: int) -> None:
+        self.data = data
+        self.block_size = block_size
+        self.parts = [make_batches(part, block_size, seed) for part in data.parts]
+        self.sequences = sum(part.sequences for part in self.parts)
 
-    def __call__(self, n: int) -> tuple[int, int]:
-        epoch, place = divmod(n, self.count)
-        # read and replace the tuple in one step: another thread may be in another epoch
-        drawn = self._epoch
-        if drawn is None or drawn[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            offset = int(rng.integers(0, self.offsets))
-            drawn = self._epoch = (epoch, offset, rng.permutation(self.count))
-        return int(drawn[2][place]), drawn[1]
+    def rows(self, first: int, count: int) -> Batch:
+        """Return sequences first .. first + count - 1 of the run, padded to the longest of them."""
+        picked = [self.data.shares.pick(n) for n in range(first, first + count)]
+        found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * count
+        for i, part in enumerate(self.parts):
+            places = [place for place, (corpus, _) in enumerate(picked) if corpus == i]
+            if places:
+                # in its corpus they follow each other
+                x, y = part.rows(picked[places[0]][1], len(places))
+                for place, row in zip(places, zip(x, y, strict=True), strict=True):
+                    found[place] = row
+        pad = torch.nn.utils.rnn.pad_sequence
+        return pad([x for x, _ in found], True), pad([y for _, y in found], True, IGNORE_INDEX)
+
+    def describe(self, sequences: int) -> str:
+        """Return each corpus's share of so many sequences, and how often they pass over it."""
+        counts = self.data.shares.counts(sequences)
+        said = [
+            f"{name!r} {100 * count / max(sequences, 1):.4g} % "
+            f"({count / part.sequences:.2f} epochs of {part.sequences:,} sequences)"
+            for name, count, part in zip(self.data.names, counts, self.parts, strict=True)
+        ]
+        return f"mix of {sequences:,} sequences: {', '.join(said)}"
 
 
 def _pad(rows: list[tuple[Ints, Ints]]) -> Batch:
@@ -105,9 +138,13 @@ def _pad(rows: list[tuple[Ints, Ints]]) -> Batch:
 
 
 def validation_batches(
-    data: Ids | Examples, batch_size: int, block_size: int
-) -> "ValidationBatches":
+    data: Ids | Joined | Examples | Mixed, batch_size: int, block_size: int
+) -> "ValidationBatches | MixedValidation":
     """Return batches of at most (B, T), in order; every target occurs exactly once."""
+    if isinstance(data, Mixed):
+        parts = [ValidationBatches(part, batch_size, block_size) for part in data.parts]
+        weights = [float(weight) for weight in data.shares.weights]
+        return MixedValidation(dict(zip(data.names, parts, strict=True)), weights)
     return ValidationBatches(data, batch_size, block_size)
 
 
@@ -115,7 +152,7 @@ def validation_batches(
 class ValidationBatches:
     """A sequence of batches. In a text, every token but the first is a target."""
 
-    data: Ids | Examples
+    data: Ids | Joined | Examples
     batch_size: int
     block_size: int
 
@@ -146,5 +183,18 @@ class ValidationBatches:
         if isinstance(self.data, Examples):
             return self.data.example(n, self.block_size)
         start = n * self.block_size
-        ids = self.data[start : start + self.block_size + 1].astype(np.int64)
+        ids = np.asarray(self.data[start : start + self.block_size + 1], np.int64)
         return ids[:-1], ids[1:]
+
+
+@dataclass(frozen=True)
+class MixedValidation:
+    """The batches of several corpora, each measured by itself."""
+
+    parts: dict[str, ValidationBatches]  # by the corpus's name
+    weights: list[float]
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences in all batches."""
+        return sum(part.sequences for part in self.parts.values())

@@ -6,7 +6,7 @@
                   the delimiter is the one in the line of names: , or ; or a tab or |. Excel's
                   line sep=; before it is read
     .tsv          the same with tabs; a quote that does not enclose a field is text
-    .parquet      one record a row; needs pyarrow; only the columns that are used are read
+    .parquet, .arrow      one record a row: see columnar.py
 
 Columns without a name are ignored. A file that cannot be cut into records is a ValueError that
 names the file. A malformed record is yielded all the same, and its use is a `RecordError`, so that
@@ -14,22 +14,21 @@ the records after it can be read. This file does not know the meaning of the col
 """
 
 import csv
-import io
 import itertools
 import json
 import numbers
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from typing_extensions import override
 
+from nanogpt2.data import columnar
 from nanogpt2.data.files import DataFile
 
-RECORD_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+RECORD_FORMATS = (".jsonl", ".json", ".csv", ".tsv", *columnar.KINDS)
 MAX_FIELD_SIZE = 2**31 - 1  # characters in a CSV field
 DELIMITERS = ",;\t|"
 HALF = re.compile("[\ud800-\udfff]")
@@ -114,8 +113,9 @@ def read_records(file: DataFile) -> Iterator[Record]:
     """Yield the records of a file, in order. Raises ValueError for a malformed file."""
     if file.format in (".jsonl", ".json"):
         yield from _json(file)
-    elif file.format == ".parquet":
-        yield from _parquet(file)
+    elif file.format in columnar.KINDS:
+        for number, row in enumerate(columnar.rows(file), 1):
+            yield Record(f"{file.name!r} row {number}", row)
     else:
         yield from _table(file, "\t" if file.format == ".tsv" else ",")
 
@@ -311,60 +311,3 @@ def _tab_fields(text: str) -> list[str]:
 def _is_closed(row: list[str]) -> bool:
     """Tell whether no field begins with a quote that is open at the row's end."""
     return not (row[-1].startswith('"') and row[-1].count('"') % 2)
-
-
-# ---- Parquet
-
-
-class _Row(Mapping[str, Any]):
-    """A row of a group of rows; a column is read from the file once a row is asked for it."""
-
-    def __init__(self, names: list[str], column: Callable[[str], Any], index: int) -> None:
-        self.names, self.column, self.index = names, column, index
-
-    @override
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.column(name)[self.index].as_py()
-
-    @override
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    @override
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _parquet(file: DataFile) -> Iterator[Record]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise ValueError(f"{file.name!r} needs pyarrow: pip install pyarrow") from None
-    number = 0
-    try:
-        # Parquet's index is at the end of the file, so read all of it
-        data = b"".join(file.pieces())
-        if not data:
-            return
-        content = parquet.ParquetFile(io.BytesIO(data))
-        names = content.schema_arrow.names
-        for group in range(content.num_row_groups):
-
-            @cache
-            def column(name: str, group: int = group) -> Any:
-                try:
-                    return content.read_row_group(group, columns=[name]).column(0)
-                except (ArrowException, OSError) as error:
-                    raise ValueError(f"{file.name!r} is damaged: {error}") from None
-
-            for index in range(content.metadata.row_group(group).num_rows):
-                number += 1
-                yield Record(f"{file.name!r} row {number}", _Row(names, column, index))
-    except ArrowException as error:
-        raise ValueError(f"{file.name!r} is not a Parquet file: {error}") from None

@@ -30,6 +30,8 @@ MAGIC, VERSION = b"ngpt2tok", 1
 # keys as written in the header
 DTYPES = {name.encode().ljust(4, b"\0"): np.dtype(name) for name in ("<u2", "<u4", "<i4")}
 
+SCAN = 1 << 22  # ids that are looked at together
+
 Ids = NDArray[np.integer]
 
 
@@ -96,3 +98,20 @@ def open_shard(path: str | Path) -> Ids:
         if hashlib.file_digest(file, "sha256").digest() != sha256:
             raise ValueError(f"{str(path)!r} is damaged: its SHA-256 does not match")
         return np.memmap(file, dtype, mode="r", offset=HEADER.size, shape=(count,))
+
+
+def extremes(ids: Ids) -> tuple[int, int]:
+    """Return the smallest and the largest id.
+
+    A mapped file is read and not touched in memory, where its pages would count as this process's.
+    """
+    low, high = [], []
+    for start in range(0, len(ids), SCAN):
+        part = ids[start : start + SCAN]
+        if isinstance(ids, np.memmap) and ids.filename is not None:
+            at = ids.offset + start * ids.itemsize
+            read = np.fromfile(ids.filename, dtype=ids.dtype, count=len(part), offset=at)
+            part = read.astype(ids.dtype, copy=False)
+        low.append(int(part.min()))
+        high.append(int(part.max()))
+    return min(low), max(high)

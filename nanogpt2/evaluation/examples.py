@@ -52,9 +52,9 @@ def _records(source: str, encoding: str) -> Iterator[Record]:
 
 
 def read_texts(
-    source: str, column: str = "text", encoding: str = "utf-8", skip_bad: bool = False
+    source: str, end: str, column: str = "text", encoding: str = "utf-8", skip_bad: bool = False
 ) -> Iterator[str]:
-    """Yield the texts of a source, of records those in a column. <|endoftext|> separates texts.
+    """Yield the texts of a source, of records those in a column. `end` separates texts.
 
     Raises ValueError for a source that holds no texts.
     """
@@ -62,6 +62,6 @@ def read_texts(
         texts = (one.text for one in read_labelled([file], Names((column,)), skip_bad))
         try:
             for text in [("".join(file.text()))] if file.format == ".txt" else texts:
-                yield from ("".join(parts) for parts in split_texts([text]))
+                yield from ("".join(parts) for parts in split_texts([text], end))
         except EncodingError as error:
             skip_text_or_raise(error, skip_bad)

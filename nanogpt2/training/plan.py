@@ -44,7 +44,8 @@ def block_size(
         )
     if wanted > min(longest) and config.task == "lm":
         train_is_shorter = train_longest < validation_longest
-        source = config.data if train_is_shorter else config.validation or config.data
+        data = config.data or config.mix
+        source = data if train_is_shorter else config.validation or data
         raise ValueError(
             f"block_size must be <= {min(longest)}, all that {source!r} can fill, not {wanted}"
         )

@@ -18,10 +18,19 @@ from nanogpt2 import ops, terminal
 from nanogpt2.checkpoints import load as weights
 from nanogpt2.checkpoints.folder import model_digest
 from nanogpt2.classifier import GPTClassifier, Model
-from nanogpt2.config import TrainConfig, check_data, fail, usage_error
+from nanogpt2.config import TrainConfig, check_data, fail, read_mix, usage_error
 from nanogpt2.data.corpus import Columns, Corpus, load_corpus
 from nanogpt2.data.examples import Examples
-from nanogpt2.data.loader import Batches, ValidationBatches, make_batches, validation_batches
+from nanogpt2.data.loader import (
+    Batches,
+    MixedBatches,
+    MixedValidation,
+    ValidationBatches,
+    check_order,
+    make_batches,
+    validation_batches,
+)
+from nanogpt2.data.mix import MixedCorpus, load_mix
 from nanogpt2.data.preview import preview
 from nanogpt2.memory import is_out_of_memory, out_of_memory_line
 from nanogpt2.tokenizer import Tokenizer, byte_tokenizer, gpt2_tokenizer
@@ -42,7 +51,7 @@ class Run:
     trainer: Trainer
     tokenizer: Tokenizer
     batches: Batches
-    validation: ValidationBatches
+    validation: ValidationBatches | MixedValidation
     prompt: list[int]  # the samples continue this prompt
     state: dict[str, Any]  # state.json of the checkpoint to resume; empty for a new run
     tensors: dict[str, Tensor]  # the trainer's tensors in that checkpoint
@@ -112,7 +121,7 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     if config.validation is not None:
         with usage_error("--validation"):
             check_data(config.validation)
-    with usage_error("DATA"), world.first_before_others():
+    with usage_error("--mix" if config.mix else "DATA"), world.first_before_others():
         corpus = read_data(config, model, tokenizer)
     with usage_error("--resume"):
         moved = config.resume and folder.record()["config"].get("init") != config.init
@@ -128,12 +137,15 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
         config = plan.fill_in(config, model.config, world, block_size, batches.sequences)
         plan.check_memory(config, model.config, world)
     terminal.note(corpus.describe(block_size))
+    if isinstance(batches, MixedBatches):
+        terminal.note(batches.describe(config.steps * config.batch_size * config.grad_accum))
     folder.read = [asdict(reading) for reading in corpus.readings]
     validation = validation_batches(corpus.validation, config.batch_size, block_size)
     trainer = Trainer(config, model, world)
     if checkpoint:
         with usage_error("--resume"):
             store.check_state(checkpoint, state, config)
+            check_order(batches, state.get("order"))
             trainer.check(tensors, state["step"])
     prompt = tokenizer.encode(config.prompt) or corpus.prompt(tokenizer)
     if isinstance(corpus.train, Examples):
@@ -219,17 +231,18 @@ def add_rows(model: Model, vocab_size: int) -> None:
     model.config = gpt.config = replace(gpt.config, vocab_size=vocab_size)
 
 
-def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus:
+def read_data(config: TrainConfig, model: Model, tokenizer: Tokenizer) -> Corpus | MixedCorpus:
     """Read the task's data. A model with labels accepts its own labels only."""
-    return load_corpus(
-        config.data,
-        tokenizer,
-        config.task,
-        validation=config.validation,
-        columns=Columns(config.text_column, config.label_column),
-        vocab_size=model.config.vocab_size,
-        labels=getattr(model, "labels", None),
-        encoding=config.encoding,
-        skip_bad=config.skip_bad,
-        out=config.out,
-    )
+    how: dict[str, Any] = {
+        "validation": config.validation,
+        "columns": Columns(config.text_column, config.label_column),
+        "vocab_size": model.config.vocab_size,
+        "labels": getattr(model, "labels", None),
+        "encoding": config.encoding,
+        "skip_bad": config.skip_bad,
+        "out": config.out,
+        "processes": config.threads,
+    }
+    if config.mix:
+        return load_mix(read_mix(config.mix), tokenizer, config.task, **how)
+    return load_corpus(config.data, tokenizer, config.task, **how)

@@ -37,6 +37,7 @@ EVENTS = ".nanogpt2"
 # settings that change a run's numbers by rounding at most: --resume may change them
 FREE_ON_RESUME = {
     "data",
+    "mix",
     "out",
     "resume",
     "overwrite",
@@ -202,8 +203,11 @@ class RunFolder:
                 )
         free = FREE_ON_RESUME | BY_DIGEST
         given = free & {*config.given, "out", "resume", "overwrite", "dry_run"}
-        given |= {"steps"} & {*config.given} | ({"data"} if config.data else set())
-        if recorded.get("data") == "-" and not config.data:
+        given |= {"steps"} & {*config.given}
+        if config.data or config.mix:
+            # one takes the other's place: hold_to() compares the content
+            given |= {"data", "mix"}
+        if recorded.get("data") == "-" and not (config.data or config.mix):
             raise ValueError(f"{str(self.path)!r} holds a run on standard input: give DATA again")
         settings = recorded | {name: getattr(config, name) for name in given}
         try:
@@ -283,6 +287,7 @@ class RunFolder:
             record = self.record()
             for what, digest in digests.items():
                 known, name = record["digests"].get(what), getattr(config, what)
+                name = name or config.mix
                 # older runs without LoRA lack the digest of init
                 unmoved = what == "init" and name == record["config"].get(what)
                 if digest != known and not (known is None and unmoved):

@@ -4,7 +4,8 @@ This file does not know the source of the batches and draws no random number.
 """
 
 import math
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,8 +27,34 @@ class BatchList(Protocol):
         """Return batch i: inputs and targets, both int64 (B, T)."""
 
 
+@runtime_checkable
+class PartList(Protocol):
+    """Batches of several corpora."""
+
+    @property
+    def parts(self) -> Mapping[str, BatchList]:
+        """The batches of each corpus, by its name."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """The weight of each corpus in the mixture."""
+
+
+def validate(trainer: Trainer, batches: BatchList | PartList) -> dict[str, float]:
+    """Return `measure`'s figures. Of several corpora, val_loss is the mean of theirs by weight.
+
+    Each one's own is `val_loss NAME`.
+    """
+    if not isinstance(batches, PartList):
+        return measure(trainer, batches)
+    losses = {name: measure(trainer, part)["val_loss"] for name, part in batches.parts.items()}
+    parts = zip(losses.values(), batches.weights, strict=True)
+    mean = sum(loss * weight for loss, weight in parts) / sum(batches.weights)
+    return {"val_loss": mean} | {f"val_loss {name}": loss for name, loss in losses.items()}
+
+
 @torch.no_grad()
-def validate(trainer: Trainer, batches: BatchList) -> dict[str, float]:
+def measure(trainer: Trainer, batches: BatchList) -> dict[str, float]:
     """Return the mean cross-entropy over all targets, in nats, as val_loss.
 
     A classifier adds val_accuracy and val_macro_f1. The processes divide the batches (int64 (B, T)
