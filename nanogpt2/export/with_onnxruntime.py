@@ -1,0 +1,48 @@
+"""A script: run model.onnx by onnxruntime: a prompt, then one token a step with the cache.
+
+Its arguments: the folder, a JSON job {"prompts", "steps"}, the .npz file to write.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+def main() -> None:
+    """Write logits, float32 (the steps of all prompts, V)."""
+    folder, asked, answered = sys.argv[1:]
+    job = json.loads(Path(asked).read_text())
+    options = onnxruntime.SessionOptions()
+    # weights packed anew for speed would take the model's memory twice
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = onnxruntime.InferenceSession(
+        str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values")}
+    logits = []
+    for prompt, steps in zip(job["prompts"], job["steps"], strict=True):
+        cache = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in past.items()}
+        new = [prompt]  # (B, T)
+        for done in range(steps):
+            start = 0 if done == 0 else len(prompt) + done - 1
+            end = start + len(new[0])
+            found = session.run(
+                None,
+                {
+                    "input_ids": np.array(new),
+                    "attention_mask": np.ones((1, end), np.int64),
+                    "position_ids": np.arange(start, end)[None],
+                }
+                | cache,
+            )
+            logits.append(found[0][0, -1])
+            cache = dict(zip(past, found[1:], strict=True))
+            new = [[int(logits[-1].argmax())]]
+    np.savez(answered, logits=np.stack(logits), version=np.array(onnxruntime.__version__))
+
+
+if __name__ == "__main__":
+    main()
