@@ -18,7 +18,7 @@ import numpy as np
 
 from nanogpt2.export.prompts import Continuation
 
-TOLERANCE = 1e-4  # of logits up to 1; relative to the largest above
+TOLERANCE = 1e-4  # of logits up to 1, relative to the largest above
 
 
 class CheckError(Exception):
@@ -70,13 +70,14 @@ def agreement(
     """Count the prompts with equal greedy tokens.
 
     Raises CheckError where they first differ at a token that the model prefers by more than
-    `allowed`: rounding decides between tokens that are nearly equal.
+    `allowed` times the largest logit: rounding decides between tokens that are nearly equal.
     """
     margins = [mine.margin(tokens) for mine, tokens in zip(ours, theirs, strict=True)]
     equal = sum(
         mine.tokens == list(tokens)[: len(mine.tokens)]
         for mine, tokens in zip(ours, theirs, strict=True)
     )
+    allowed *= max(1.0, *(mine.size for mine in ours))
     if not max(margins) <= allowed:
         raise CheckError(
             f"greedy tokens by {by} differ where the model prefers its own by {max(margins):.2g}; "

@@ -22,7 +22,7 @@ import numpy as np
 from nanogpt2.checkpoints.folder import CHAT_TEMPLATE
 from nanogpt2.checkpoints.names import POSITIONS
 from nanogpt2.export.counterpart import CheckError, agreement, answers, is_installed
-from nanogpt2.export.prompts import NEW, continuation, prompts_for
+from nanogpt2.export.prompts import NEW, Continuation, continuation, prompts_for
 from nanogpt2.export.source import Source
 from nanogpt2.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -46,8 +46,9 @@ TYPES = {
     "bfloat16": ("BF16", 32),
     "q8_0": ("Q8_0", 7),
 }
-# how much the model may prefer its own token where llama.cpp first takes another one
-MARGINS = {"float32": 0.02, "float16": 0.05, "bfloat16": 0.1, "q8_0": 0.5}
+# how much the model may prefer its own token where llama.cpp first takes another one, relative to
+# the largest logit
+MARGINS = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 1e-2, "q8_0": 4e-2}
 BLOCK = 32
 ROWS = 4096  # rows of a matrix that are converted at once
 
@@ -139,12 +140,19 @@ def _add_vocabulary(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
     writer.add_token_types([*kinds, *(TokenType.UNUSED for _ in unused)])
     writer.add_token_merges(tokenizer.merges.splitlines()[1:] or [f"{END_OF_TEXT} {END_OF_TEXT}"])
     # without these llama.cpp would take token 11
-    end = c.eos_token_id[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
     writer.add_bos_token_id(tokenizer.end_of_text if c.bos_token_id is None else c.bos_token_id)
-    writer.add_eos_token_id(tokenizer.end_of_text if end is None else end)
+    writer.add_eos_token_id(_ends(source)[0])
     writer.add_add_bos_token(False)
     if source.is_chat:
         writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _ends(source: Source) -> list[int]:
+    """Return the ids that end a text: config.json's, then <|endoftext|>."""
+    assert source.tokenizer is not None
+    stated = source.model.config.eos_token_id
+    ids = () if stated is None else stated if isinstance(stated, tuple) else (stated,)
+    return [*ids, source.tokenizer.end_of_text]
 
 
 def check(source: Source, folder: Path) -> dict[str, Any]:
@@ -157,13 +165,27 @@ def check(source: Source, folder: Path) -> dict[str, Any]:
     prompts = prompts_for(source.model, source.tokenizer, NEW)
     new = max(1, min(NEW, c.block_size - max(map(len, prompts))))
     ours = [continuation(source.model, prompt, new) for prompt in prompts]
+    ends = _ends(source)
     del source.model
     found = answers(
         "with_llama_cpp", folder, {"prompts": prompts, "new": new, "context": c.block_size}
     )
     figures["llama.cpp"] = f"xllamacpp {found['version']}"
-    theirs = found["tokens"].tolist()
+    theirs = [_whole(mine, row, ends) for mine, row in zip(ours, found["tokens"], strict=True)]
     return figures | agreement(ours, theirs, "llama.cpp", MARGINS[source.dtype])
+
+
+def _whole(ours: Continuation, theirs: np.ndarray, ends: list[int]) -> list[int]:
+    """Return llama.cpp's tokens as many as ours. It ends a text at an end token, and -1 follows.
+
+    The model's own tokens go on where it chose an end token too.
+    """
+    count = int((theirs >= 0).sum())
+    own = ours.tokens[count:]
+    return [
+        *theirs[:count].tolist(),
+        *(own if own[:1] and own[0] in ends else ends[-1:] * len(own)),
+    ]
 
 
 def compare(source: Source, file: Path) -> tuple[int, float]:

@@ -9,8 +9,8 @@ The names are those of optimum's decoders, which transformers.js reads too:
 P is 0 for a prompt. The mask is 0 for padding. The weights lie beside the graph at any size: a
 protobuf ends at 2 GB, and this way one tensor at a time is in memory.
 
-The check runs ten prompts by onnxruntime, the prompt first and then one token a step with the
-cache: logits within 1e-4, the same greedy tokens.
+The check runs ten prompts by onnxruntime, the prompt first and then the model's greedy tokens one a
+step with the cache: logits within 1e-4.
 """
 
 import logging
@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nanogpt2.checkpoints.folder import config_files, tokenizer_files
-from nanogpt2.export.counterpart import CheckError, answers, largest_difference
+from nanogpt2.export.counterpart import answers, largest_difference
 from nanogpt2.export.prompts import greedy_logits, prompts_for
 from nanogpt2.export.source import Source
 from nanogpt2.model import GPT
@@ -134,16 +135,17 @@ def check(source: Source, folder: Path) -> dict[str, Any]:
     prompts = prompts_for(source.model, source.tokenizer, CACHED)
     ours = [torch.stack([*greedy_logits(source.model, p, 1 + CACHED)]) for p in prompts]
     del source.model
-    job = {"prompts": prompts, "steps": [len(logits) for logits in ours]}
+    job = {"prompts": prompts, "tokens": [logits.argmax(dim=1).tolist() for logits in ours]}
     found = answers("with_onnxruntime", folder, job)
     expected = torch.cat(ours).numpy()  # (all steps, V)
     difference = largest_difference(expected, found["logits"], "onnxruntime")
-    if (expected.argmax(axis=1) != found["logits"].argmax(axis=1)).any():
-        raise CheckError("onnxruntime's greedy tokens are others")
+    # of each prompt: whether every step's likeliest token is the model's
+    ends = np.cumsum([len(logits) for logits in ours])[:-1]
+    same = np.split(expected.argmax(axis=1) == found["logits"].argmax(axis=1), ends)
     return {
         "onnxruntime": str(found["version"]),
         "logits_difference": difference,
         "prompts": len(prompts),
-        "prompts_equal": len(prompts),
+        "prompts_equal": sum(bool(steps.all()) for steps in same),
         "cached_steps": len(expected) - len(prompts),
     }

@@ -60,13 +60,13 @@ def greedy_logits(model: GPT, prompt: list[int], steps: int) -> Iterator[Tensor]
 class Continuation:
     """A prompt's greedy continuation: tokens, and of each step the best few ids and their scores.
 
-    ids, scores: (steps, at most NEAR), the best first. logprobs: float32 (steps,), of the tokens.
+    ids, scores: (steps, at most NEAR), the best first. size: the largest absolute logit.
     """
 
     tokens: list[int]
     ids: Tensor
     scores: Tensor
-    logprobs: Tensor
+    size: float
 
     def margin(self, found: Sequence[int]) -> float:
         """Return by how much the model preferred its own token where `found` first differs.
@@ -76,8 +76,8 @@ class Continuation:
         for step, (own, other) in enumerate(zip(self.tokens, found, strict=True)):
             if own != other:
                 near = self.scores[step][self.ids[step] == other]
-                least = near[0] if len(near) else self.scores[step][-1]
-                return float(self.scores[step][0] - least)
+                theirs = near[0] if len(near) else self.scores[step][-1]
+                return float(self.scores[step][0] - theirs)
         return 0.0
 
 
@@ -86,6 +86,6 @@ def continuation(model: GPT, prompt: list[int], new: int) -> Continuation:
     steps = []
     for logits in greedy_logits(model, prompt, new):
         scores, ids = logits.topk(min(NEAR, len(logits)))
-        steps.append((ids, scores, scores[0] - logits.logsumexp(0)))
-    ids, scores, logprobs = (torch.stack(rows) for rows in zip(*steps, strict=True))
-    return Continuation(ids[:, 0].tolist(), ids, scores, logprobs)
+        steps.append((ids, scores, logits.abs().max()))
+    ids, scores, sizes = (torch.stack(rows) for rows in zip(*steps, strict=True))
+    return Continuation(ids[:, 0].tolist(), ids, scores, float(sizes.max()))

@@ -14,7 +14,7 @@ import xllamacpp
 
 
 def main() -> None:
-    """Write tokens and their log-probabilities, both (N, new): -1 and NaN where a text ended."""
+    """Write tokens (N, new), -1 behind a text that ended."""
     folder, asked, answered = sys.argv[1:]
     job = json.loads(Path(asked).read_text())
     options = xllamacpp.CommonParams()
@@ -24,23 +24,23 @@ def main() -> None:
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(options)
     tokens = np.full((len(job["prompts"]), job["new"]), -1)
-    logprobs = np.full(tokens.shape, np.nan)
     for n, prompt in enumerate(job["prompts"]):
         found = server.handle_completions(
             {
                 "prompt": prompt,
                 "n_predict": job["new"],
                 "temperature": 0.0,
-                "n_probs": 1,
                 "cache_prompt": False,
+                # the ids: the text leaves out bytes that are no UTF-8
+                "return_tokens": True,
+                "verbose": True,
             }
         )
-        if "choices" not in found:
+        if "__verbose" not in found:
             raise SystemExit(f"{found}")
-        steps = found["choices"][0]["logprobs"]["content"]
-        tokens[n, : len(steps)] = [step["id"] for step in steps]
-        logprobs[n, : len(steps)] = [step["logprob"] for step in steps]
-    np.savez(answered, tokens=tokens, logprobs=logprobs, version=np.array(version("xllamacpp")))
+        new = found["__verbose"]["tokens"]
+        tokens[n, : len(new)] = new
+    np.savez(answered, tokens=tokens, version=np.array(version("xllamacpp")))
 
 
 if __name__ == "__main__":

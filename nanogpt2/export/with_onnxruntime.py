@@ -1,6 +1,7 @@
 """A script: run model.onnx by onnxruntime: a prompt, then one token a step with the cache.
 
-Its arguments: the folder, a JSON job {"prompts", "steps"}, the .npz file to write.
+Its arguments: the folder, a JSON job {"prompts", "tokens"}, the .npz file to write. tokens: those
+that follow each prompt; the last one is not read.
 """
 
 import json
@@ -12,7 +13,7 @@ import onnxruntime
 
 
 def main() -> None:
-    """Write logits, float32 (the steps of all prompts, V)."""
+    """Write logits, float32 (all tokens, V): those after the prompt and each token but the last."""
     folder, asked, answered = sys.argv[1:]
     job = json.loads(Path(asked).read_text())
     options = onnxruntime.SessionOptions()
@@ -23,24 +24,20 @@ def main() -> None:
     )
     past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values")}
     logits = []
-    for prompt, steps in zip(job["prompts"], job["steps"], strict=True):
+    for prompt, tokens in zip(job["prompts"], job["tokens"], strict=True):
         cache = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in past.items()}
-        new = [prompt]  # (B, T)
-        for done in range(steps):
-            start = 0 if done == 0 else len(prompt) + done - 1
-            end = start + len(new[0])
-            found = session.run(
-                None,
-                {
-                    "input_ids": np.array(new),
-                    "attention_mask": np.ones((1, end), np.int64),
-                    "position_ids": np.arange(start, end)[None],
-                }
-                | cache,
-            )
+        start = 0
+        for new in [prompt, *([token] for token in tokens[:-1])]:
+            end = start + len(new)
+            inputs = {
+                "input_ids": np.array([new]),
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": np.arange(start, end)[None],
+            }
+            found = session.run(None, inputs | cache)
             logits.append(found[0][0, -1])
             cache = dict(zip(past, found[1:], strict=True))
-            new = [[int(logits[-1].argmax())]]
+            start = end
     np.savez(answered, logits=np.stack(logits), version=np.array(onnxruntime.__version__))
 
 
