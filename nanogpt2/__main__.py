@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train or fine-tune: nanogpt2 train book.txt --init demo --out out",
     "evaluate": "measure a model: nanogpt2 evaluate book.txt --model out",
     "quantize": "narrow the weights: nanogpt2 quantize out --out out-int8",
-    "export": "write a model for other programs: nanogpt2 export out --to gguf --out g",
+    "export": "write it for other programs: nanogpt2 export out --to gguf --out g",
     "tune": "time a model's products on this machine: nanogpt2 tune gpt2",
     "serve": "answer over HTTP, with a page: nanogpt2 serve --model demo",
 }

@@ -185,6 +185,7 @@ def test_a_gguf_file(folder, model, tmp_path, capsys, dtype):
         assert kind == "F32" and np.array_equal(widened, tensor.detach().numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
 def test_llama_cpp_continues_ten_prompts_alike(tmp_path, capsys, dtype):
     """The demo model, whose likeliest tokens are seldom close; 32 tokens each."""

@@ -14,6 +14,7 @@ Sources: ggml docs/gguf.md; the gguf package; llama.cpp conversion/gpt2.py.
 """
 
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,13 @@ def write(source: Source, folder: Path) -> None:
         writer.add_tensor_info(
             name_of(name), shape, np.dtype(np.uint8), math.prod(shape), kinds[name]
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in state.items():
-        writer.write_tensor_data(_narrowed(tensor.numpy(), kinds[name]))
-    writer.close()
+    # an open file is closed even where a write failed
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in state.items():
+            writer.write_tensor_data(_narrowed(tensor.numpy(), kinds[name]))
 
 
 def _kind(name: str, axes: int, dtype: str) -> Any:
@@ -176,16 +178,15 @@ def check(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def _whole(ours: Continuation, theirs: np.ndarray, ends: list[int]) -> list[int]:
-    """Return llama.cpp's tokens as many as ours. It ends a text at an end token, and -1 follows.
+    """Return as many of llama.cpp's tokens as the model has: it ends a text at an end token.
 
-    The model's own tokens go on where it chose an end token too.
+    Where the model chose an end token too, its own tokens follow.
     """
-    count = int((theirs >= 0).sum())
-    own = ours.tokens[count:]
-    return [
-        *theirs[:count].tolist(),
-        *(own if own[:1] and own[0] in ends else ends[-1:] * len(own)),
-    ]
+    found = theirs[theirs >= 0].tolist()
+    own = ours.tokens[len(found) :]
+    if not ({*found[-1:], *own[:1]} & {*ends}):
+        own = ends[-1:] * len(own)
+    return [*found, *own]
 
 
 def compare(source: Source, file: Path) -> tuple[int, float]:

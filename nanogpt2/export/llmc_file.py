@@ -48,15 +48,15 @@ def write(source: Source, folder: Path) -> None:
 
 def laid_out(source: Source) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in the file's order and type, the embedding with its rows of zeros."""
-    state = dict(source.tensors())
+    state, dtype = dict(source.tensors()), getattr(torch, source.dtype)
     c = source.model.config
     blocks = [f"h.{n}.{part}.{kind}" for part in PARTS for kind in KINDS for n in range(c.n_layer)]
     names = ["wte.weight", "wpe.weight", *blocks, "ln_f.weight", "ln_f.bias"]
     for name in names:
-        yield name, state[name].to(getattr(torch, source.dtype))
+        yield name, state[name].to(dtype)
         if name == "wte.weight":
             rows = _padded(c.vocab_size) - c.vocab_size
-            yield "wte's rows of zeros", torch.zeros(rows, c.n_embd).to(state[name].dtype)
+            yield "wte's rows of zeros", torch.zeros(rows, c.n_embd, dtype=dtype)
 
 
 def _tokenizer(tokenizer: Tokenizer) -> bytes:

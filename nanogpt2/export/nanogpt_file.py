@@ -48,7 +48,11 @@ def write(source: Source, folder: Path) -> None:
         "config": {},
     }
     with (folder / FILE).open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch's writer, closing after a write that failed, fails once more
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def state_of(source: Source) -> dict[str, Tensor]:

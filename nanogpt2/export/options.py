@@ -1,6 +1,5 @@
 """The command line of `nanogpt2 export`."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,15 +79,16 @@ class ExportConfig:
             )
         if self.out is None:
             raise ValueError("out must be given: a new folder")
+        parent = Path(self.out).parent
+        if not parent.is_dir():
+            raise ValueError(f"out must be in a folder that is there, not in {str(parent)!r}")
         try:
-            is_there, parent = os.path.lexists(self.out), Path(self.out).parent
-            is_missing = not parent.is_dir()
+            Path(self.out).lstat()
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise ValueError(f"out {error}") from None
-        if is_there:
-            raise ValueError(f"out must be a folder that is not there yet, not {self.out!r}")
-        if is_missing:
-            raise ValueError(f"out must be in a folder that is there, not in {str(parent)!r}")
+        raise ValueError(f"out must be a folder that is not there yet, not {self.out!r}")
 
     @classmethod
     def from_flags(cls, given: dict[str, Any]) -> "ExportConfig":
