@@ -50,6 +50,7 @@ TYPES = {
 # how much the model may prefer its own token where llama.cpp first takes another one, relative to
 # the largest logit
 MARGINS = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 1e-2, "q8_0": 4e-2}
+KINDS = ("USER_DEFINED", "CONTROL")  # of an added token: not special, special
 BLOCK = 32
 ROWS = 4096  # rows of a matrix that are converted at once
 
@@ -132,14 +133,19 @@ def _add_vocabulary(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
     """
     from gguf import TokenType
 
-    c = source.model.config
-    tokens = sorted(tokenizer.vocabulary, key=tokenizer.vocabulary.__getitem__)
-    kinds = [TokenType.CONTROL if t == END_OF_TEXT else TokenType.NORMAL for t in tokens]
-    unused = range(len(tokens), c.vocab_size)
+    if not getattr(tokenizer, "shows_merges", True):
+        raise ValueError("has a vocabulary that is no byte-level BPE, which --to gguf needs")
+    c, added = source.model.config, getattr(tokenizer, "added", ())
+    text_of = {i: text for text, i in tokenizer.vocabulary.items()}
+    text_of |= {token.id: token.content for token in added}
+    kind_of = {token.id: KINDS[token.special] for token in added}
+    kind_of = kind_of or {tokenizer.end_of_text: KINDS[True]}
+    tokens = [text_of.get(i, f"[PAD{i}]") for i in range(c.vocab_size)]
+    kinds = [kind_of.get(i, "NORMAL" if i in text_of else "UNUSED") for i in range(c.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in unused)])
-    writer.add_token_types([*kinds, *(TokenType.UNUSED for _ in unused)])
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType[kind] for kind in kinds])
     writer.add_token_merges(tokenizer.merges.splitlines()[1:] or [f"{END_OF_TEXT} {END_OF_TEXT}"])
     # without these llama.cpp would take token 11
     writer.add_bos_token_id(tokenizer.end_of_text if c.bos_token_id is None else c.bos_token_id)
