@@ -108,9 +108,7 @@ NARROW = (
 )
 ALONE = ("ours", "ours, fp16", "ours, int8", *WIDE[1:])
 ROWS = {
-    "greedy": Row(
-        "greedy, one row", "ms a token", (*WIDE, "llama.cpp", EXACT[2]), {}, 32
-    ),
+    "greedy": Row("greedy, one row", "ms a token", (*WIDE, "llama.cpp", EXACT[2]), {}, 32),
     "sampled": Row("sampled, one row", "ms a token", SAMPLERS, SAMPLED, 32),
     "beams": Row("5 beams", "ms a token", WIDE, BEAMS, 24),
     "mission": Row(

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train or fine-tune: nanogpt2 train book.txt --init demo --out out",
     "evaluate": "measure a model: nanogpt2 evaluate book.txt --model out",
     "quantize": "narrow the weights: nanogpt2 quantize out --out out-int8",
+    "export": "write it for other programs: nanogpt2 export out --to gguf --out g",
     "tune": "time a model's products on this machine: nanogpt2 tune gpt2",
     "serve": "answer over HTTP, with a page: nanogpt2 serve --model demo",
 }
@@ -22,7 +23,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("run", "generate", "chat", "complete", "completion", "infer"), "sample"),
     **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "sft", "create"), "train"),
     **dict.fromkeys(("eval", "test", "perplexity", "benchmark", "lm_eval"), "evaluate"),
-    **dict.fromkeys(("convert", "compress", "int8"), "quantize"),
+    **dict.fromkeys(("compress", "int8"), "quantize"),
+    **dict.fromkeys(("convert", "gguf", "onnx", "to_hf"), "export"),
     **dict.fromkeys(("server", "api", "http", "web", "ui", "gui", "app"), "serve"),
 }
 

@@ -58,7 +58,7 @@ def test_an_unknown_command(capsys, monkeypatch):
         commands.main()
     assert capsys.readouterr().err == (
         "error: 'sampel' is not a command; the commands are sample, train, evaluate, quantize, "
-        "tune, serve\n"
+        "export, tune, serve\n"
     )
 
 

@@ -145,6 +145,17 @@ MAY_IMPORT = {
         "terminal",
         "tokenizer",
     ],
+    "export": [
+        "checkpoints",
+        "config",
+        "cpu",
+        "export",
+        "filesystem",
+        "metrics",
+        "model",
+        "terminal",
+        "tokenizer",
+    ],
     "evaluate": [
         "checkpoints",
         "classifier",

@@ -698,7 +698,7 @@ def test_a_pipeline_pads_a_batch(tmp_path):
 # torch's own import of its compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_export_takes_the_model_at_every_length():
-    """What docs/generation.md says of ONNX builds on it."""
+    """`--to onnx` builds on it."""
     model = small(byte_tokenizer()).eval()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     any_size = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
