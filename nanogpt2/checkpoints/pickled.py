@@ -264,13 +264,15 @@ def _entries(
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_neg() or tensor.is_conj():
             raise ValueError(f"tensor {show(name)} is no plain tensor")
-        place = places.get(found[name])
+        place, width = places.get(found[name]), tensor.dtype.itemsize
         # past attributes that a pickle may give a tensor
-        if place is None or Tensor.untyped_storage(tensor).nbytes() != place.size:
+        size = Tensor.untyped_storage(tensor).nbytes()
+        # before PyTorch 2.12 a storage without bytes counts each byte as a number
+        if place is None or size not in (place.size, place.size * width):
             raise ValueError(f"tensor {show(name)} has no storage of its size")
         shape, strides = (*map(int, tensor.shape),), (*map(int, Tensor.stride(tensor)),)
         first = int(Tensor.storage_offset(tensor))
-        count, width = math.prod(shape), tensor.dtype.itemsize
+        count = math.prod(shape)
         span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         span = span if count else 0
         if len(shape) > MOST_AXES or count > span:
