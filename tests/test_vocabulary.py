@@ -551,3 +551,21 @@ def test_no_damage_to_a_vocabulary_is_a_traceback(tmp_path):
                 load_tokenizer(folder).encode("the cat")
             except (ValueError, OSError) as error:
                 assert "\n" not in str(error) and "tokenizer.json" in str(error)
+
+
+HOSTILE = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "decoder": {"type": "Strip", "content": "a", "start": 1000, "stop": 1000},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"},
+    "model": {"type": "WordLevel", "vocab": {"the": 0, "cat": 1}, "unk_token": "[UNK]"},
+}
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+def test_what_the_library_panics_at_is_one_line(tmp_path, part):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=unigram())
+    write(tmp_path, len(theirs), theirs)
+    edit(tmp_path / "tokenizer.json", **{part: HOSTILE[part]}, added_tokens=[])
+    edit(tmp_path / "tokenizer_config.json", unk_token=None)
+    with pytest.raises(ValueError, match=r"tokenizers cannot|tokenizer cannot encode the text"):
+        load_tokenizer(tmp_path).encode("the dog")
