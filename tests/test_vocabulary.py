@@ -569,3 +569,20 @@ def test_what_the_library_panics_at_is_one_line(tmp_path, part):
     edit(tmp_path / "tokenizer_config.json", unk_token=None)
     with pytest.raises(ValueError, match=r"tokenizers cannot|tokenizer cannot encode the text"):
         load_tokenizer(tmp_path).encode("the dog")
+
+
+@pytest.mark.parametrize("eos", [2, None, 10**6, -1, [2]])
+def test_the_end_of_a_vocabulary_that_states_none(tmp_path, eos):
+    """config.json's, where the vocabulary lacks transformers' default."""
+    library = trained(tmp_path, 300, ["<s>", "<pad>", "</s>"])
+    write(tmp_path / "m", 310, eos_token_id=eos)
+    library.model.save(str(tmp_path / "m"))
+    ours = load_tokenizer(tmp_path / "m")
+    # the next free row is what AutoTokenizer gives <|endoftext|>
+    assert ours.end_of_text == (2 if eos in (2, [2]) else 300)
+    assert ours.end_text == ("</s>" if eos in (2, [2]) else "<|endoftext|>")
+    assert_agree(tmp_path / "m", ours, ["<|endoftext|>"])
+    save_model(load_model(tmp_path / "m"), tmp_path / "again", ours)
+    if eos in (2, [2]):
+        edit(tmp_path / "again/config.json", eos_token_id=2)
+    assert load_tokenizer(tmp_path / "again") == ours
