@@ -17,6 +17,7 @@ This file does not know models, checkpoints or prompts.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from typing_extensions import override
@@ -70,7 +71,8 @@ class LibraryTokenizer(Tokenizer):
         for token in self.added:
             if found.get(token.content) != token.id:
                 raise ValueError(f"token {token.content[:40]!r} cannot have the id {token.id}")
-        self._bytes = self._texts(max(found.values(), default=-1) + 1)
+        with _told("the library tokenizers cannot decode its tokens"):
+            self._bytes = self._texts(max(found.values(), default=-1) + 1)
 
     def _engine(self, allow_special: bool) -> Any:
         try:
@@ -81,12 +83,8 @@ class LibraryTokenizer(Tokenizer):
             ) from None
         # tokens around a text belong to no prompt and no part of a corpus
         alone = {"truncation": None, "padding": None, "post_processor": None}
-        try:
+        with _told("the library tokenizers cannot read it"):
             engine = tokenizers.Tokenizer.from_str(json.dumps(self.stated | alone))
-        except Exception as error:
-            # the library raises no other class
-            line = " ".join(str(error).split())[:80]
-            raise ValueError(f"the library tokenizers cannot read it: {line}") from None
         engine.encode_special_tokens = not allow_special
         return engine
 
@@ -145,7 +143,20 @@ class LibraryTokenizer(Tokenizer):
     def decode(self, ids: Any) -> str:
         # checks the ids
         self.decode_bytes(ids)
-        return str(self._engines[True].decode([*map(int, ids)], skip_special_tokens=False))
+        with _told("the model's tokenizer cannot decode the ids"):
+            return str(self._engines[True].decode([*map(int, ids)], skip_special_tokens=False))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise ValueError for an error of the library. Its panics are no Exception of Python's."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        line = " ".join(str(error).split())[:80]
+        raise ValueError(f"{what}: {line}") from None
 
 
 class _Window:
@@ -153,12 +164,9 @@ class _Window:
 
     def __init__(self, engine: Any, text: str) -> None:
         self._engine, self.text = engine, text
-        try:
+        # a word without a token, in a model that has no token for unknown words
+        with _told("the model's tokenizer cannot encode the text"):
             found = engine.encode(text, add_special_tokens=False)
-        except Exception as error:
-            # a word without a token, in a model that has no token for unknown words
-            line = " ".join(str(error).split())[:80]
-            raise ValueError(f"the model's tokenizer cannot encode the text: {line}") from None
         self.ids: list[int] = found.ids
         self._ends = [end for _, end in found.offsets]
 

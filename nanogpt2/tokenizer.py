@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
 from typing import Any, Self
 
 import tiktoken
@@ -53,7 +52,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 # what a vocabulary calls its special tokens, as tokenizer_config.json does
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 READY = 1 << 12  # ids that are yielded at once, or more
-LONGEST_CHECKED = 512  # bytes of a token; the check takes their square
 
 
 class Tokenizer:
@@ -283,27 +281,39 @@ def reproduces(pairs: Sequence[tuple[str, str]], vocabulary: Mapping[str, int]) 
     the given pairs if the parts of each pair come before it, no token has two pairs, and the merges
     lead from each token's bytes to the token: then no other two parts of it can meet.
     """
-    made = {*printable_bytes().values()}
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    for left, right in pairs:
+    # a token -> its rank and its parts
+    made = dict.fromkeys(printable_bytes().values(), (-1, "", ""))
+    for rank, (left, right) in enumerate(pairs):
         if left not in made or right not in made or left + right in made:
             return False
-        made.add(left + right)
-    if not made <= vocabulary.keys():
-        return False
-    return all(_is_merged(left + right, ranks) for left, right in pairs)
-
-
-def _is_merged(token: str, ranks: Mapping[tuple[str, str], int]) -> bool:
-    """Tell whether the merges lead from a token's bytes to the token; False for a very long one."""
-    parts = list(token) if len(token) <= LONGEST_CHECKED else []
-    while len(parts) > 1:
-        found = [ranks.get(pair, len(ranks)) for pair in pairwise(parts)]
-        at = found.index(min(found))
-        if found[at] == len(ranks):
+        if not _meet(left, right, ranks, made):
             return False
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return len(parts) == 1
+        made[left + right] = rank, left, right
+    return made.keys() <= vocabulary.keys()
+
+
+def _meet(
+    left: str,
+    right: str,
+    ranks: Mapping[tuple[str, str], int],
+    made: Mapping[str, tuple[int, str, str]],
+) -> bool:
+    """Tell whether the merges of `left` and of `right` leave the border between the two.
+
+    Go back in time: the part at the border that was made last falls apart. Two parts at the border
+    merge if their rank comes before either one's end; of equal ranks the left merge comes first.
+    """
+    while True:
+        (left_rank, _, left_end), (right_rank, right_start, _) = made[left], made[right]
+        if left_rank == right_rank == -1:
+            return True
+        if left_rank > right_rank:
+            left, limit = left_end, left_rank
+        else:
+            right, limit = right_start, right_rank + 1
+        if ranks.get((left, right), limit) < limit:
+            return False
 
 
 def sound(part: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from itertools import pairwise
 
 import pytest
 import tiktoken
@@ -241,3 +242,59 @@ def test_a_million_blanks():
 def test_a_row_of_a_tensor_is_decoded():
     ids = gpt2_tokenizer().encode("a sheep jumped")
     assert gpt2_tokenizer().decode(torch.tensor(ids)) == "a sheep jumped"
+
+
+# ---- other merges
+
+
+def are_merged(token, ranks):
+    """Whether the merges lead from a token's bytes to the token, one after the other."""
+    parts = list(token)
+    while len(parts) > 1:
+        found = [ranks.get(pair, len(ranks)) for pair in pairwise(parts)]
+        at = found.index(min(found))
+        if found[at] == len(ranks):
+            return False
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return True
+
+
+def test_which_merges_tiktoken_reproduces():
+    """The border between two parts tells what all steps tell."""
+    rng, counts = random.Random(1), [0, 0]
+    for _ in range(2000):
+        pool, pairs = list("abc"), []
+        for _ in range(rng.randrange(1, 9)):
+            pair = (rng.choice(pool), rng.choice(pool))
+            if "".join(pair) not in pool:
+                pairs.append(pair)
+                pool.append("".join(pair))
+        vocabulary = dict.fromkeys([*module.printable_bytes().values(), *pool], 0)
+        ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        expected = all(are_merged("".join(pair), ranks) for pair in pairs)
+        assert module.reproduces(pairs, vocabulary) == expected, pairs
+        counts[expected] += 1
+    assert min(counts) > 100
+    lines = [tuple(line.split(" ")) for line in gpt2_tokenizer().merges.splitlines()[1:]]
+    assert module.reproduces(lines, gpt2_tokenizer().vocabulary)
+    assert not module.reproduces(lines[::-1], gpt2_tokenizer().vocabulary)
+    assert not module.reproduces([*lines, lines[5]], gpt2_tokenizer().vocabulary)
+    assert not module.reproduces(lines, {"a": 0})
+
+
+def test_tokens_added_to_a_tokenizer():
+    for base in (gpt2_tokenizer(), byte_tokenizer()):
+        grown = base.with_added(["<user>", "<user>s"])
+        assert (
+            grown.vocab_size == base.vocab_size + 2
+            and base.encode("<user>")[-1] == base.encode(">")[0]
+        )
+        first = base.vocab_size
+        assert grown.encode("a<user>s<user>") == [*base.encode("a"), first + 1, first]
+        assert grown.decode([first, first + 1]) == "<user><user>s"
+        assert grown != base and grown.key != base.key and grown.end_of_text == base.end_of_text
+        assert grown == base.with_added(["<user>"]).with_added(["<user>s"])
+        assert grown.encode("<|endoftext|>") == base.encode("<|endoftext|>")
+        for text in ("", "a", "<user>", "<|endoftext|>", "\ud800<", "<\u00e9>"):
+            with pytest.raises(ValueError, match="token"):
+                grown.with_added([text])

@@ -551,3 +551,38 @@ def test_no_damage_to_a_vocabulary_is_a_traceback(tmp_path):
                 load_tokenizer(folder).encode("the cat")
             except (ValueError, OSError) as error:
                 assert "\n" not in str(error) and "tokenizer.json" in str(error)
+
+
+HOSTILE = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "decoder": {"type": "Strip", "content": "a", "start": 1000, "stop": 1000},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"},
+    "model": {"type": "WordLevel", "vocab": {"the": 0, "cat": 1}, "unk_token": "[UNK]"},
+}
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+def test_what_the_library_panics_at_is_one_line(tmp_path, part):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=unigram())
+    write(tmp_path, len(theirs), theirs)
+    edit(tmp_path / "tokenizer.json", **{part: HOSTILE[part]}, added_tokens=[])
+    edit(tmp_path / "tokenizer_config.json", unk_token=None)
+    with pytest.raises(ValueError, match=r"tokenizers cannot|tokenizer cannot encode the text"):
+        load_tokenizer(tmp_path).encode("the dog")
+
+
+@pytest.mark.parametrize("eos", [2, None, 10**6, -1, [2]])
+def test_the_end_of_a_vocabulary_that_states_none(tmp_path, eos):
+    """config.json's, where the vocabulary lacks transformers' default."""
+    library = trained(tmp_path, 300, ["<s>", "<pad>", "</s>"])
+    write(tmp_path / "m", 310, eos_token_id=eos)
+    library.model.save(str(tmp_path / "m"))
+    ours = load_tokenizer(tmp_path / "m")
+    # the next free row is what AutoTokenizer gives <|endoftext|>
+    assert ours.end_of_text == (2 if eos in (2, [2]) else 300)
+    assert ours.end_text == ("</s>" if eos in (2, [2]) else "<|endoftext|>")
+    assert_agree(tmp_path / "m", ours, ["<|endoftext|>"])
+    save_model(load_model(tmp_path / "m"), tmp_path / "again", ours)
+    if eos in (2, [2]):
+        edit(tmp_path / "again/config.json", eos_token_id=2)
+    assert load_tokenizer(tmp_path / "again") == ours

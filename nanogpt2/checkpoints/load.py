@@ -106,7 +106,8 @@ class Checkpoint:
         """
         if self._vocabulary is not None:
             eos = self._source.stated.get("eos_token_id")
-            return self._vocabulary.tokenizer(eos if type(eos) is int else None)
+            ids = eos if isinstance(eos, list) else [eos]
+            return self._vocabulary.tokenizer(next((i for i in ids if type(i) is int), None))
         if (tokenizer := by_size(self.config.vocab_size)) is None:
             raise ValueError(
                 f"no tokenizer here has a vocabulary of {self.config.vocab_size} "

@@ -85,7 +85,10 @@ class Vocabulary:
         Raises ValueError for files that cannot be read.
         """
         roles, ids = self.roles, {token.content: token.id for token in self.added} | self.tokens
-        end = ids.get(END_OF_TEXT) if eos is None or eos >= self.vocab_size else eos
+        end = ids.get(END_OF_TEXT) if eos is None or not 0 <= eos < self.vocab_size else eos
+        if end == eos and "eos_token" not in self.settings and END_OF_TEXT not in self.tokens:
+            # transformers' default, which this vocabulary does not have
+            roles.pop("eos_token", None)
         known = next((t for t in _known() if t.vocabulary == self.tokens | _end_of(t)), None)
         is_plain = self._is_plain()
         if known is not None and is_plain:
