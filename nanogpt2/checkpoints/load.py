@@ -39,7 +39,8 @@ from nanogpt2.checkpoints.names import (
     unpadded,
 )
 from nanogpt2.checkpoints.state import map_state, read_state
-from nanogpt2.checkpoints.vocabulary import Vocabulary, by_size, is_chat, read_vocabulary
+from nanogpt2.checkpoints.tokenizer_files import is_chat
+from nanogpt2.checkpoints.vocabulary import Vocabulary, by_size, read_vocabulary
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, official_name
 from nanogpt2.cpu.inference_model import EMBEDDING, InferenceGPT, check_scheme

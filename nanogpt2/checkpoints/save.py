@@ -13,7 +13,7 @@ from nanogpt2.checkpoints.folder import (
 )
 from nanogpt2.checkpoints.names import DTYPES, PREFIX, TRANSPOSED
 from nanogpt2.checkpoints.replace import replace_set
-from nanogpt2.checkpoints.vocabulary import tokenizer_files
+from nanogpt2.checkpoints.tokenizer_files import tokenizer_files
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.cpu.inference_model import HEAD, InferenceGPT
 from nanogpt2.model import GPT

@@ -115,9 +115,6 @@ def prepare(config: TrainConfig, folder: RunFolder, world: World) -> Run | None:
     with usage_error("--init"):
         model, tokenizer = make_model(config, checkpoint, world.device)
         model.use_kernels(config.kernels, world.device)
-        if config.task != "classify":
-            # the id between texts: a ValueError where there is none
-            _ = tokenizer.end_of_text
     if config.validation is not None:
         with usage_error("--validation"):
             check_data(config.validation)
@@ -207,6 +204,9 @@ def make_model(
     if checkpoint is None and config.added:
         tokenizer = with_added(tokenizer, config)
         add_rows(model, tokenizer.vocab_size)
+    if config.task != "classify":
+        # the id between texts: a ValueError where there is none
+        _ = tokenizer.end_of_text
     return model, tokenizer
 
 
