@@ -340,7 +340,7 @@ def test_parts_of_another_text_are_not_used(tmp_path, small, monkeypatch):
     ids, journal = leave(tmp_path, monkeypatch)
     kept = ids.read_bytes(), journal.read_bytes()
     text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("Text 40:", "TEXT 40:"), encoding="utf-8")
+    path.write_text(text.replace("Text 12:", "TEXT 12:"), encoding="utf-8")
     expected = read(path, tmp_path / "whole")
     streams = Streams(GPT2, "lm", Columns(), GPT2.vocab_size, tmp_path / "cache")
     wanted = next((tmp_path / "whole").glob("*.tokens")).name

@@ -54,8 +54,8 @@ class Unfinished:
         self._held_text = ""
         self._ids: BinaryIO | None = None
         self._journal: TextIO | None = None
-        if path is not None and _named(path, "journal").exists():
-            with suppress(OSError):
+        with suppress(OSError):
+            if path is not None and _named(path, "journal").exists():
                 self._open()
 
     def keep(self, blocks: int) -> None:
