@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nanogpt2.export.prompts import Continuation
 
@@ -42,7 +43,9 @@ def answers(script: str, folder: Path, job: Mapping[str, Any]) -> dict[str, np.n
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+            | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         if done.returncode or not answered.exists():
             said = done.stderr.decode(errors="replace").strip().splitlines()

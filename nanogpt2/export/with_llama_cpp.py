@@ -5,6 +5,7 @@ xllamacpp is llama.cpp's server as a package with a compiled wheel.
 """
 
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,9 @@ def main() -> None:
     options = xllamacpp.CommonParams()
     options.model.path = str(Path(folder) / "model.gguf")
     options.n_ctx, options.n_parallel, options.warmup = job["context"], 1, False
+    # its threads wait by spinning, which stalls beside other programs
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     # the cache's default of 16 bits would differ from the model by more than the weights do
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(options)

@@ -5,6 +5,7 @@ that follow each prompt; the last one is not read.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def main() -> None:
     folder, asked, answered = sys.argv[1:]
     job = json.loads(Path(asked).read_text())
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     # weights packed anew for speed would take the model's memory twice
     options.add_session_config_entry("session.disable_prepacking", "1")
     session = onnxruntime.InferenceSession(
