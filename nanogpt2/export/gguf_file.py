@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt2.checkpoints.names import POSITIONS
-from nanogpt2.checkpoints.vocabulary import CHAT_TEMPLATE
+from nanogpt2.checkpoints.tokenizer_files import CHAT_TEMPLATE
 from nanogpt2.export.counterpart import CheckError, agreement, answers, is_installed
 from nanogpt2.export.prompts import NEW, Continuation, continuation, prompts_for
 from nanogpt2.export.source import Source

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt2.checkpoints.folder import config_files
-from nanogpt2.checkpoints.vocabulary import tokenizer_files
+from nanogpt2.checkpoints.tokenizer_files import tokenizer_files
 from nanogpt2.export.counterpart import answers, largest_difference
 from nanogpt2.export.prompts import greedy_logits, prompts_for
 from nanogpt2.export.source import Source

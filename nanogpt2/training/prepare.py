@@ -219,14 +219,16 @@ def with_added(tokenizer: Tokenizer, config: TrainConfig) -> Tokenizer:
 def add_rows(model: Model, vocab_size: int) -> None:
     """Append rows to the token embedding, each the mean of the old ones, up to `vocab_size`.
 
-    Raises ValueError for a model whose rows are more than its tokens already.
+    A head of its own gets rows in the same way. Raises ValueError for a model whose rows are more than its tokens already.
     """
     gpt = model.transformer if isinstance(model, GPTClassifier) else model
-    old = gpt.wte.weight.detach()  # (V, C)
-    if (new := vocab_size - len(old)) < 0:
-        raise ValueError(f"the model has {len(old)} rows, more than its tokenizer has tokens")
-    mean = old.float().mean(0, keepdim=True).to(old.dtype)  # (1, C)
-    gpt.wte.weight = torch.nn.Parameter(torch.cat([old, mean.expand(new, -1)]))
+    rows = gpt.config.vocab_size
+    if (new := vocab_size - rows) < 0:
+        raise ValueError(f"the model has {rows} rows, more than its tokenizer has tokens")
+    for table in [gpt.wte] if gpt.config.tie_word_embeddings else [gpt.wte, gpt.lm_head]:
+        old = table.weight.detach()  # (V, C)
+        mean = old.float().mean(0, keepdim=True).to(old.dtype)  # (1, C)
+        table.weight = torch.nn.Parameter(torch.cat([old, mean.expand(new, -1)]))
     gpt.wte.num_embeddings = vocab_size
     model.config = gpt.config = replace(gpt.config, vocab_size=vocab_size)
 
