@@ -219,13 +219,15 @@ def with_added(tokenizer: Tokenizer, config: TrainConfig) -> Tokenizer:
 def add_rows(model: Model, vocab_size: int) -> None:
     """Append rows to the token embedding, each the mean of the old ones, up to `vocab_size`.
 
-    A head of its own gets rows in the same way. Raises ValueError for a model whose rows are more than its tokens already.
+    A head of its own gets rows in the same way. Raises ValueError for a model whose rows are more
+    than its tokens already.
     """
     gpt = model.transformer if isinstance(model, GPTClassifier) else model
     rows = gpt.config.vocab_size
     if (new := vocab_size - rows) < 0:
         raise ValueError(f"the model has {rows} rows, more than its tokenizer has tokens")
-    for table in [gpt.wte] if gpt.config.tie_word_embeddings else [gpt.wte, gpt.lm_head]:
+    tables: list[Any] = [gpt.wte] if gpt.config.tie_word_embeddings else [gpt.wte, gpt.lm_head]
+    for table in tables:
         old = table.weight.detach()  # (V, C)
         mean = old.float().mean(0, keepdim=True).to(old.dtype)  # (1, C)
         table.weight = torch.nn.Parameter(torch.cat([old, mean.expand(new, -1)]))
