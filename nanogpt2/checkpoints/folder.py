@@ -55,8 +55,7 @@ UNUSUAL = (
 )
 # by file: the SHA-256 of the text replaced and the new text, from a header
 Replaces = Mapping[str, tuple[Any, Any]]
-# config.json's names that differ from ours
-# by minGPT's names of models
+# heads by minGPT's names of models
 MINGPT_HEADS = {
     "openai-gpt": 12,
     "gpt2": 12,
@@ -68,6 +67,7 @@ MINGPT_HEADS = {
     "gpt-micro": 4,
     "gpt-nano": 3,
 }
+# config.json's names that differ from ours
 THEIR_NAMES = {"block_size": "n_positions", "mlp_width": "n_inner"}
 # other names of tanh GELU and of erf GELU
 ACTIVATIONS = {
