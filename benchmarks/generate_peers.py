@@ -13,8 +13,8 @@ because memory is measured above that of `import torch`.
 Arms that are timed side by side run `Apart`. With CTranslate2's threads in the same process, OpenMP
 lets torch's threads sleep between any two operations, and a step of ours took twice as long.
 
-Sources: CTranslate2's converter reads transformers' folder itself. This file writes the GGUF file
-for llama.cpp, by the format's specification (ggml docs/gguf.md) and the names of the gguf package.
+CTranslate2's converter reads transformers' folder itself; llama.cpp's file is written as by
+`nanogpt2 export`.
 """
 
 import importlib
@@ -24,7 +24,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,17 +35,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # our names -> GGUF's, inside and outside the layers
-GGUF_NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_f": "output_norm",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 
 
 class MissingError(Exception):
@@ -305,12 +294,21 @@ class LlamaCpp:
 
     def __init__(self, folder: Path, weights: str = "float32") -> None:
         library = need("llama_cpp")
-        file = folder / f"{weights}.gguf"
-        if not file.exists():
-            write_gguf(folder, file, weights)
+        need("gguf")
+        from nanogpt2.export import gguf_file
+        from nanogpt2.export.run import opened
+
+        made = folder / weights
+        if not made.exists():
+            made.mkdir()
+            gguf_file.write(opened(str(folder), "gguf", weights.lower()), made)
         threads = torch.get_num_threads()
         self.model = library.Llama(
-            str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+            str(made / gguf_file.FILE),
+            n_ctx=1024,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
         )
 
     def generate(self, prompt: list[int], new: int, seed: int = 0) -> list[int]:
@@ -318,50 +316,3 @@ class LlamaCpp:
         self.model.reset()
         tokens: Iterator[int] = self.model.generate(prompt, temp=0.0, repeat_penalty=1.0)
         return [token for token, _ in zip(tokens, range(new), strict=False)]
-
-
-def write_gguf(folder: Path, file: Path, weights: str) -> None:
-    """Write a folder's model as llama.cpp's format, its matrices in float32 or Q8_0."""
-    gguf = need("gguf")
-    from nanogpt2 import load_model
-
-    model = load_model(folder)
-    c = model.config
-    writer = gguf.GGUFWriter(str(file), "gpt2")
-    writer.add_block_count(c.n_layer)
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_feed_forward_length(4 * c.n_embd)
-    writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(c.layer_norm_epsilon)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    writer.add_token_merges([line for line in merges if not line.startswith("#version")])
-    writer.add_token_types([1] * len(vocabulary))
-    writer.add_bos_token_id(c.bos_token_id)
-    writer.add_eos_token_id(c.bos_token_id)
-    for name, tensor in gguf_tensors(model.state_dict().items()):
-        array = tensor.detach().numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0
-        if weights == "Q8_0" and array.ndim == 2 and name != "position_embd.weight":
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_tensors(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Rename tensors as GGUF does. Its matrices are [out, in] like ours, and its head is tied."""
-    for name, tensor in state:
-        place, _, kind = name.rpartition(".")
-        if place.startswith("h."):
-            _, layer, part = place.split(".", 2)
-            yield f"blk.{layer}.{GGUF_NAMES[part]}.{kind}", tensor
-        else:
-            yield f"{GGUF_NAMES[place]}.{kind}", tensor

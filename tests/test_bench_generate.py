@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 
 from benchmarks import bench_generate, generate_peers
 from benchmarks.bench_generate import (
@@ -25,7 +24,6 @@ from benchmarks.bench_generate import (
 )
 from benchmarks.generate_alone import tensor_bytes
 from benchmarks.generate_peers import (
-    GGUF_NAMES,
     Apart,
     MissingError,
     Ours,
@@ -193,21 +191,6 @@ def test_the_arms_options_are_the_same_draw(bench):
         for arm in arms
     }
     assert len(drawn) == 2
-
-
-def test_gguf_names():
-    model = GPT(GPTConfig(vocab_size=11, block_size=7, n_layer=2, n_head=1, n_embd=4))
-    found = dict(generate_peers.gguf_tensors(model.state_dict().items()))
-    assert len(found) == len(model.state_dict())
-    assert found["token_embd.weight"].shape == (11, 4)
-    assert found["position_embd.weight"].shape == (7, 4)
-    # [out, in]
-    assert found["blk.1.attn_qkv.weight"].shape == (12, 4)
-    assert torch.equal(found["blk.1.ffn_down.weight"], model.h[1].mlp.c_proj.weight)
-    assert torch.equal(found["blk.0.attn_norm.bias"], model.h[0].ln_1.bias)
-    assert torch.equal(found["output_norm.weight"], model.ln_f.weight)
-    # no two of ours under one of theirs
-    assert len({*GGUF_NAMES.values()}) == len(GGUF_NAMES)
 
 
 def test_bytes_of_a_cache():
