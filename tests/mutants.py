@@ -195,8 +195,8 @@ few possible tokens: a row with too few draws an impossible one
 
 test_noise.py::test_torchs_stream_is_drawn_from_as_torch_draws
 few possible tokens: another random stream than torch's
-- probabilities.shape, dtype=torch.float64, generator
-+ probabilities.shape, dtype=torch.float32, generator
+- torch.rand(shape, dtype=torch.float64, generator
++ torch.rand(shape, dtype=torch.float32, generator
 
 test_kernels_in_use.py::test_generate
 kernels: the fused draw ignores other processors

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt2.data.encode import END, encode_chat, encode_labelled, encode_text
+from nanogpt2.data.encode import END, encode_chat, encode_labelled, encode_texts
 from nanogpt2.tokenizer import byte_tokenizer, gpt2_tokenizer
 
 GPT2, BYTES = gpt2_tokenizer(), byte_tokenizer()
@@ -16,22 +16,20 @@ texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3)).map("".join)
 
 
 def ids_of(parts, tokenizer=GPT2):
-    return [int(i) for piece in encode_text(parts, tokenizer) for i in piece]
+    return [int(i) for piece in encode_texts(parts, tokenizer) for i in piece]
 
 
 @settings(max_examples=500)
 @given(st.lists(texts))
 def test_pieces_give_the_ids_of_the_whole(parts):
-    text = "".join(parts)
-    expected = [*GPT2.encode(text, allow_special=True), GPT2.end_of_text] if text.strip() else []
-    assert ids_of(parts) == expected
+    assert ids_of(parts) == GPT2.encode("".join(parts), allow_special=True)
 
 
-def test_a_text_is_arrays_that_end_in_end_of_text():
-    pieces = encode_text(["a b ", "c d"], BYTES)
-    assert np.concatenate(pieces).tolist() == [*b"a b c d", 256]
+def test_texts_are_arrays_with_end_of_text_between():
+    pieces = [*encode_texts(["a b ", "c d<|endof", "text|> e"], BYTES)]
+    assert np.concatenate(pieces).tolist() == [*b"a b c d", 256, *b" e"]
     assert {piece.dtype for piece in pieces} == {np.dtype(np.uint16)}
-    assert encode_text([" \n", "\t"], BYTES) == encode_text([], BYTES) == []
+    assert not [*encode_texts([], BYTES)]
 
 
 def test_entries_of_a_chat_and_of_a_label():

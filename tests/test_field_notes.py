@@ -142,7 +142,7 @@ def test_nanogpt_60_the_model_that_was_trained_is_sampled(book, capsys):
         assert stopped.value.code == 2 and f"--model '{lost}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(SampleConfig, ["--help"])
-    assert re.search(r"--model .*\n.*\(default: gpt2\)", capsys.readouterr().out)
+    assert re.search(r"--model text\n( {6}.*\n)* .*\(default: gpt2\)", capsys.readouterr().out)
 
 
 def test_litgpt_1712_a_resumed_run_is_the_run(book, monkeypatch):

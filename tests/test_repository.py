@@ -483,7 +483,7 @@ def test_another_commit_than_asked_for(server):
     ("files", "said"),
     [
         ({"config.json": b'{"model_type": "bert"}'}, "model_type must be 'gpt2', not 'bert'"),
-        ({"config.json": b'{"scale_attn_weights": false}'}, "scale_attn_weights must be True"),
+        ({"config.json": b'{"add_cross_attention": true}'}, "add_cross_attention must be False"),
         ({"config.json": b"<html>"}, "config.json' is no JSON"),
         ({"config.json": b"[]"}, "config.json' is no JSON object"),
         ({"config.json": b'{"n_embd": -1}'}, "n_embd"),
