@@ -403,6 +403,52 @@ def test_scores_that_are_not_finite(library, pair, scheme):
     assert uses_blocks(model)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("change", ["fewer blocks", "more blocks", "strided norms", "epsilon"])
+def test_a_model_that_its_user_changed(library, change):
+    """As model.py computes it; one epsilon of a norm is enough to leave it to PyTorch."""
+    torch.manual_seed(0)
+    model = GPT(replace(TINY, n_layer=3)).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    if change == "fewer blocks":
+        model.h = model.h[:2]
+    elif change == "more blocks":
+        model.h = nn.ModuleList([*model.h, *deepcopy(model.h)])
+    elif change == "strided norms":
+        for block in model.h:
+            block.ln_1.weight = nn.Parameter(torch.randn(2 * TINY.n_embd)[::2])
+            block.ln_2.bias = nn.Parameter(torch.randn(2 * TINY.n_embd)[::2])
+    else:
+        a_text(model)
+        model.h[1].ln_2.eps = 0.5
+    ids = prompts(1, TINY.block_size)
+    decoder = CPUDecoder(model, 1, 1, TINY.block_size)
+    for t in range(ids.size(1)):
+        found = decoder.read(ids[:, t : t + 1], None, None)
+        if change not in ("fewer blocks", "more blocks"):
+            expected = model.hidden_states(ids[:, : t + 1])[0, -1]
+            torch.testing.assert_close(found[0, 0], expected, rtol=1e-4, atol=1e-4)
+    assert uses_blocks(model) == (change != "epsilon")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        prepared.forget(model)
+        again = CPUDecoder(model, 1, 1, TINY.block_size)
+        expected = again.read(ids, None, None)[0, -1]
+    torch.testing.assert_close(found[0, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp16", "int8"])
+def test_the_first_text_is_as_the_next_ones(library, pair, scheme, monkeypatch):
+    """int8 is prepared at once: a change from PyTorch's rounding to C's may change a word."""
+    monkeypatch.setattr(prepared, "PAYS_AFTER", 16)
+    for seed in range(6):
+        model = pack(deepcopy(pair[0]), scheme)
+        options = {"max_new_tokens": 25, "do_sample": True, "seed": seed, "eos_token_id": None}
+        first, second = (generate(model, prompts(1, 5), **options).sequences for _ in range(2))
+        assert torch.equal(first, second)
+
+
 # ---- the file
 
 

@@ -407,9 +407,15 @@ def labels_of(source: ModelFiles, head: tuple[int, ...]) -> tuple[str, ...]:
     return labels
 
 
-def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) -> dict[str, str]:
+def config_files(
+    config: GPTConfig,
+    dtype: str,
+    labels: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """Return config.json and generation_config.json as transformers writes them for GPT-2.
 
+    options: of generation, beside the ids that end and pad.
     With labels the model is a classifier, and the token that ends a text also pads: transformers
     classifies at the last token before the padding.
     """
@@ -442,7 +448,7 @@ def config_files(config: GPTConfig, dtype: str, labels: tuple[str, ...] = ()) ->
         stated["label2id"] = {label: i for i, label in enumerate(labels)}
     return {
         "config.json": json.dumps(stated | ids, indent=2) + "\n",
-        "generation_config.json": json.dumps(ids, indent=2) + "\n",
+        "generation_config.json": json.dumps({**(options or {}), **ids}, indent=2) + "\n",
     }
 
 

@@ -80,6 +80,7 @@ class Layout:
     """
 
     KIND = ""  # for messages
+    is_linear = False  # projections are stored [out, in], as torch's Linear
     entries: list[StoredTensor]
     sha256: str | None = None
     replaces: Mapping[str, tuple[Any, Any]] = {}

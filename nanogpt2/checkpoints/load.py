@@ -38,6 +38,7 @@ from nanogpt2.checkpoints.names import (
     check_unused,
     unpadded,
 )
+from nanogpt2.checkpoints.pickled import as_conv1d
 from nanogpt2.checkpoints.state import map_state, read_state
 from nanogpt2.checkpoints.tokenizer_files import is_chat
 from nanogpt2.checkpoints.vocabulary import Vocabulary, by_size, read_vocabulary
@@ -73,6 +74,7 @@ class Checkpoint:
         with ExitStack() as stack:
             enter = stack.enter_context
             self._opened = [enter(tensor_file.opened(path)) for path in self._source.files]
+            as_conv1d([file.layout for file in self._opened])
             entries = [entry for file in self._opened for entry in file.entries]
             self.tensors = by_our_names(entries)
             for file in self._opened:

@@ -21,7 +21,7 @@ Sources: torch/_weights_only_unpickler.py; model.py and train.py of nanoGPT and 
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -116,7 +116,7 @@ class PickleLayout(Layout):
             self.stated = self._stated(model_args)
             if model_args.get("bias") is False:
                 entries += _zero_biases(path, entries, self.stated)
-        entries = _as_conv1d(entries)
+        self.is_linear = _is_linear(entries)
         self.entries = sorted(entries, key=lambda entry: (entry.start, entry.end))
 
     def _load(self, file: IO[bytes]) -> tuple[Archive, dict[int, str], Any]:
@@ -307,18 +307,24 @@ def _zero_biases(
     ]
 
 
-def _as_conv1d(entries: list[StoredTensor]) -> list[StoredTensor]:
-    """Turn projections stored [out, in] into views [in, out], as transformers' Conv1D stores them.
-
-    c_attn.weight tells: it makes three vectors of one.
-    """
-    if not any(
+def _is_linear(entries: list[StoredTensor]) -> bool:
+    """Tell whether projections are [out, in]: c_attn.weight makes three vectors of one."""
+    return any(
         entry.name.endswith("attn.c_attn.weight")
         and len(entry.shape) == 2
         and entry.shape[0] == 3 * entry.shape[1]
         for entry in entries
-    ):
-        return entries
-    return [
-        e.transposed() if e.name.endswith(TRANSPOSED) and len(e.shape) == 2 else e for e in entries
-    ]
+    )
+
+
+def as_conv1d(layouts: Sequence[Layout]) -> None:
+    """Turn projections stored [out, in] into views [in, out], as transformers' Conv1D stores them.
+
+    layouts: of all files of a model: one of several may have no c_attn.weight to tell it by.
+    """
+    if any(layout.is_linear for layout in layouts):
+        for layout in layouts:
+            layout.entries[:] = [
+                e.transposed() if e.name.endswith(TRANSPOSED) and len(e.shape) == 2 else e
+                for e in layout.entries
+            ]

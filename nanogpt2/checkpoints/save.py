@@ -46,7 +46,7 @@ def save_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if tokenizer is None and model.config.vocab_size == gpt2_tokenizer().vocab_size:
         tokenizer = gpt2_tokenizer()
-    texts = config_files(model.config, dtype, labels)
+    texts = config_files(model.config, dtype, labels, getattr(model, "generation_options", None))
     if tokenizer is not None:
         texts |= tokenizer_files(tokenizer, model.config.block_size, chat)
     theirs = {}

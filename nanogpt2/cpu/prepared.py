@@ -8,6 +8,7 @@ changes, and by a sum of its bits, for `.data` counts nothing. Only a change by 
 the sum, as swapping two weights does, stays unseen. This file does not know how tokens are chosen.
 """
 
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -20,7 +21,7 @@ from nanogpt2.cpu.inference_model import InferenceGPT
 from nanogpt2.cpu.layouts import AS_STORED
 from nanogpt2.cpu.pace import Pace
 from nanogpt2.cpu.plan import Plan
-from nanogpt2.cpu.prepacked import FloatLinear, HalfLinear, PrepackedLinear
+from nanogpt2.cpu.prepacked import FloatLinear, HalfLinear, Int8Linear, PrepackedLinear
 from nanogpt2.cpu.tuning import table_for
 from nanogpt2.model import GPT, LayerNorm
 
@@ -75,8 +76,11 @@ class Prepared:
         self.pace = Pace()
         self.blocks = None
         self._model = ref(model)
-        # blocks.c has GELU in the tanh form alone
-        self._can_compile = all(layer.approximate == "tanh" for layer in self.layers)
+        self._epsilons = _epsilons(self.layers)
+        # blocks.c has GELU in the tanh form alone, and one epsilon
+        self._can_compile = len({*self._epsilons}) == 1 and all(
+            layer.approximate == "tanh" for layer in self.layers
+        )
         self._steps = 0  # of few rows
         self._choosing = Lock()  # one thread at a time changes layouts
 
@@ -90,12 +94,20 @@ class Prepared:
             return False
         if [_state(tensor) for tensor in _weights(model)] != self._seen:
             return False
+        if _epsilons(self.layers) != self._epsilons:
+            return False
         stored = [product.stored()[""] for product in self._may_change]
         return all(_sum_of_bits(stored[n]) == total for n, total in self._sums.items())
 
     def begin(self, rows: int, prompt: int, new: int) -> None:
         """Choose the first layouts; see Plan.begin."""
         with self._choosing:
+            if self._compiles(rows) and isinstance(self.head, Int8Linear):
+                # at once: where a text changes from PyTorch's rounding to C's, it may change
+                # its words
+                while self.blocks is None:
+                    self._prepare_blocks(at_once=True)
+                return
             self._body.begin(rows, prompt, new)
             self._head.begin(rows, 1, new)
 
@@ -129,13 +141,14 @@ class Prepared:
     def _compiles(self, rows: int) -> bool:
         return self._can_compile and native.can_run(rows, self._least)
 
-    def _prepare_blocks(self) -> None:
+    def _prepare_blocks(self, at_once: bool = False) -> None:
         """Lay out a layer a step for blocks.c, once that pays, the head at last."""
         self._steps += 1
-        if self.blocks is not None or self._steps < PAYS_AFTER:
+        if self.blocks is not None or (self._steps < PAYS_AFTER and not at_once):
             return
-        for products in (*(layer.products() for layer in self.layers), [self.head]):
-            changing = [p for p in products if p.layout != "rows" and "rows" in p.layouts]
+        head = [self.head] if "rows" in self.head.layouts else []
+        for products in (*(layer.products() for layer in self.layers), head):
+            changing = [p for p in products if p.layout != "rows"]
             if changing:
                 for product in changing:
                     product.lay_out("rows")
@@ -147,14 +160,19 @@ class Prepared:
         assert model is not None
         layers, tensors = [], []
         for layer in self.layers:
-            norms = [t for ln in (layer.ln_1, layer.ln_2) for t in (ln.weight, ln.bias)]
+            norms = [
+                t.detach().contiguous()
+                for ln in (layer.ln_1, layer.ln_2)
+                for t in (ln.weight, ln.bias)
+            ]
             found = [p.matrix() for p in layer.products()]
             matrices = [matrix for matrix, _ in found]
             layers.append(native.Layer(*[t.data_ptr() for t in norms], *matrices, layer.scale))
             tensors += [*norms, *(t for _, kept in found for t in kept)]
         c, c_fc = model.config, self.layers[0].c_fc
-        shape: dict[str, Any] = {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head}
-        shape |= {"n_inner": c_fc.shape[0], "epsilon": c.layer_norm_epsilon}
+        # of the layers that are there: some may have been dropped
+        shape: dict[str, Any] = {"n_layer": len(layers), "n_embd": c.n_embd, "n_head": c.n_head}
+        shape |= {"n_inner": c_fc.shape[0], "epsilon": self._epsilons[0]}
         shape |= {"kind": native.KINDS[c_fc.matrix()[1][0].dtype]}
         return native.Blocks(layers, tensors, shape | {"middle": c_fc.middle})
 
@@ -221,6 +239,10 @@ def _layer(block: Any) -> Layer:
     c_attn, attn_c_proj, c_fc, mlp_c_proj = map(_product, matrices(block))
     scale, approximate = block.attn.scale, block.mlp.approximate
     return Layer(block.ln_1, c_attn, attn_c_proj, block.ln_2, c_fc, mlp_c_proj, scale, approximate)
+
+
+def _epsilons(layers: Sequence[Layer]) -> list[float]:
+    return [ln.eps for layer in layers for ln in (layer.ln_1, layer.ln_2)]
 
 
 def _product(layer: Any) -> PrepackedLinear:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from nanogpt2 import terminal
 from nanogpt2.checkpoints.names import POSITIONS
 from nanogpt2.checkpoints.tokenizer_files import CHAT_TEMPLATE
 from nanogpt2.export.counterpart import CheckError, agreement, answers, is_installed
@@ -149,7 +150,17 @@ def _add_vocabulary(writer: Any, source: Source, tokenizer: Tokenizer) -> None:
     writer.add_token_merges(tokenizer.merges.splitlines()[1:] or [f"{END_OF_TEXT} {END_OF_TEXT}"])
     # without these llama.cpp would take token 11
     writer.add_bos_token_id(tokenizer.end_of_text if c.bos_token_id is None else c.bos_token_id)
-    writer.add_eos_token_id(_ends(source)[0])
+    first, *others = dict.fromkeys(_ends(source))
+    writer.add_eos_token_id(first)
+    if others[:1]:
+        writer.add_eot_token_id(others[0])
+    if others[1:]:
+        terminal.note(f"note: llama.cpp holds two ends of a text: {others[1:]} will not end one")
+    if any(token.lstrip or token.rstrip or token.single_word for token in added):
+        terminal.note(
+            "note: llama.cpp knows no lstrip, rstrip or single_word: texts with added tokens may "
+            "have other ids there"
+        )
     writer.add_add_bos_token(False)
     if source.is_chat:
         writer.add_chat_template(CHAT_TEMPLATE)

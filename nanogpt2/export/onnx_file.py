@@ -82,7 +82,7 @@ def write(source: Source, folder: Path) -> None:
         program = _exported(source.model)
         onnx_ir.save(program.model, folder / FILE, external_data=DATA, size_threshold_bytes=1024)
     c = source.model.config
-    texts = config_files(c, "float32")
+    texts = config_files(c, "float32", options=source.model.generation_options)
     if source.tokenizer is not None:
         texts |= tokenizer_files(source.tokenizer, c.block_size, source.is_chat)
     for name, text in texts.items():

@@ -38,7 +38,8 @@ def prompts_for(model: GPT, tokenizer: Tokenizer | None, new: int) -> list[list[
     if tokenizer is None:
         V = c.vocab_size
         return [[(17 + 31 * n + 7 * i * i) % V for i in range(min(n + 1, room))] for n in range(10)]
-    return [tokenizer.encode(text)[:room] for text in PROMPTS]
+    # a vocabulary may have no id for white space or for other alphabets
+    return [tokenizer.encode(text)[:room] or [c.vocab_size - 1] for text in PROMPTS]
 
 
 @torch.no_grad()

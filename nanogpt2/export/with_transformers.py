@@ -35,7 +35,9 @@ def main() -> None:
     encodes = True
     if job["texts"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        encodes = [tokenizer(t)["input_ids"] for t in job["texts"]] == job["ids"]
+        encodes = [
+            tokenizer(t, add_special_tokens=False)["input_ids"] for t in job["texts"]
+        ] == job["ids"]
     np.savez(
         answered,
         logits=np.stack(logits),
