@@ -108,6 +108,54 @@ def test_the_other_program_agrees_on_every_shape(tmp_path, capsys, to, name):
     assert found["prompts_equal"] == found["prompts"] == 10
 
 
+def test_several_ends_and_flags_of_added_tokens_in_gguf(tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    grown = byte_tokenizer().with_added(["<user>"])
+    grown._take([*grown.added[:1], replace(grown.added[1], rstrip=True)])
+    folder = saved(tmp_path, grown)
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [65, 66, 67]}))
+    capsys.readouterr()
+    export(parse(ExportConfig, [str(folder), "--to", "gguf", "--out", str(tmp_path / "out")]))
+    said = capsys.readouterr().err
+    assert "llama.cpp holds two ends of a text: [67, 256] will not end one" in said
+    assert "no lstrip, rstrip or single_word" in said
+    fields = gguf.GGUFReader(tmp_path / "out/model.gguf").fields
+    ends = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")]
+    assert ends == [65, 66]
+
+
+def test_options_of_generation_go_along(tmp_path, capsys):
+    folder = saved(tmp_path)
+    stated = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+    model = load_model(folder)
+    save_model(model, tmp_path / "again", byte_tokenizer())
+    again = load_model(tmp_path / "again")
+    assert again.generation_options == model.generation_options == stated
+    found, expected = (generate(m, ids(), max_new_tokens=20).sequences for m in (again, model))
+    assert torch.equal(found, expected)
+
+
+def test_a_vocabulary_without_white_space(tmp_path, capsys):
+    """WordPiece gives no id for a blank text, and its template adds some."""
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=90, special_tokens=["[UNK]", "[E]"])
+    library.train_from_iterator(["once upon a time there was a fox"] * 5, trainer)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A [E]", special_tokens=[("[E]", 1)]
+    )
+    size = library.get_vocab_size()
+    hf_model(replace(SHAPE, vocab_size=size, eos_token_id=1)).save_pretrained(tmp_path / "model")
+    library.save(str(tmp_path / "model/tokenizer.json"))
+    found = exported(capsys, tmp_path / "model", tmp_path / "out", "hf")
+    assert found["prompts_equal"] == found["prompts"] == 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "onnx", "gguf"])
 def test_added_tokens_go_along(tmp_path, capsys, to):

@@ -159,6 +159,23 @@ def sharded(folder, state, parts=3, **options):
     (folder / "config.json").write_text(config_json())
 
 
+def test_shards_of_projections_out_in(tmp_path):
+    """One shard's c_attn tells for all: a square c_proj beside none looks alike both ways."""
+    state, logits = their_state()
+    turned = {
+        name: t.t().contiguous() if name.endswith(pickled.TRANSPOSED) else t
+        for name, t in state.items()
+    }
+    apart = [name for name in turned if name.endswith("attn.c_proj.weight")]
+    # the shards take every third name, so the projections meet in the first
+    names = [name for name in turned if name not in apart]
+    order = [x for i, name in enumerate(apart) for x in (name, *names[2 * i : 2 * i + 2])]
+    order += names[2 * len(apart) :]
+    assert apart == order[: 3 * len(apart) : 3]
+    sharded(tmp_path, {name: turned[name] for name in order})
+    check_logits(tmp_path, logits(IDS))
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_shards(tmp_path, container):
     state, logits = their_state()
