@@ -41,7 +41,7 @@ from nanogpt2.checkpoints.names import (
 from nanogpt2.checkpoints.pickled import as_conv1d
 from nanogpt2.checkpoints.state import map_state, read_state
 from nanogpt2.checkpoints.tokenizer_files import is_chat
-from nanogpt2.checkpoints.vocabulary import Vocabulary, by_size, read_vocabulary
+from nanogpt2.checkpoints.vocabulary import Vocabulary, by_size, read_vocabulary, unpadded_size
 from nanogpt2.classifier import GPTClassifier
 from nanogpt2.config import GPTConfig, official_name
 from nanogpt2.cpu.inference_model import EMBEDDING, InferenceGPT, check_scheme
@@ -135,8 +135,8 @@ class Checkpoint:
         rows = self.config.vocab_size
         with suppress(ValueError, OSError):
             # `tokenizer` reports a damaged file
-            known = self._vocabulary or by_size(rows)
-            return rows if known is None else min(rows, known.vocab_size)
+            known = self._vocabulary
+            return unpadded_size(rows) if known is None else min(rows, known.vocab_size)
         return rows
 
     @property

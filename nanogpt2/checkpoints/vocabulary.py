@@ -35,6 +35,7 @@ from nanogpt2.tokenizer import (
     reproduces,
 )
 
+GPT2, BYTES = 50257, 257  # ids of the two vocabularies that are known by their size
 # rows of a GPT-2 whose vocabulary was padded, to a multiple of 64 or 128
 PADDED = (50304, 50432)
 # in the order in which transformers adds them
@@ -46,10 +47,13 @@ EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 def by_size(rows: int) -> Tokenizer | None:
     """Return the tokenizer of a model without files of one; None where the size tells nothing."""
-    if rows in PADDED:
-        return gpt2_tokenizer()
-    known = (gpt2_tokenizer(), byte_tokenizer())
-    return next((t for t in known if t.vocab_size == rows), None)
+    make = {GPT2: gpt2_tokenizer, BYTES: byte_tokenizer}.get(unpadded_size(rows))
+    return None if make is None else make()
+
+
+def unpadded_size(rows: int) -> int:
+    """Return how many ids a model without a tokenizer's files has, of so many rows."""
+    return GPT2 if rows in PADDED else rows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import WEIGHTS
 from nanogpt2.checkpoints.load import load_model
-from nanogpt2.checkpoints.names import PREFIX, TRANSPOSED
+from nanogpt2.checkpoints.names import HEAD, PREFIX, TRANSPOSED
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.export.counterpart import (
     TOLERANCE,
@@ -57,7 +57,10 @@ def check(source: Source, folder: Path) -> dict[str, Any]:
 
 def compare(source: Source, file: Path) -> int:
     """Return the number of tensors, all of them equal. Raises CheckError for the first other."""
-    expected = {PREFIX + name: tensor for name, tensor in source.tensors()}
+    expected = {
+        name if name.startswith(HEAD) else PREFIX + name: tensor
+        for name, tensor in source.tensors()
+    }
     names = set(expected)
     with tensor_file.opened(file) as opened:
         for name, tensor in opened.read(names, passing=names):
