@@ -65,7 +65,7 @@ def tokenise(path: Path, processes: int):
 def read(path: Path) -> None:
     file = DataFile(str(path), ".txt")
     content = Content(str(path), [file], TOKENIZER, "lm", Columns(), False)
-    for text, _ in batches(content._texts()):
+    for text, _ in batches(content._texts(), content.tokenizer):
         text.encode()
 
 
