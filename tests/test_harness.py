@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import HUNG, ROOT
 
 from benchmarks import __main__ as command
 from benchmarks import bench_softmax, gpu, harness
@@ -356,3 +357,12 @@ def test_a_stopwatch_sleeps_until_all_is_launched(launch, slept, monkeypatch):
     assert stopwatch(work) == pytest.approx(0.005 if covered else (launch + 5 - 64) / 1e3)
     assert (stopwatch.sleep, stopwatch.uncovered) == (slept, 0 if covered else 1)
     assert ("always" in stopwatch.said()) == covered
+
+
+def test_the_loaders_benchmark_runs():
+    argv = [sys.executable, "-m", "benchmarks.bench_data", "--megabytes", "1", "--rounds", "1"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"1 processes", "2 processes", "read"} <= found["rates"].keys()
+    assert all(rate > 0 for rate in found["rates"].values())
