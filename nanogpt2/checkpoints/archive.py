@@ -187,7 +187,7 @@ def read_old(file: IO[bytes]) -> Archive:
 
 
 def _with_short_ids(pickle: bytes) -> bytes:
-    """Drop the sixth part of each persistent id, which is None, as the zip files' pickles do."""
+    """Drop the sixth field of each persistent id: None in old files, absent in zip files."""
     codes = [code for code in opcodes(pickle) if code.name not in PUTS]
     kept = io.BytesIO()
     begin = 0
