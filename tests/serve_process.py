@@ -3,9 +3,11 @@
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +48,14 @@ class Running:
 
     def log(self):
         return self._log.read_text()
+
+    def logged(self, pattern):
+        """Wait for a line of the log, which may come after its answer; return the match."""
+        end = time.monotonic() + HUNG
+        while not (found := re.search(pattern, self.log(), re.M)):
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.01)
+        return found
 
     def ask(self, path, body=None, method=None, headers=None, data=None):
         """Return (status, headers, parsed JSON or text)."""

@@ -229,7 +229,7 @@ def test_the_trainer_installs_it(monkeypatch, options, kernels, installed, adds)
 
 
 def test_the_trainer_leaves_ddps_gradients_to_autograd(monkeypatch):
-    monkeypatch.setattr("nanogpt2.training.trainer.DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr("nanogpt2.training.trainer.wrap", lambda model: model)
     model = GPT(TINY)
     Trainer(settings(), model, World("cpu", 0, 2))
     assert "forward" in vars(model.ln_f) and "forward" not in vars(model.wte)

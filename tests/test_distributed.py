@@ -189,7 +189,7 @@ def test_two_processes_are_stopped_and_go_on_bit_for_bit(book, flags, dropout):
 
 
 def test_processes_drop_other_activations(monkeypatch):
-    monkeypatch.setattr("nanogpt2.training.trainer.DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr("nanogpt2.training.trainer.wrap", lambda model: model)
     draws = []
     for rank in range(3):
         torch.manual_seed(5)
@@ -303,6 +303,47 @@ def test_leaving_never_waits_for_ever(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, timeout=HUNG, env=environment)
+
+
+# prints the number of the group's threads that may need the interpreter's lock, here and at the end
+ENDING = """
+import atexit, sys
+from pathlib import Path
+
+def count():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("pt_gloo_runloop\\n")
+
+# runs after those that are registered later
+atexit.register(lambda: print("at the end", count()))
+
+import torch
+from nanogpt2.training import distributed
+
+def main():
+    world = distributed.join("cpu")
+    model = distributed.wrap(torch.nn.Linear(4, 4)) if "ddp" in sys.argv else None
+    if model is not None:
+        model(torch.ones(2, 4)).sum().backward()
+    world.sum(1.0, 2.0)
+    while count() < 2:
+        pass
+    world.leave()
+    if "exits" in sys.argv:
+        sys.exit(3)
+
+main()
+"""
+
+
+@pytest.mark.parametrize("argv", [[], ["ddp"], ["ddp", "exits"]])
+def test_a_process_that_ends_has_ended_its_groups_threads(tmp_path, argv):
+    """One that still wanted the interpreter's lock aborted the process: 6 of 60."""
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    code, out, err = finished(torchrun(*argv, script=script))
+    assert (code == 0) == ("exits" not in argv), err
+    assert out == "at the end 0\n" * 2, (out, err)
 
 
 # ---- a process that stops

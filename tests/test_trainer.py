@@ -408,7 +408,7 @@ def test_another_number_of_processes_is_said_in_one_note(capsys, monkeypatch):
     update(trainer, lr=0.1)
     tensors = trainer.tensors()
     trainer.restore(tensors, 1)
-    monkeypatch.setattr("nanogpt2.training.trainer.DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr("nanogpt2.training.trainer.wrap", lambda model: model)
     assert capsys.readouterr().err == ""
     two = Trainer(settings(), GPT(TINY), World("cpu", 0, 2))
     two.check(tensors, step=1)

@@ -12,7 +12,9 @@ This file does not know the data or the loop.
 Sources: Li et al. 2020 (DDP); Zhao et al. 2023 (FSDP); torch.distributed.
 """
 
+import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -28,11 +31,13 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt2.devices import choose_device
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _left: list[Any] = []  # groups that this process has left
+_wrappers: WeakSet[DistributedDataParallel] = WeakSet()  # of models, each with its group
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,24 @@ class World:
         """Leave the process group, so that the others do not wait for this process."""
         if dist.is_initialized():
             # keep a reference: if DDP held the last, its destructor would end the group under the
-            # interpreter's lock, which the group's threads may need to finish
+            # interpreter's lock, which the group's threads may need to finish. See _end_threads
             _left.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def _end_threads() -> None:
+    """End the threads of the groups that this process has left, while Python still runs.
+
+    A thread that needs the interpreter's lock after that, to free a tensor, aborts the process.
+    """
+    if _left:
+        gc.collect()
+    if not _wrappers:
+        # the last reference: its destructor waits for the threads, without the lock
+        _left.clear()
+
+
+atexit.register(_end_threads)
 
 
 def join(device: str, fsdp: bool = False, threads: int | None = None) -> World:
@@ -144,6 +164,13 @@ def join(device: str, fsdp: bool = False, threads: int | None = None) -> World:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
     return World(kind, dist.get_rank(), dist.get_world_size())
+
+
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model so that `backward` averages its gradients over the processes."""
+    wrapper = DistributedDataParallel(model)
+    _wrappers.add(wrapper)
+    return wrapper
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:

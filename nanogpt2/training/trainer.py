@@ -38,7 +38,7 @@ from nanogpt2.config import TrainConfig
 from nanogpt2.cpu import training as cpu_training
 from nanogpt2.memory import is_out_of_memory
 from nanogpt2.model import GPT
-from nanogpt2.training.distributed import World, full_tensor, shard, shared_like
+from nanogpt2.training.distributed import World, full_tensor, shard, shared_like, wrap
 from nanogpt2.training.estimate import device_rate, memory_used, model_flops
 from nanogpt2.training.lora import add_lora, merged
 from nanogpt2.training.optim import make_optimizers
@@ -89,7 +89,7 @@ class Trainer:
         )
         self.parallel: nn.Module = model
         if world.size > 1 and not config.fsdp:
-            self.parallel = DistributedDataParallel(model)
+            self.parallel = wrap(model)
         # torch.compile chooses its own operations; "reference" runs model.py as written
         if world.device_type == "cpu" and not config.compile and model.kernels != "reference":
             cpu_training.install(model, add_lookups=world.size == 1 and not config.fsdp)
