@@ -261,9 +261,25 @@ def test_stop_ends_the_text_and_frees_the_model(page):
     idle(page)
     text, words = output(page), command(page)
     assert "stopped by you" in page.locator("#write-status").text_content()
-    assert 4 < int(words[words.index("--max_new_tokens") + 1]) < 2000
-    assert run(words) == text
+    length = int(words[words.index("--max_new_tokens") + 1])
+    assert 4 < length <= 2000
+    # stopped late on a busy machine, past the context
+    assert run(words) == text if length < 2000 else run(words).startswith(text)
     assert write(page) != text
+
+
+def test_a_text_stopped_past_the_context_begins_its_command_s(page):
+    panel = page.get_by_role("tabpanel", name="Write")
+    panel.get_by_label("Length", exact=True).fill("2000")
+    panel.get_by_label("Seed").fill("5")
+    panel.get_by_role("button", name="Write").click()
+    page.locator("#tokens .token").nth(300).wait_for(state="attached")
+    page.keyboard.press("Escape")
+    idle(page)
+    text, words = output(page), command(page)
+    assert words[words.index("--max_new_tokens") + 1] == "2000"
+    assert "goes on past" in page.locator("#command-hint").text_content()
+    assert run(words).startswith(text)
 
 
 def test_go_on_and_undo(page):

@@ -342,6 +342,26 @@ def test_top_k(scores, k):
         assert result[row].tolist() == expected
 
 
+@pytest.mark.parametrize(("shape", "k"), [((3, 50_257), 50), ((2, 3, 4_000), 11), ((1, 64 * 8), 2)])
+@pytest.mark.parametrize("levels", [3, 1000, None])
+def test_the_best_are_those_of_topk(shape, k, levels):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator)
+    if levels is not None:
+        scores = torch.randint(levels, shape, generator=generator).float()
+    # none left but a few, the last one among them
+    scores[0, ..., : -k // 2] = -torch.inf
+    values, places = ours.best(scores, k)
+    assert torch.equal(values, scores.topk(k).values)
+    assert torch.equal(scores.gather(-1, places), values)
+    assert (places.sort().values.diff() > 0).all()
+    if levels is None:
+        assert torch.equal(places[1:], scores.topk(k).indices[1:])
+    # NaN counts as the largest
+    scores[0, ..., 5] = torch.nan
+    assert ours.best(scores, k)[0][0].isnan().sum() == torch.Size(shape[1:-1]).numel()
+
+
 def test_top_k_keeps_ties():
     scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
     assert ours.keep_top_k(ids(), scores, 2).isfinite().tolist() == [[True] * 4 + [False]]

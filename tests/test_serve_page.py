@@ -119,7 +119,7 @@ def test_a_text_goes_on_from_a_rival(server):
 def test_the_prompts_tokens_beyond_the_context_are_counted(server):
     sent = {"prompt": "a" * 70, "options": {"max_new_tokens": 4}}
     start, *_ = server.stream("/api/generate", sent)
-    assert start["dropped"] == 70 - 64 + 4
+    assert (start["dropped"], start["room"]) == (70 - 64 + 4, 64 + 1 - 70)
 
 
 def test_the_tree_of_beams_grows_to_the_texts(server, folder):

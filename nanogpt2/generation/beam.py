@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanogpt2.generation.engine import Engine, evaluating
 from nanogpt2.generation.noise import Noise
+from nanogpt2.generation.processors import best as best_scores
 from nanogpt2.generation.processors import processors_for
 from nanogpt2.generation.request import Request
 from nanogpt2.generation.sampling import make_noise
@@ -152,7 +153,7 @@ def largest(total: Tensor, N: int, K: int) -> Tensor:
     if total.device.type == "cpu":
         # each text's own largest first: less time and memory, and equal results without ties
         more = min(N + 1, V)
-        values, places = total.view(B, K, V).topk(more)
+        values, places = best_scores(total.view(B, K, V), more)
         places += V * torch.arange(K)[:, None]
         values, of_texts = values.flatten(1).topk(min(N + 1, K * more))
         if (values[:, 1:] < values[:, :-1]).all():

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -191,7 +192,10 @@ def _possible(probabilities: Tensor, count: int) -> _Possible | None:
     # False for NaN
     if not (low >= 0 and high < float("inf")):
         return None
-    rows, columns = probabilities.nonzero(as_tuple=True)
+    # NumPy's search of bools takes a third of the time of torch's
+    places = torch.from_numpy(np.flatnonzero(probabilities.bool().numpy()))
+    columns = places % probabilities.size(1)
+    rows = places // probabilities.size(1)
     counts = rows.bincount(minlength=len(probabilities))
     if len(rows) > SPARSE * probabilities.numel() or int(counts.min()) < count:
         return None

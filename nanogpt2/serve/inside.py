@@ -29,14 +29,16 @@ KINDS = ("attention", "lens", "norms", "neighbours", "merges")
 
 def about(served: Served, request: Request) -> dict[str, Any]:
     """Return what a stream says first."""
-    length = request.prompt_length
+    length, block_size = request.prompt_length, served.model.config.block_size
     ids = request.ids[0].tolist()
     return {
         "model": served.name,
         "seed": request.config.seed,
         "ids": ids,
         "tokens": [served.tokenizer.decode([i]) for i in ids],
-        "dropped": context_start(length, request.max_length, served.model.config.block_size),
+        "dropped": context_start(length, request.max_length, block_size),
+        # tokens until the context slides, to a place that depends on the text's greatest length
+        "room": block_size + 1 - length,
         "options": changed(request.config),
     }
 
