@@ -141,5 +141,6 @@ def show_texts(config: SampleConfig, model: GPT, tokenizer: Tokenizer, prompt: s
 
 
 if __name__ == "__main__":
+    terminal.loaded()
     with terminal.checked_output():
         main(CONFIG)

@@ -232,4 +232,5 @@ def snapshot(run: Run, figures: dict[str, float]) -> Snapshot:
 
 
 if __name__ == "__main__":
+    terminal.loaded()
     main(CONFIG)

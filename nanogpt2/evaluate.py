@@ -409,5 +409,6 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
+    terminal.loaded()
     with terminal.checked_output():
         main(CONFIG)

@@ -172,5 +172,6 @@ def _size(path: Path) -> int:
 
 
 if __name__ == "__main__":
+    terminal.loaded()
     with terminal.checked_output():
         main(CONFIG)

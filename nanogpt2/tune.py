@@ -117,5 +117,6 @@ def as_json(table: Table) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    terminal.loaded()
     with terminal.checked_output():
         main(CONFIG)

@@ -147,6 +147,22 @@ def test_no_other_file_is_a_script():
     }
 
 
+def test_every_script_that_stops_collecting_garbage_begins_again():
+    found = 0
+    for path in [*ROOT.glob("*.py"), *(ROOT / "nanogpt2").rglob("*.py")]:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        names = [ast.unparse(call.func) for call in calls]
+        if "terminal.prepare" in names:
+            assert "terminal.loaded" in names, path
+            found += 1
+    assert found >= len(SCRIPTS)
+    code = (
+        "import gc; from nanogpt2 import terminal; terminal.prepare(); assert not gc.isenabled();"
+        "terminal.loaded(); assert gc.isenabled() and gc.get_freeze_count() > 1000"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 FLAGS = {
     "sample": (SampleConfig, ["Hi"]),
     "train": (TrainConfig, [str(ROOT / "README.md")]),

@@ -20,6 +20,7 @@ def main() -> None:
             fail(f"--to {config.to} needs {', '.join(missing)}: pip install 'nanogpt2[export]'")
         from nanogpt2.export.run import export
 
+        terminal.loaded()
         export(config)
 
 

@@ -25,6 +25,7 @@ def main() -> None:
         with listening(config.host, config.port) as listener:
             from nanogpt2.serve.server import serve
 
+            terminal.loaded()
             serve(config, listener)
 
 
