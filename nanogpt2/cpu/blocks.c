@@ -14,20 +14,35 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __F16C__
+#if defined __F16C__ || defined __AVX2__
 #include <immintrin.h>
 #endif
 
 enum { TILE = 4, MOST = 8 }; /* outputs side by side; rows */
 enum { FLOAT, HALF, BYTES };
+/* MOST_FLOATS, MOST_OTHERS: rows whose sums with four rows of W are fastest computed at once. */
 #ifdef __AVX512F__
-enum { LANES = 16 };
+enum { LANES = 16, MOST_FLOATS = 8, MOST_OTHERS = 8 };
 #else
-enum { LANES = 8 };
+enum { LANES = 8, MOST_FLOATS = 6, MOST_OTHERS = 4 };
 #endif
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef float Four __attribute__((vector_size(16)));
-typedef float Sums[MOST][TILE];
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t FourInts __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* int8's inputs: u where an instruction multiplies bytes with a sign by bytes without, else u - m.
+ * AT_ONCE: how many of them with_bytes() multiplies. */
+#if defined __AVX512VNNI__
+typedef uint8_t Input;
+enum { KEEPS_MIDDLE = 1, AT_ONCE = 64 };
+#elif defined __AVXVNNI__ && !defined __AVX512F__
+typedef uint8_t Input;
+enum { KEEPS_MIDDLE = 1, AT_ONCE = 32 };
+#else
+typedef int16_t Input;
+enum { KEEPS_MIDDLE = 0, AT_ONCE = 2 * LANES };
+#endif
 
 /* weight (N, K): float32, float16 or int8, the latter with scale and sums (N), as in prepacked.py. */
 typedef struct {
@@ -84,67 +99,97 @@ static inline Lanes half_lanes(const uint16_t *half) {
 }
 
 static inline float plain(float number) { return number; }
+static inline int32_t whole(int8_t number) { return number; }
 static inline Lanes lanes(const float *numbers) { return *(const Lanes *)numbers; }
+static inline Four four(const float *numbers) { return *(const Four *)numbers; }
 
-/* The total of each of four sums. */
-static inline Four totals(const Lanes sums[TILE]) {
-    Four parts[TILE][LANES / 4], t[TILE];
-    memcpy(parts, sums, sizeof parts);
-    for (int r = 0; r < TILE; r++) {
-        t[r] = parts[r][0];
-        for (int i = 1; i < LANES / 4; i++) t[r] += parts[r][i];
-    }
-    Four total = {0};
-    for (int i = 0; i < 4; i++) total += (Four){t[0][i], t[1][i], t[2][i], t[3][i]};
-    return total;
+static inline Lanes with_floats(Lanes sum, const float *w, const float *x) {
+    return sum + lanes(w) * lanes(x);
 }
 
-/* z = the sums of four rows of W with M rows of x, which are `step` apart. A row of W is short, so
- * the processor does not fetch the next four by itself. */
-#define EACH(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
-#define SUMS(NAME, M, WEIGHT, WIDE, ONE)                                                          \
-    static void NAME##_##M(Sums z, const WEIGHT *w, const float *x, long K, long step) {          \
-        Lanes sum[M][TILE] = {{{0}}};                                                             \
-        long even = K / LANES * LANES;                                                            \
-        for (long k = 0; k < even; k += LANES)                                                    \
-            for (int r = 0; r < TILE; r++) {                                                      \
-                Lanes wide = WIDE(w + r * K + k);                                                 \
-                __builtin_prefetch(w + (TILE + r) * K + k);                                       \
-                for (int m = 0; m < M; m++) sum[m][r] += wide * lanes(x + m * step + k);          \
-            }                                                                                     \
-        for (int m = 0; m < M; m++) {                                                             \
-            Four total = totals(sum[m]);                                                          \
-            memcpy(z[m], &total, sizeof total);                                                   \
+static inline Lanes with_halves(Lanes sum, const uint16_t *w, const float *x) {
+    return sum + half_lanes(w) * lanes(x);
+}
+
+static inline Ints with_bytes(Ints sum, const int8_t *q, const Input *u) {
+#if defined __AVX512VNNI__
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(u), _mm512_loadu_si512(q));
+#elif defined __AVX512BW__
+    __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)q));
+    return sum + (Ints)_mm512_madd_epi16(wide, _mm512_loadu_si512(u));
+#elif defined __AVXVNNI__
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_loadu_si256((const void *)u),
+                                         _mm256_loadu_si256((const void *)q));
+#elif defined __AVX2__ && !defined __AVX512F__
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)q));
+    return sum + (Ints)_mm256_madd_epi16(wide, _mm256_loadu_si256((const void *)u));
+#else
+    for (int i = 0; i < AT_ONCE; i++) sum[i % LANES] += q[i] * u[i];
+    return sum;
+#endif
+}
+
+/* The total of each of four sums. */
+#define TOTALS(NAME, VECTOR, FOUR)                                                                \
+    static inline FOUR NAME(const VECTOR sums[TILE]) {                                            \
+        FOUR parts[TILE][LANES / 4], t[TILE], total = {0};                                        \
+        memcpy(parts, sums, sizeof parts);                                                        \
+        for (int r = 0; r < TILE; r++) {                                                          \
+            t[r] = parts[r][0];                                                                   \
+            for (int i = 1; i < LANES / 4; i++) t[r] += parts[r][i];                              \
         }                                                                                         \
+        for (int i = 0; i < 4; i++) total += (FOUR){t[0][i], t[1][i], t[2][i], t[3][i]};          \
+        return total;                                                                             \
+    }
+TOTALS(totals, Lanes, Four)
+TOTALS(whole_totals, Ints, FourInts)
+
+/* z = the sums of four rows of W with M rows of x, which are `step` apart; two rows of W at a time
+ * where M is above LARGEST. A row of W is short, so the processor does not fetch the next four by
+ * itself. */
+#define EACH(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8)
+#define SUMS(NAME, M, LARGEST, WEIGHT, INPUT, VECTOR, FOUR, COUNT, WITH, TOTAL, ONE)              \
+    static void NAME##_##M(FOUR *z, const WEIGHT *w, const INPUT *x, long K, long step) {         \
+        enum { SIDE = (M) <= (LARGEST) ? TILE : TILE / 2 };                                       \
+        VECTOR sum[M][TILE] = {{{0}}};                                                            \
+        long even = K / COUNT * COUNT;                                                            \
+        for (int first = 0; first < TILE; first += SIDE) {                                        \
+            VECTOR side[M][SIDE] = {{{0}}};                                                       \
+            for (long k = 0; k < even; k += COUNT)                                                \
+                for (int r = 0; r < SIDE; r++) {                                                  \
+                    const WEIGHT *at = w + (first + r) * K + k;                                   \
+                    __builtin_prefetch(at + TILE * K);                                            \
+                    for (int m = 0; m < M; m++)                                                   \
+                        side[m][r] = WITH(side[m][r], at, x + m * step + k);                      \
+                }                                                                                 \
+            for (int m = 0; m < M; m++)                                                           \
+                for (int r = 0; r < SIDE; r++) sum[m][first + r] = side[m][r];                    \
+        }                                                                                         \
+        for (int m = 0; m < M; m++) z[m] = TOTAL(sum[m]);                                         \
         for (long k = even; k < K; k++)                                                           \
             for (int r = 0; r < TILE; r++)                                                        \
                 for (int m = 0; m < M; m++) z[m][r] += ONE(w[r * K + k]) * x[m * step + k];       \
     }
-#define FLOATS(M) SUMS(floats, M, float, lanes, plain)
-#define HALVES(M) SUMS(halves, M, uint16_t, half_lanes, widened)
+#define FLOATS(M)                                                                                 \
+    SUMS(floats, M, MOST_FLOATS, float, float, Lanes, Four, LANES, with_floats, totals, plain)
+#define HALVES(M)                                                                                 \
+    SUMS(halves, M, MOST_OTHERS, uint16_t, float, Lanes, Four, LANES, with_halves, totals, widened)
+#define BYTE_SUMS(M)                                                                              \
+    SUMS(bytes, M, MOST_OTHERS, int8_t, Input, Ints, FourInts, AT_ONCE, with_bytes, whole_totals, \
+         whole)
 EACH(FLOATS)
 EACH(HALVES)
-
-#define BYTE_SUMS(M)                                                                              \
-    static void bytes_##M(Sums z, const int8_t *q, const int16_t *u, long K) {                    \
-        int32_t sum[TILE][M] = {{0}};                                                             \
-        for (long k = 0; k < TILE * K; k += 64) __builtin_prefetch(q + TILE * K + k);             \
-        for (long k = 0; k < K; k++)                                                              \
-            for (int r = 0; r < TILE; r++)                                                        \
-                for (int m = 0; m < M; m++) sum[r][m] += (int32_t)q[r * K + k] * u[m * K + k];    \
-        for (int r = 0; r < TILE; r++)                                                            \
-            for (int m = 0; m < M; m++) z[m][r] = (float)sum[r][m];                               \
-    }
 EACH(BYTE_SUMS)
 
 #define NAME_FLOATS(M) floats_##M,
 #define NAME_HALVES(M) halves_##M,
 #define NAME_BYTES(M) bytes_##M,
-static void (*const floats[])(Sums, const float *, const float *, long,
+static void (*const floats[])(Four *, const float *, const float *, long,
                               long) = {0, EACH(NAME_FLOATS)};
-static void (*const halves[])(Sums, const uint16_t *, const float *, long,
+static void (*const halves[])(Four *, const uint16_t *, const float *, long,
                               long) = {0, EACH(NAME_HALVES)};
-static void (*const bytes[])(Sums, const int8_t *, const int16_t *, long) = {0, EACH(NAME_BYTES)};
+static void (*const bytes[])(FourInts *, const int8_t *, const Input *, long,
+                             long) = {0, EACH(NAME_BYTES)};
 
 /* e^x in plain arithmetic, of which the compiler makes vector instructions; within 4 units in the
  * last place. With n whole and |r| <= ln(2) / 2: x = n ln(2) + r, so e^x = 2^n e^r. */
@@ -169,7 +214,7 @@ static void layer_norm(float *y, const float *x, const float *weight, const floa
 }
 
 /* u - m, d and low + m d of prepacked.py: x (K) -> u (K). NaN makes d NaN. */
-static void narrow(int16_t *u, float *d, float *low, const float *x, long K, int middle) {
+static void narrow(Input *u, float *d, float *low, const float *x, long K, int middle) {
     float least = x[0], most = x[0];
     int has_nan = 0;
     for (long k = 0; k < K; k++) {
@@ -180,7 +225,8 @@ static void narrow(int16_t *u, float *d, float *low, const float *x, long K, int
     float range = most - least, steps = 255.0f / (range + 1e-8f);
     int shift = middle == 64;
     for (long k = 0; k < K; k++)
-        u[k] = (int16_t)(((int32_t)rintf((x[k] - least) * steps) >> shift) - middle);
+        u[k] = (Input)(((int32_t)rintf((x[k] - least) * steps) >> shift) -
+                       (KEEPS_MIDDLE ? 0 : middle));
     *d = has_nan ? NAN : range / 255.0f;
     /* two steps merge into one, whose middle lies half a step above the lower one */
     least += shift * *d / 2;
@@ -191,42 +237,51 @@ static void narrow(int16_t *u, float *d, float *low, const float *x, long K, int
 /* A thread's own memory. u: the rows of x narrowed. */
 typedef struct {
     float *normal, *p;
-    int16_t *u;
+    Input *u;
 } Room;
 
 enum { STORE, GELU, ADD };
 
-/* z = the sums of the four rows of W from n on with the rows of x, or of u for bytes. */
-static void tile(Sums z, const void *weight, const float *x, const int16_t *u, long n, long M,
-                 long K, int kind) {
-    if (kind == FLOAT) floats[M](z, (const float *)weight + n * K, x, K, K);
-    if (kind == HALF) halves[M](z, (const uint16_t *)weight + n * K, x, K, K);
-    if (kind == BYTES) bytes[M](z, (const int8_t *)weight + n * K, u, K);
+/* z = the sums of the four rows of W from n on with the rows of x, or for bytes of u - m. */
+static void tile(Four *z, const Matrix *w, const float *x, const Input *u, long n, long M, long K,
+                 const Shape *s) {
+    if (s->kind == FLOAT) floats[M](z, (const float *)w->weight + n * K, x, K, K);
+    if (s->kind == HALF) halves[M](z, (const uint16_t *)w->weight + n * K, x, K, K);
+    if (s->kind == BYTES) {
+        FourInts whole[MOST], shift = {0};
+        bytes[M](whole, (const int8_t *)w->weight + n * K, u, K, K);
+        for (int r = 0; KEEPS_MIDDLE && r < TILE; r++) /* the sum of a row of q is a whole number */
+            shift[r] = s->middle * (int32_t)rintf(w->sums[n + r] / w->scale[n + r]);
+        for (long m = 0; m < M; m++) z[m] = __builtin_convertvector(whole[m] - shift, Four);
+    }
 }
 
 /* A thread's part of y (M, N): x W^T + bias stored, through GELU, or added to y. u: room for the
  * rows of x narrowed. Of more than 8 rows, each 8 take their turn with four rows of W. */
-static void product(float *y, const Matrix *w, const float *x, int16_t *u, long M, long N, long K,
+static void product(float *y, const Matrix *w, const float *x, Input *u, long M, long N, long K,
                     int then, const Shape *s) {
     long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     long first = N * thread / threads, end = N * (thread + 1) / threads;
     float d[M], low[M];
-    Sums z;
+    Four z[MOST];
     for (long m = 0; s->kind == BYTES && m < M; m++)
         narrow(u + m * K, d + m, low + m, x + m * K, K, s->middle);
     for (long n = first; n < end; n += TILE) {
         /* the last outputs are computed with some before them */
-        long at = n < N - TILE ? n : N - TILE;
+        long at = n < N - TILE ? n : N - TILE, count = end - at < TILE ? end - at : TILE;
         for (long m = 0; m < M; m++) {
             long i = m % MOST, rows = M - m < MOST ? M - m : MOST;
-            if (i == 0) tile(z, w->weight, x + m * K, u + m * K, at, rows, K, s->kind);
-            for (long r = n - at; r < TILE && at + r < end; r++) {
-                float *to = y + m * N + at + r, value = z[i][r];
-                if (s->kind == BYTES)
-                    value = d[m] * value * w->scale[at + r] + low[m] * w->sums[at + r];
-                if (w->bias) value += w->bias[at + r];
-                *to = then == ADD ? *to + value : value;
-            }
+            if (i == 0) tile(z, w, x + m * K, u + m * K, at, rows, K, s);
+            Four value = z[i];
+            float *to = y + m * N + at;
+            if (s->kind == BYTES)
+                value = d[m] * value * four(w->scale + at) + low[m] * four(w->sums + at);
+            if (w->bias) value += four(w->bias + at);
+            if (then == ADD) value += four(to);
+            if (n == at && count == TILE)
+                *(Four *)to = value;
+            else
+                for (long r = n - at; r < count; r++) to[r] = value[r];
         }
     }
     for (long m = 0; then == GELU && m < M; m++)
@@ -237,7 +292,7 @@ static void product(float *y, const Matrix *w, const float *x, int16_t *u, long 
 /* p (M, all) = the scores of M queries, `step` apart, with the keys k (count, D). */
 static void scores(float *p, long all, const float *q, long step, const float *k, long count, long M,
                    long D) {
-    Sums z;
+    Four z[MOST];
     for (long t = 0; t < count; t++) {
         long r = t % TILE;
         if (r == 0 && t + TILE <= count) floats[M](z, k + t * D, q, D, step);
@@ -332,7 +387,7 @@ void blocks(float *x, const Layer *layers, const Shape *s, const Cache *c, float
 #pragma omp parallel num_threads((int)threads)
     {
         float *at = scratch + common_room(s, M) + omp_get_thread_num() * own_room(s, c, M);
-        Room own = {.normal = at, .u = (int16_t *)(at + M * C), .p = at + M * (C + widest(s))};
+        Room own = {.normal = at, .u = (Input *)(at + M * C), .p = at + M * (C + widest(s))};
         for (long l = 0; l < s->n_layer; l++) {
             const Layer *a = layers + l;
             for (long m = 0; m < M; m++)
@@ -360,7 +415,7 @@ void linear(float *y, const float *x, const Matrix *w, float *scratch, long M, l
             int kind, int middle, long threads) {
     Shape s = {.kind = kind, .middle = middle};
 #pragma omp parallel num_threads((int)threads)
-    product(y, w, x, (int16_t *)(scratch + omp_get_thread_num() * M * K), M, N, K, STORE, &s);
+    product(y, w, x, (Input *)(scratch + omp_get_thread_num() * M * K), M, N, K, STORE, &s);
 }
 
 /* The next 624 words of the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998). */
