@@ -342,6 +342,15 @@ def test_top_k(scores, k):
         assert result[row].tolist() == expected
 
 
+def test_the_likeliest_is_that_of_argmax():
+    """The first of equal ones; NaN before all."""
+    scores = torch.randint(5, (7, 60)).float()
+    scores[1], scores[2] = -torch.inf, torch.nan
+    scores[3, 9], scores[4, 5:7] = torch.nan, torch.inf
+    for each in (scores, scores[:, ::2], scores.double()):
+        assert torch.equal(ours.likeliest(each), each.argmax(dim=1))
+
+
 @pytest.mark.parametrize(("shape", "k"), [((3, 50_257), 50), ((2, 3, 4_000), 11), ((1, 64 * 8), 2)])
 @pytest.mark.parametrize("levels", [3, 1000, None])
 def test_the_best_are_those_of_topk(shape, k, levels):

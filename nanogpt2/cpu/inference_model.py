@@ -23,6 +23,7 @@ from nanogpt2.cpu.prepacked import (
     Release,
     can_multiply,
     prepacked_linear_for,
+    scales,
     to_int8,
     widened,
 )
@@ -55,9 +56,11 @@ class NarrowEmbedding(nn.Module):
         rows = self.weight[places]
         if self._scheme == "fp16":
             x = to_fp16(rows).float()
+        elif self._scale is None:
+            scale = scales(rows)[:, None]
+            x = (rows / scale).round_().mul_(scale)
         else:
-            q, scale = to_int8(rows) if self._scale is None else (rows, self._scale[places])
-            x = q * scale[:, None]
+            x = rows * self._scale[places][:, None]
         return x.view(*ids.shape, x.size(-1))
 
     def stored(self) -> dict[str, Tensor]:

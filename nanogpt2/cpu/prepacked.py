@@ -340,13 +340,18 @@ def widened(weight: Tensor, release: Release | None) -> Tensor:
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize (N, K) -> q, int8 (N, K), and the scales s, float32 (N,)."""
-    largest = torch.linalg.vector_norm(weight.float(), float("inf"), dim=1)  # (N,)
-    scale = (largest / 127).clamp_(min=LEAST)
+    scale = scales(weight)
     q = torch.empty(weight.shape, dtype=torch.int8)
     # in chunks: the embedding alone is a third of the model
     for part, rows, s in zip(*(t.split(CHUNK) for t in (q, weight, scale)), strict=True):
         part.copy_((rows / s[:, None]).round_())
     return q, scale
+
+
+def scales(weight: Tensor) -> Tensor:
+    """Return int8's scales s of a weight (N, K), float32 (N,)."""
+    largest = torch.linalg.vector_norm(weight.float(), float("inf"), dim=1)  # (N,)
+    return (largest / 127).clamp_(min=LEAST)
 
 
 def runs_prepacked(kernels: str, device: str, dtype: torch.dtype) -> bool:

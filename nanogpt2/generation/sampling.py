@@ -25,7 +25,7 @@ from nanogpt2.generation.noise import (
     StreamNoise,
     nothing_left,
 )
-from nanogpt2.generation.processors import processors_for
+from nanogpt2.generation.processors import likeliest, processors_for
 from nanogpt2.generation.request import Processor, Request
 from nanogpt2.generation.stopping import Stopping
 from nanogpt2.model import GPT
@@ -89,7 +89,7 @@ def _choose(
     if config.samples:
         # ended rows draw as well, as in transformers' random stream
         return noise.draw(scores.softmax(dim=1), 1, step).squeeze(1), scores
-    return scores.argmax(dim=1), scores
+    return likeliest(scores), scores
 
 
 def _draw_fused(
