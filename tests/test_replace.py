@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanogpt2.checkpoints import replace
 from nanogpt2.checkpoints.load import load_classifier, load_model, load_tokenizer, open_checkpoint
@@ -48,6 +49,7 @@ CHANGES = {
     "float for int8": (int8_model, float_model()),
     "another vocabulary": (float_model(vocab_size=50257), float_model()),
     "the same config": (float_model(), float_model()),
+    "pytorch_model.bin": (float_model(), float_model(n_head=3)),
 }
 
 
@@ -119,6 +121,9 @@ def test_a_reader_finds_the_old_model_or_the_new_one(tmp_path, monkeypatch, name
     old, new = CHANGES[name]
     folder = tmp_path / "model"
     save(old, folder)
+    if name.endswith(".bin"):
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
     (folder / "notes.txt").write_text("mine")
     before, first = files_of(folder), seen(folder)
     torch.manual_seed(1)

@@ -23,6 +23,7 @@ from torch import Tensor
 from nanogpt2.checkpoints import tensors as tensor_file
 from nanogpt2.checkpoints.folder import MANIFEST, digest_of_text
 from nanogpt2.checkpoints.header import REPLACES
+from nanogpt2.config import PICKLES
 from nanogpt2.filesystem import sync
 
 
@@ -41,7 +42,8 @@ def replace_set(
     Raises OSError for a failed write; the folder then holds the old set or the new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = any(folder.glob("[!.]*.safetensors*"))
+    kept = [path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES)]
+    held = any(not n.startswith(".") for n in kept)
     pairs = {n: [digest_of_text(folder / n), texts[n]] for n in tied if held}
     replaces = {n: pair for n, pair in pairs.items() if pair[0] != digest_of_text(texts[n])}
     random = secrets.token_hex(8)
