@@ -137,6 +137,17 @@ def test_a_pipe_in_a_runs_folder_is_refused(tmp_path, name):
         (folder.record if name == "run.json" else folder.lock)()
 
 
+def test_a_pipe_among_the_data_is_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    os.mkfifo(tmp_path / "train.bin")
+    # with a writer and some bytes, a reader would not wait here for ever
+    pipe = os.open(tmp_path / "train.bin", os.O_RDWR | os.O_NONBLOCK)
+    os.write(pipe, b"some ids")
+    assert [file.name for file in find_files(str(tmp_path))] == [str(tmp_path / "a.txt")]
+    assert os.read(pipe, 99) == b"some ids"
+    os.close(pipe)
+
+
 def test_a_pipe_in_a_checkpoint_damages_it(tmp_path):
     path = save(tmp_path, 1)
     (path / "state.json").unlink()

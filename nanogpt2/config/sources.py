@@ -124,7 +124,7 @@ def _is_read(path: Path, is_text: Callable[[Path], bool], skip: Skip) -> bool:
     is_document = path.suffix.lower() in documents.SUFFIXES and path.is_file()
     if path.name.startswith("."):
         skip("hidden", str(path))
-    elif corpora.holds_ids(path) and path.is_file():
+    elif path.is_file() and corpora.holds_ids(path):
         return True
     elif not data_kind(path):
         # is_text says what to do with a document
