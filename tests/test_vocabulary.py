@@ -313,6 +313,34 @@ def test_bad_added_tokens(tmp_path, files, line):
     assert load_model(tmp_path).config.vocab_size == 260
 
 
+@pytest.mark.parametrize("model", [[], ["a"], None, "a", 5, {}, {"vocab": ["a"]}])
+def test_a_tokenizer_json_without_a_vocabulary(tmp_path, model):
+    save_model(GPT(GPTConfig(260, 16, 1, 1, 2)), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(ValueError, match=r"tokenizer.json' states no vocabulary"):
+        load_tokenizer(tmp_path)
+    assert load_model(tmp_path).config.vocab_size == 260
+
+
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("value", ["<u>", 5, True, [None], {"a": 5}])
+def test_special_tokens_that_are_no_list_are_ignored(tmp_path, name, value):
+    save_model(GPT(GPTConfig(260, 16, 1, 1, 2)), tmp_path, byte_tokenizer())
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert load_tokenizer(tmp_path) == byte_tokenizer()
+
+
+def test_added_tokens_json_does_not_count_beside_added_tokens_decoder(tmp_path):
+    """As transformers has it: a folder may keep the file from an older model."""
+    ours = byte_tokenizer().with_added(["<u> x"])
+    for stale in ({"<old>": 257}, {"<old>": 258}):
+        save_model(GPT(GPTConfig(260, 16, 1, 1, 2)), tmp_path, ours)
+        (tmp_path / "added_tokens.json").write_text(json.dumps(stale))
+        assert load_tokenizer(tmp_path) == ours
+        assert_agree(tmp_path, ours, ["<u> x", "<old>"])
+
+
 def test_tokens_without_a_row_are_ignored(tmp_path):
     theirs = grown(tmp_path, ["<u>", "<v>"])
     write(tmp_path / "m", 258, theirs)

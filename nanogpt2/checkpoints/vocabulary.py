@@ -209,8 +209,9 @@ def read_vocabulary(folder: Path, rows: int, declared: Any = None) -> Vocabulary
 
 def _tokens_of(path: Path, stated: Any, is_model: bool) -> dict[str, int]:
     """Return {token: id} of vocab.json, or of the model in tokenizer.json."""
-    tokens = stated.get("vocab") if is_model and isinstance(stated, dict) else stated
-    if is_model and isinstance(tokens, list) and stated.get("type") == "Unigram":
+    model = stated if is_model and isinstance(stated, dict) else {"vocab": stated}
+    tokens = model.get("vocab")
+    if isinstance(tokens, list) and model.get("type") == "Unigram":
         pieces = [p[0] for p in tokens if isinstance(p, list) and p and isinstance(p[0], str)]
         tokens = {piece: i for i, piece in enumerate(pieces)} if len(pieces) == len(tokens) else {}
     if not isinstance(tokens, dict) or not tokens:
@@ -270,8 +271,9 @@ def _named(settings: Mapping[str, Any], is_gpt2: bool) -> list[AddedToken]:
     roles = {**dict.fromkeys(LIBRARY_ROLES), **_defaults(is_gpt2), **settings}
     values = [value for role, value in roles.items() if role.endswith("_token")]
     for name in EXTRA:
-        more = settings.get(name) or []
-        values += more if isinstance(more, list) else [*more.values()]
+        more = settings.get(name)
+        more = [*more.values()] if isinstance(more, dict) else more
+        values += more if isinstance(more, list) else []
     tokens = [_special(value) for value in values if isinstance(value, str | dict)]
     return [*{token.content: token for token in reversed(tokens)}.values()][::-1]
 
@@ -301,7 +303,9 @@ def _listed(
     for stated in _list_of(path, (whole or {}).get("added_tokens") or []):
         yield path, _token(path, stated)
     path = folder / "added_tokens.json"
-    for content, i in (read_object(path) or {}).items():
+    # transformers reads it in place of added_tokens_decoder, never beside it
+    older = {} if "added_tokens_decoder" in settings else read_object(path) or {}
+    for content, i in older.items():
         is_special = content in special
         flags = {"special": is_special, "normalized": not is_special}
         yield path, _token(path, {"content": content, "id": i} | flags)
