@@ -1,5 +1,7 @@
 """nanoGPT's, llm.c's and modded-nanogpt's files of ids, read as they are."""
 
+import struct
+
 import numpy as np
 import pytest
 from test_train import SMALL, run
@@ -126,6 +128,11 @@ def damaged(path, change):
     return path
 
 
+def header(path, text):
+    """An array of numpy's with this header."""
+    path.write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode() + bytes(8))
+
+
 BAD = {
     "odd_train.bin": (lambda p: damaged(raw(p), lambda b: b[:-1]), "5,999 bytes, an odd number"),
     "empty_train.bin": (lambda p: p.write_bytes(b""), "is empty"),
@@ -153,6 +160,13 @@ BAD = {
         "is no array that numpy saved",
     ),
     "no.npy": (lambda p: p.write_bytes(b"no"), "is no array that numpy saved"),
+    "open.npy": (lambda p: header(p, "{'descr': '<i4"), "is no array that numpy saved"),
+    "key.npy": (lambda p: header(p, "{[]: 1}"), "is no array that numpy saved"),
+    "keys.npy": (lambda p: header(p, "{1: 2, 'a': 3}"), "is no array that numpy saved"),
+    "many.npy": (
+        lambda p: header(p, f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({10**30},)}}"),
+        "is no array that numpy saved",
+    ),
     "void.npy": (lambda p: np.save(p, IDS[:0]), "is empty"),
 }
 

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -100,7 +101,8 @@ def _open_array(name: str) -> Ids:
     try:
         with open_regular(Path(name)):
             ids = np.load(name, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
+    # numpy evaluates the header as an expression of Python
+    except (ValueError, EOFError, SyntaxError, TokenError, TypeError, ArithmeticError) as error:
         said = " ".join(str(error).split())[:80]
         raise ValueError(f"{name!r} is no array that numpy saved: {said}") from None
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
