@@ -129,12 +129,16 @@ def test_a_mix_is_read(text, expected):
         ("a.txt=1,gone.txt=2", "'gone.txt' is not a file"),
         ("a.txt=1,short.txt=2", "'short.txt' is too short: 6 tokens"),
         ("a.txt=1,b\0.txt=2", "is not a file"),
+        ("a.txt=1,loop=2", "'loop' is not a file"),
+        ("{long},a.txt=1", "File name too long"),
+        ("a.txt=1.{long},b.txt=1", "the weight of 'a.txt' must be a number above 0"),
     ],
 )  # fmt: skip
 def test_a_wrong_mix_is_one_line(here, capsys, text, message):
     (here / "short.txt").write_text("words")
     (here / "link").symlink_to("a.txt")
-    assert run("--mix", text, *SMALL) == 2
+    (here / "loop").symlink_to("loop")
+    assert run("--mix", text.replace("{long}", "0" * 5000), *SMALL) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --mix") and message in said and said.count("\n") == 1, said
     assert len(said) <= 201 and not (here / "out").exists()

@@ -5,14 +5,14 @@ equals sign of its source and a comma or the end. This file does not read the so
 """
 
 import math
+import os
 import re
 from fractions import Fraction
-from pathlib import Path
 
 from nanogpt2.config.flags import show
 
 PAIR = re.compile(r"(.+?)=([^=,]*)(?:,|\Z)", re.DOTALL)
-NUMBER = re.compile(r"\+?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE | re.ASCII)
+NUMBER = re.compile(r"\+?(\d{1,400}\.?\d{0,400}|\.\d{1,400})([eE][+-]?\d{1,3})?", re.ASCII)
 
 
 def read_mix(text: str) -> dict[str, Fraction]:
@@ -33,9 +33,11 @@ def read_mix(text: str) -> dict[str, Fraction]:
         if source == "-":
             raise ValueError("mix: '-', standard input, cannot be one of several sources")
         first = source.split(",")[0]
-        if first not in ("", source) and not Path(source).exists() and Path(first).exists():
+        # os.path: pathlib's methods raise for a long name and for a loop of links
+        exists = os.path.exists
+        if first not in ("", source) and not exists(source) and exists(first):
             raise ValueError(f"mix: {show(first)} has no weight; write {first}=1")
-        real = str(Path(source).resolve()) if "\0" not in source else source
+        real = os.path.realpath(source) if "\0" not in source else source
         if real in seen:
             raise ValueError(f"mix names {show(source)} twice")
         seen.add(real)
