@@ -17,7 +17,7 @@ from reference import ROOT
 from test_train import SMALL, metrics, run
 
 from nanogpt2.config import read_mix
-from nanogpt2.data.loader import make_batches
+from nanogpt2.data.loader import make_batches, validation_batches
 from nanogpt2.data.mix import Mixed, Shares, load_mix
 from nanogpt2.tokenizer import byte_tokenizer
 
@@ -173,6 +173,12 @@ def test_a_run_reports_each_corpus(here, capsys):
     (here / "c.txt").write_text("words to validate on " * 9)
     assert run(*MIX, "--validation", "c.txt", "--out", "held") == 0
     assert [key for key in metrics("held")[-1] if key.startswith("val_loss")] == ["val_loss"]
+
+
+def test_the_weights_of_the_losses_are_finite_shares(here):
+    for weights in (("1e308", "1e308"), ("1e-320", "1e-320"), ("7", "7")):
+        corpus = load_mix(dict(zip(("a.txt", "b.txt"), map(Fraction, weights), strict=True)), BYTES)
+        assert validation_batches(corpus.validation, 2, 8).weights == [0.5, 0.5]
 
 
 KILLED = """

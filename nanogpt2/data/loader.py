@@ -8,6 +8,7 @@ know the model.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -143,7 +144,9 @@ def validation_batches(
     """Return batches of at most (B, T), in order; every target occurs exactly once."""
     if isinstance(data, Mixed):
         parts = [ValidationBatches(part, batch_size, block_size) for part in data.parts]
-        weights = [float(weight) for weight in data.shares.weights]
+        # a share each: the sum of large weights would be infinite
+        total = sum(data.shares.weights, Fraction())
+        weights = [float(weight / total) for weight in data.shares.weights]
         return MixedValidation(dict(zip(data.names, parts, strict=True)), weights)
     return ValidationBatches(data, batch_size, block_size)
 
