@@ -92,6 +92,18 @@ def test_the_batches_depend_on_the_text_alone(text, places):
         parallel.BATCH = held
 
 
+def test_the_cuts_take_linear_time(monkeypatch):
+    tabs = "1\t\n" * 200_000
+    started = time.process_time()
+    assert last_cut(tabs, END) == 0
+    # a record comes as one part
+    monkeypatch.setattr(parallel, "BATCH", 100)
+    text = "word " * 2**20
+    assert sum(len(part) for part, _ in batches([text], GPT2)) == len(text)
+    # in quadratic time they took 20 s
+    assert time.process_time() - started < 5
+
+
 def book(folder, texts=200):
     """Texts of all lengths, a blank one and one without a blank in it among them."""
     some = [f"Text {i}: " + "to be, or not to be — that's it. \n" * (i % 13) for i in range(texts)]

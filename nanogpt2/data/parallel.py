@@ -15,6 +15,7 @@ than a few batches a worker are in memory.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,8 @@ from nanogpt2.data.worker import receive, send
 from nanogpt2.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # characters
+# up to the last blank or line end behind a character that is none; linear in the text
+BEHIND_WORD = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 WAITING = 2  # batches for each worker, beside the one that it encodes
 
 Ids = NDArray[np.integer]
@@ -45,7 +48,8 @@ def batches(parts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, b
     """
     end, at_blanks = tokenizer.end_text, not _may_span_blanks(tokenizer)
     held = ""
-    for part in parts:
+    # a record may be one long part: what is held stays short
+    for part in (one[i : i + BATCH] for one in parts for i in range(0, len(one), BATCH)):
         held += part
         while len(held) >= BATCH:
             cut = last_cut(held[:BATCH], end, at_blanks)
@@ -67,14 +71,8 @@ def last_cut(text: str, end_text: str, at_blanks: bool = True) -> int:
     """Return the last place in a text where it may be cut; 0 for none."""
     marked = text.rfind(end_text)
     marked = marked + len(end_text) if marked >= 0 else 0
-    end = len(text) if at_blanks else 0
-    while (end := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > marked:
-        # the first of the white space that ends there
-        start = len(text[:end].rstrip())
-        if start and text[start] in " \n":
-            return max(start, marked)
-        end = start
-    return marked
+    found = BEHIND_WORD.match(text, marked) if at_blanks else None
+    return marked if found is None else found.end()
 
 
 class Encoder:
