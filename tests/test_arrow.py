@@ -159,6 +159,19 @@ def test_a_cache_of_the_library(here, datasets):
     assert texts(str(folder)) == texts("cache") == EXPECTED
 
 
+def test_the_list_of_a_saved_data_set_is_read_once_for_all_its_files(here, monkeypatch):
+    names = [f"data-{i:05}-of-00040.arrow" for i in range(40)]
+    (here / "saved").mkdir()
+    for name in names:
+        (here / "saved" / name).touch()
+    state = {"_data_files": [{"filename": name} for name in names]}
+    (here / "saved/state.json").write_text(json.dumps(state))
+    read, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(text) or loads(text))
+    assert [file.name for file in find_files("saved")] == [f"saved/{name}" for name in names]
+    assert len(read) < 5
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

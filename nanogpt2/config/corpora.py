@@ -15,6 +15,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from nanogpt2.config.flags import show
@@ -97,8 +98,9 @@ def is_beside_saved(path: Path) -> bool:
         return is_saved
     if path.suffix != ".arrow":
         return False
-    if (folder / "state.json").exists():
-        return path.name not in _data_files(folder)
+    state = folder / "state.json"
+    if state.exists():
+        return path.name not in _listed_in(state, state.stat().st_mtime_ns)
     # results of map and filter
     return (folder / "dataset_info.json").exists() and path.name.startswith(("cache-", "tmp"))
 
@@ -108,6 +110,12 @@ def check_saved(paths: Iterable[Path]) -> None:
     for folder in sorted({path.parent for path in paths if path.suffix == ".arrow"}):
         if (folder / "state.json").exists():
             _data_files(folder)
+
+
+@lru_cache(maxsize=8)
+def _listed_in(state: Path, mtime_ns: int) -> frozenset[str]:
+    """Return the names in a state.json, read once for all files beside it."""
+    return frozenset(_data_files(state.parent))
 
 
 def _data_files(folder: Path) -> list[str]:
