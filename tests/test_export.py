@@ -461,6 +461,8 @@ def others(folder):
     save_model(pack(load_model(folder / "wide"), "int8"), folder / "int8", byte_tokenizer())
     save_model(GPT(config), folder / "narrow", byte_tokenizer())
     save_model(GPT(replace(SHAPE, layer_norm_epsilon=1e-6)), folder / "eps", byte_tokenizer())
+    save_model(GPT(replace(SHAPE, block_size=1)), folder / "one", byte_tokenizer())
+    save_model(GPT(replace(SHAPE, n_inner=40)), folder / "inner", byte_tokenizer())
     return folder
 
 
@@ -483,6 +485,8 @@ def others(folder):
         ("labels --to hf --out x", "MODEL 'labels' is a classifier"),
         ("int8 --to gguf --out x", "MODEL 'int8' is int8: export the model"),
         ("narrow --to gguf --out x --dtype q8_0", "MODEL 'narrow' has n_embd 24, which"),
+        ("inner --to gguf --out x --dtype q8_0", "MODEL 'inner' has n_inner 40, which"),
+        ("one --to gguf --out x", "MODEL 'one' has n_positions 1; llama.cpp needs 2"),
         ("eps --to llmc --out x", "MODEL has layer_norm_epsilon 1e-06, which --to llmc cannot"),
         ("eps --to nanogpt --out x", "MODEL has layer_norm_epsilon 1e-06, which --to nanogpt"),
     ],

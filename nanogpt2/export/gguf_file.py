@@ -73,10 +73,13 @@ def write(source: Source, folder: Path) -> None:
     c, tokenizer = source.model.config, source.tokenizer
     if tokenizer is None:
         raise ValueError("has no vocabulary, which --to gguf needs")
+    if c.block_size == 1:
+        raise ValueError("has n_positions 1; llama.cpp needs 2")
     state = dict(source.tensors())
     inner = state["h.0.mlp.c_fc.weight"].size(0)
-    if source.dtype == "q8_0" and (c.n_embd % BLOCK or inner % BLOCK):
-        raise ValueError(f"has n_embd {c.n_embd}, which --dtype q8_0 needs in multiples of {BLOCK}")
+    for of, width in (("n_embd", c.n_embd), ("n_inner", inner)):
+        if source.dtype == "q8_0" and width % BLOCK:
+            raise ValueError(f"has {of} {width}, which --dtype q8_0 needs in multiples of {BLOCK}")
     writer = gguf.GGUFWriter(folder / FILE, "gpt2")
     writer.add_name(source.name)
     writer.add_block_count(c.n_layer)
