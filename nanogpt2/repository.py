@@ -77,11 +77,14 @@ class Listing:
         return StoredFile(name, size, digest)
 
 
-def fetch_repository(repo: str, revision: str, accept: Callable[[Path], object]) -> Path:
+def fetch_repository(
+    repo: str, revision: str, accept: Callable[[Path], object], name: str = ""
+) -> Path:
     """Return the folder of a GPT-2's files, which may be a copy of an earlier call.
 
     repo: USER/NAME. revision: a branch, a tag or a commit. accept: called with the folder once it
-    has the files of CONFIGS; a ValueError of it ends the download.
+    has the files of CONFIGS; a ValueError of it ends the download. name: for messages, the user's
+    words for the model.
 
     With a commit whose files are here, or with HF_HUB_OFFLINE, no request is sent. Where the hub
     gives no answer, the copy of the last call is used, with a note. Raises OSError for a failed
@@ -89,7 +92,7 @@ def fetch_repository(repo: str, revision: str, accept: Callable[[Path], object])
     each in one line.
     """
     hub.expanded(hub.CACHE)
-    name = repo if revision == "main" else f"{repo}@{revision}"
+    name = name or repo
     kept = _kept(hub.folder_of(repo), _asked.get((repo, revision), revision))
     if kept is not None and ((repo, revision) in _asked or _is_whole(kept, revision)):
         return kept

@@ -385,8 +385,9 @@ def test_an_answer_that_is_none(server, tmp_path, answer, words):
 
 def test_nobody_listens(tmp_path, monkeypatch):
     go(monkeypatch, "http://127.0.0.1:9", tmp_path)
-    line = failure("someone/tiny@v2")
-    assert "'someone/tiny@v2' is not on this machine and cannot be downloaded (Connection" in line
+    for name in ("someone/tiny@v2", "someone/tiny@main", "gpt2@main", "distilgpt2"):
+        line = failure(name)
+        assert f"'{name}' is not on this machine and cannot be downloaded (Connection" in line
     for url in (
         "",
         "ftp://127.0.0.1",

@@ -116,17 +116,17 @@ def find_files(name: str | Path) -> ModelFiles:
     if (official := official_name(name)) is not None:
         return ModelFiles((hub.fetch_weights(official),), PRESETS[official])
     found = repository_of(name)
-    return _files_at(_path(name)) if found is None else _files_of(*found)
+    return _files_at(_path(name)) if found is None else _files_of(*found, str(name))
 
 
-def _files_of(repo: str, revision: str) -> ModelFiles:
+def _files_of(repo: str, revision: str, name: str) -> ModelFiles:
     """Find the files of a repository of the hub. Another model's weights are not downloaded."""
 
     def accept(folder: Path) -> None:
         with _short_path(folder):
             _read_configs(folder, None)
 
-    folder = fetch_repository(repo, revision, accept)
+    folder = fetch_repository(repo, revision, accept, name)
     with _short_path(folder, f"{repo}/"):
         return _files_at(folder)
 
