@@ -601,6 +601,13 @@ def test_another_architecture_is_named(tmp_path, changes, said, load):
     refused(tmp_path, said, load=load)
 
 
+def test_two_ids_that_begin_a_text_are_refused_by_file(tmp_path):
+    hf_model(BASE).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    edit(tmp_path, bos_token_id=[1, 2])
+    refused(tmp_path, "config.json': bos_token_id must be a whole number >= 0 or none, not (1, 2)")
+
+
 @pytest.mark.parametrize("stated", [None, 4 * 32])
 def test_the_usual_width_may_be_stated(tmp_path, stated):
     hf_model(BASE).save_pretrained(tmp_path)

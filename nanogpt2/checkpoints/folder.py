@@ -351,10 +351,10 @@ def _config(path: Path, stated: dict[str, Any], generation: dict[str, Any]) -> G
     ids |= stated | generation
     try:
         config = GPTConfig(**options)
+        return replace(config, **{n: known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
     except ValueError as error:
         line = str(error).replace("block_size", THEIR_NAMES["block_size"])
         raise ValueError(f"{str(path)!r}: {line}") from None
-    return replace(config, **{n: known_ids(ids[n], config.vocab_size) for n in ids_of_tokens})
 
 
 def mingpt_heads(stated: Mapping[str, Any]) -> int | None:
