@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from nanogpt2 import library_tokenizer
 from nanogpt2 import tokenizer as tokenizer_module
+from nanogpt2.added_tokens import AddedToken
 from nanogpt2.checkpoints.load import load_classifier, load_model, load_tokenizer, open_checkpoint
 from nanogpt2.checkpoints.save import save_model
 from nanogpt2.classifier import GPTClassifier
@@ -339,6 +340,19 @@ def test_added_tokens_json_does_not_count_beside_added_tokens_decoder(tmp_path):
         (tmp_path / "added_tokens.json").write_text(json.dumps(stale))
         assert load_tokenizer(tmp_path) == ours
         assert_agree(tmp_path, ours, ["<u> x", "<old>"])
+
+
+def test_vocab_json_does_not_count_beside_another_class_s_tokenizer_json(tmp_path):
+    """As transformers has it: a model saved over another leaves that one's file."""
+    words = {"hello": 0, "[UNK]": 1, "</s>": 2}
+    steps = {"pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel"}}
+    steps["model"] |= {"vocab": words, "unk_token": "[UNK]"}
+    tokens = [AddedToken("</s>", 2, special=True)]
+    ours = LibraryTokenizer(steps, tokens, {"eos_token": "</s>"}, 2)
+    for rows, tokenizer in ((257, byte_tokenizer()), (3, ours)):
+        save_model(GPT(GPTConfig(rows, 16, 1, 1, 2)), tmp_path, tokenizer)
+    assert (tmp_path / "vocab.json").exists()
+    assert_agree(tmp_path, load_tokenizer(tmp_path), ["hello", "you"])
 
 
 def test_tokens_without_a_row_are_ignored(tmp_path):

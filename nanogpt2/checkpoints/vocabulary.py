@@ -198,7 +198,7 @@ def read_vocabulary(folder: Path, rows: int, declared: Any = None) -> Vocabulary
     former = read_object(folder / "special_tokens_map.json") or {}
     settings = config if "added_tokens_decoder" in config else config | former
     added = _added(folder, whole, settings, tokens, rows, is_gpt2)
-    if own is not None and whole is not None:
+    if is_gpt2 and own is not None and whole is not None:
         apart = {token.content: token.id for token in added}
         if apart | own != apart | tokens:
             raise ValueError(
