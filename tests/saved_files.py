@@ -139,7 +139,7 @@ def flip(data, rng, low, high):
     return bytes(data)
 
 
-def rewrite(data, rng, low, high):
+def rewrite_bytes(data, rng, low, high):
     """Take some bytes out, put others in."""
     place = rng.randrange(low, min(high, len(data)))
     return data[:place] + rng.randbytes(rng.randrange(9)) + data[place + rng.randrange(9) :]
@@ -209,10 +209,10 @@ def mutant(data, rng, headers):
                 0: lambda d: flip(d, rng, 0, headers),
                 1: lambda d, end=end: flip(d, rng, end, len(d)),
                 2: lambda d: flip(d, rng, 0, len(d)),
-                3: lambda d: rewrite(d, rng, 0, headers),
+                3: lambda d: rewrite_bytes(d, rng, 0, headers),
                 4: lambda d: d[: rng.randrange(len(d))],
                 5: lambda d: d + rng.randbytes(rng.randrange(1, 9)),
-                6: lambda d: edit_pickle(d, rng) if is_zip else rewrite(d, rng, 0, len(d)),
+                6: lambda d: edit_pickle(d, rng) if is_zip else rewrite_bytes(d, rng, 0, len(d)),
                 7: lambda d: edit_records(d, rng) if is_zip else flip(d, rng, 0, headers),
             }[mistake](data)
         except NOTHING_TO_EDIT:

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from hub_server import go
 from reference import HUNG, ROOT
 
 from nanogpt2 import download, hub
@@ -212,8 +213,6 @@ over = threading.Event()
 @pytest.fixture
 def mirror(monkeypatch, tmp_path):
     """Serve one answer to every GET; yield a function that sets it and fetches, in this process."""
-    from huggingface_hub import constants
-
     plays = {}
     over.clear()
 
@@ -231,12 +230,7 @@ def mirror(monkeypatch, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(hub, "CACHE", tmp_path / "cache")
+        go(monkeypatch, url, tmp_path)
         digest = hashlib.sha256(CONTENT).hexdigest()
         release = hub.Release("someone/some-model", REVISION, SIZE, digest)
         monkeypatch.setitem(hub.RELEASES, "gpt2", release)

@@ -19,6 +19,7 @@ from reference import (
     write_official_file,
 )
 from safetensors.torch import load_file, save_file
+from saved_files import flip, rewrite_bytes
 from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
 
@@ -459,18 +460,6 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path, name):
 # ---- mutated files
 
 SMALL = GPTConfig(3, 4, 1, 1, 2, bos_token_id=0, eos_token_id=0)
-
-
-def flip(data, rng, low, high):
-    data = bytearray(data)
-    data[rng.randrange(low, min(high, len(data)))] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
-def rewrite_bytes(data, rng, low, high):
-    """Take some bytes out, put others in."""
-    place = rng.randrange(low, min(high, len(data)))
-    return data[:place] + rng.randbytes(rng.randrange(9)) + data[place + rng.randrange(9) :]
 
 
 def edit_header(data, rng):

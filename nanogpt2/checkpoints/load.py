@@ -1,8 +1,8 @@
 """Open a checkpoint once: its config, labels, tokenizer, tensors, and the models made of them.
 
 Opening checks every name, shape and type from the headers, and config.json against them. Only then
-is a model made or a tensor read, so a wrong file leaves nothing half-loaded. Pickles are never
-opened. The names are in names.py, the formats in header.py and folder.py.
+is a model made or a tensor read, so a wrong file leaves nothing half-loaded. No code of
+a pickle is run. The names are in names.py, the formats in tensors.py and folder.py.
 """
 
 import os
