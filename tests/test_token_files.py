@@ -112,6 +112,19 @@ def test_arrays_of_numpys(here):
     assert len(load_corpus("mine.npy", BYTES).train) == 2700
 
 
+def test_arrays_of_signed_and_unsigned_ids_are_joined_as_whole_numbers(here):
+    (here / "data").mkdir()
+    np.save("data/train_1.npy", IDS.astype(np.uint64))
+    np.save("data/val_1.npy", IDS[:20].astype(np.uint64))
+    np.save("data/val_2.npy", IDS[20:100].astype(np.int64))
+    corpus = load_corpus("data", BYTES)
+    assert np.asarray(corpus.validation).tolist() == IDS[:100].tolist()
+    assert corpus.prompt(BYTES)
+    np.save("huge.npy", np.full(300, 2**64 - 1, np.uint64))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        load_corpus("huge.npy", BYTES)
+
+
 def test_other_files_called_bin_in_a_folder_are_no_data(here):
     (here / "data").mkdir()
     (here / "data/a.txt").write_text("a text " * 20)

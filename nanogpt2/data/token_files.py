@@ -110,4 +110,5 @@ def _open_array(name: str) -> Ids:
         raise ValueError(f"{name!r} must hold whole numbers in one dimension, not {what}")
     if not len(ids):
         raise ValueError(f"{name!r} is empty")
-    return ids
+    # joined to int64, uint64 would become float64; a number too large turns negative
+    return ids.view(ids.dtype.str.replace("u8", "i8"))
