@@ -32,7 +32,7 @@ from nanogpt2.hub import StoredFile
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 # the first of these that a repository has holds its weights, or names their files
 WEIGHTS = (

@@ -12,6 +12,7 @@ from test_checkpoint import save
 
 from nanogpt2 import filesystem, hub, terminal
 from nanogpt2.checkpoints.load import load_model
+from nanogpt2.checkpoints.tokenizer_files import CHAT_TEMPLATE, is_chat
 from nanogpt2.cli.prompts import read_prompt, read_prompts
 from nanogpt2.data.files import find_files
 from nanogpt2.data.shards import open_shard, write_shard
@@ -145,6 +146,14 @@ def test_a_pipe_among_the_data_is_not_read(tmp_path):
     os.write(pipe, b"some ids")
     assert [file.name for file in find_files(str(tmp_path))] == [str(tmp_path / "a.txt")]
     assert os.read(pipe, 99) == b"some ids"
+    os.close(pipe)
+
+
+def test_a_pipe_as_a_template_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    pipe = os.open(tmp_path / "chat_template.jinja", os.O_RDWR | os.O_NONBLOCK)
+    os.write(pipe, CHAT_TEMPLATE.encode())
+    assert not is_chat(tmp_path)
     os.close(pipe)
 
 

@@ -25,6 +25,8 @@ from transformers import GPT2LMHeadModel
 
 from nanogpt2 import download, load_model, load_tokenizer, repository
 from nanogpt2.checkpoints.folder import find_files, name_for_others
+from nanogpt2.checkpoints.load import open_checkpoint
+from nanogpt2.checkpoints.tokenizer_files import CHAT_TEMPLATE
 from nanogpt2.config import (
     SampleConfig,
     TrainConfig,
@@ -291,6 +293,13 @@ def test_without_an_answer_the_copy_is_used(server, tmp_path, monkeypatch, capsy
     (folder / "model.safetensors").unlink()
     server.plays[API] = answer or reply(status=500)
     assert "cannot be downloaded" in failure()
+
+
+def test_the_template_of_a_chat_in_a_file_of_its_own(server, tiny):
+    """As newer transformers write it."""
+    server.put(tiny | {"chat_template.jinja": CHAT_TEMPLATE.encode()})
+    with open_checkpoint(REPO) as checkpoint:
+        assert checkpoint.is_chat
 
 
 def test_a_moved_repository(server):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt2.added_tokens import AddedToken
-from nanogpt2.checkpoints.folder import read_object
+from nanogpt2.checkpoints.folder import LARGEST_JSON, read_object
+from nanogpt2.filesystem import open_regular
 from nanogpt2.library_tokenizer import LibraryTokenizer
 from nanogpt2.tokenizer import ROLES, Tokenizer
 
@@ -18,10 +19,12 @@ from nanogpt2.tokenizer import ROLES, Tokenizer
 def is_chat(folder: Path) -> bool:
     """Tell whether the tokenizer's files in a folder have the template of `--task chat`."""
     settings = read_object(folder / "tokenizer_config.json") or {}
-    with suppress(OSError, UnicodeDecodeError):
+    with (
+        suppress(OSError, ValueError),
         # where newer transformers write it
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        settings |= {"chat_template": template}
+        open_regular(folder / "chat_template.jinja", LARGEST_JSON) as file,
+    ):
+        settings |= {"chat_template": file.read().decode()}
     return settings.get("chat_template") == CHAT_TEMPLATE
 
 
