@@ -357,6 +357,8 @@ def _byte_of() -> dict[int, int]:
     return {ord(char): byte for byte, char in printable_bytes().items()}
 
 
+# kept: all are needed twice at the start, and again for each token that is added
+@cache
 def _bytes(token: str) -> bytes:
     """Return a token's bytes. A token with characters outside the alphabet is its own text."""
     if _byte_of().keys() >= {*map(ord, token)}:

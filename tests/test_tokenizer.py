@@ -282,6 +282,12 @@ def test_which_merges_tiktoken_reproduces():
     assert not module.reproduces(lines, {"a": 0})
 
 
+def test_tokens_are_added_without_spelling_the_others_again():
+    base, before = gpt2_tokenizer(), module._bytes.cache_info().misses
+    base.with_added([f"<one of {i}>" for i in range(5)])
+    assert module._bytes.cache_info().misses == before + 5
+
+
 def test_tokens_added_to_a_tokenizer():
     for base in (gpt2_tokenizer(), byte_tokenizer()):
         grown = base.with_added(["<user>", "<user>s"])
