@@ -139,7 +139,7 @@ class Tokenizer:
     def end_of_text(self) -> int:
         """The id that ends a text: <|endoftext|>'s. Raises ValueError where there is none."""
         if self._end is None:
-            raise ValueError("the tokenizer has no eos_token, which training needs between texts")
+            raise ValueError("the tokenizer has no eos_token, the id that ends a text")
         return self._end
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -502,6 +503,23 @@ def test_wrong_use_is_one_line(others, capsys, monkeypatch, words, said):
     assert shown.out == "" and shown.err.startswith(f"error: {said}")
     assert shown.err.count("\n") == 1 and len(shown.err) <= 201
     assert sorted(others.rglob("*")) == before
+
+
+@pytest.mark.parametrize("to", ["gguf", "llmc"])
+def test_a_vocabulary_without_an_end_is_one_line(folder, tmp_path, capsys, to):
+    model = shutil.copytree(folder / "wide", tmp_path / "m")
+    (model / "tokenizer.json").unlink()
+    words = json.loads((model / "vocab.json").read_text())
+    words["last"] = words.pop("<|endoftext|>")
+    (model / "vocab.json").write_text(json.dumps(words))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    for name in ("config.json", "generation_config.json"):
+        stated = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(stated | {"eos_token_id": None}))
+    with pytest.raises(SystemExit, match="2"):
+        exported(capsys, tmp_path / "o", to, model=model)
+    said = capsys.readouterr().err
+    assert "the tokenizer has no eos_token, the id that ends a text" in said, said
 
 
 def test_what_llama_cpp_and_onnx_hold(others, tmp_path, capsys):
