@@ -50,14 +50,15 @@ def memory_estimate(
     has none at the loss, and its loss has `labels` logits a token in place of V. Dropout adds its
     masks: 2 M L C on a GPU; on a CPU M L (16 C + 12 H block_size), because they are floats and
     PyTorch has no fused attention with dropout. On a CPU malloc leaves holes between tensors of
-    many sizes: they add a third (an eighth in bf16) of everything but weights and optimizer. The
+    many sizes: they add a third (a quarter in bf16) of everything but weights and optimizer. The
     effects of --compile and of several processes are not counted.
 
     Measured as VmHWM on a CPU after three steps of a `Trainer`, above a process that had trained a
     tiny model. The estimate was too low by 13 % (7 M parameters, 8 x 256 tokens), 4 % (11 M, V =
     257, 32 x 256), 2 % (the same with dropout, 16 x 256), 14 % (a classifier of 30 M, 16 x 256),
-    and for 124 M at 4 x 256 by 2 % (2,256 MiB), 5 % in bf16, 10 % with LoRA. It was too high by
-    1 % with grad_accum=2. Not compared on a GPU.
+    and for 124 M at 4 x 256 by 2 % (2,256 MiB), 10 % with LoRA. It was too high by 1 % with
+    grad_accum=2. The processor's products differ: on an Intel Xeon with AMX it was too low by 18 %
+    (3 M parameters, 24 x 100, both types). Not compared on a GPU.
     """
     c = config
     params = c.n_parameters
@@ -83,7 +84,7 @@ def memory_estimate(
         uses = 2 * embedding if c.tie_word_embeddings else 0
         return 4 * params + 8 * trained + max(at_loss, gradients + uses)
     passing = max(at_loss, gradients)
-    return 4 * params + 8 * trained + passing + passing // (8 if low else 3)
+    return 4 * params + 8 * trained + passing + passing // (4 if low else 3)
 
 
 # ---- arithmetic
