@@ -38,6 +38,7 @@ from benchmarks import harness
 from benchmarks.generate_peers import (
     Apart,
     CTranslate2,
+    DiedError,
     LlamaCpp,
     MissingError,
     Ours,
@@ -236,6 +237,12 @@ class Bench:
                 found[name] = self.arm(name)
             except MissingError as why:
                 self.missing[name] = str(why)
+            except DiedError:
+                if name.startswith("ours"):
+                    raise
+                # as llama.cpp's 8-bit products do on some processors with AMX
+                self.made.pop(name, None)
+                self.missing[name] = "its process crashed on this processor"
         return found
 
     def weights(self, name: str) -> int:

@@ -41,6 +41,10 @@ class MissingError(Exception):
     """Raised with the reason if an arm cannot be made here."""
 
 
+class DiedError(Exception):
+    """Raised if the process of an arm has ended by itself."""
+
+
 def need(module: str):
     """Import an optional module. Raises MissingError if the module is not installed."""
     try:
@@ -74,7 +78,7 @@ class Apart:
         try:
             found = self._pipe.recv()
         except EOFError:
-            raise RuntimeError(f"the process of {self._arm} has died") from None
+            raise DiedError(f"the process of {self._arm} has died") from None
         if isinstance(found, Exception):
             raise found
         return found

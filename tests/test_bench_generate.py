@@ -25,6 +25,7 @@ from benchmarks.bench_generate import (
 from benchmarks.generate_alone import tensor_bytes
 from benchmarks.generate_peers import (
     Apart,
+    DiedError,
     MissingError,
     Ours,
     Transformers,
@@ -136,6 +137,26 @@ def test_an_arm_of_other_weights_is_not_timed(bench, tmp_path, monkeypatch):
         bench_generate.measure_tokens(bench, "greedy")
 
 
+@pytest.mark.parametrize("when", ["made", "asked"])
+def test_a_peer_that_crashes_is_left_out_and_ours_is_not(bench, monkeypatch, when):
+    class Crashes:
+        def __init__(self, folder):
+            if when == "made":
+                raise DiedError
+
+        def generate(self, *prompt):
+            raise DiedError
+
+    monkeypatch.setitem(ARMS["cpu"], "CTranslate2", Crashes)
+    (measured,) = bench_generate.measure_tokens(bench, "greedy").values()
+    assert "CTranslate2" not in measured.numbers
+    assert bench.missing["CTranslate2"] == "its process crashed on this processor"
+    monkeypatch.setitem(ARMS["cpu"], "ours", Crashes)
+    bench.made.pop("ours")
+    with pytest.raises(DiedError):
+        bench_generate.measure_tokens(bench, "greedy")
+
+
 @pytest.mark.slow
 def test_an_arm_in_a_process_of_its_own(bench):
     apart, here = Apart(Ours, bench.folder), Ours(bench.folder)
@@ -145,7 +166,7 @@ def test_an_arm_in_a_process_of_its_own(bench):
     )
     with pytest.raises(MissingError, match="not installed"):
         Apart(not_installed, bench.folder)
-    with pytest.raises(RuntimeError, match=r"process of .*dies.* has died"):
+    with pytest.raises(DiedError, match=r"process of .*dies.* has died"):
         Apart(dies, bench.folder)
 
 

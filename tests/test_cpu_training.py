@@ -11,6 +11,7 @@ from reference import TINY, settings
 from torch import nn
 
 from nanogpt2.classifier import GPTClassifier
+from nanogpt2.cpu import training
 from nanogpt2.cpu.training import _normalized, install, linear, recomputable, uninstall
 from nanogpt2.model import GPT
 from nanogpt2.training.distributed import World
@@ -233,3 +234,12 @@ def test_the_trainer_leaves_ddps_gradients_to_autograd(monkeypatch):
     model = GPT(TINY)
     Trainer(settings(), model, World("cpu", 0, 2))
     assert "forward" in vars(model.ln_f) and "forward" not in vars(model.wte)
+
+
+@pytest.mark.parametrize("is_intel", [False, True])
+def test_either_library_multiplies(monkeypatch, is_intel):
+    monkeypatch.setattr(training, "is_intel", lambda: is_intel)
+    torch.manual_seed(0)
+    a, b, bias = torch.randn(3, 5, 40), torch.randn(40, 7), torch.randn(7)
+    expected = (a.double() @ b.double() + bias).float()
+    torch.testing.assert_close(training.matmul(a, b, bias), expected)

@@ -4,10 +4,11 @@
 and gets a faster `forward` of its own. Four things change:
 
 1. oneDNN computes the matrix products. PyTorch gives float32 products to MKL, measured at half of
-   oneDNN's rate on AMD processors with AVX-512.
+   oneDNN's rate on AMD processors with AVX-512. On Intel's MKL is faster by 1.1 to 1.3 times, and
+   stays.
 2. A linear layer does not keep its input for the backward pass where the input came from GELU or a
    layer norm. It keeps what they were computed from, which autograd keeps anyway, and repeats them.
-3. The loss multiplies by oneDNN too.
+3. The loss multiplies by the same library.
 4. The gradient of the embedding's lookup is added in place to the head's, which shares the matrix
    but for untied models.
 
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from nanogpt2.chunked_loss import chunked_cross_entropy
 from nanogpt2.classifier import GPTClassifier, Model
 from nanogpt2.cpu.prepacked import can_multiply
+from nanogpt2.cpu.processor import is_intel
 from nanogpt2.model import GPT, MLP, LayerNorm
 
 Function = Callable[..., Tensor]
@@ -66,8 +68,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a b + bias by oneDNN where possible: (..., K) and (K, N) -> (..., N)."""
-    if _onednn_multiplies(a):
+    """Return a b + bias by the faster library: (..., K) and (K, N) -> (..., N)."""
+    if _onednn_multiplies(a) and not is_intel():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return F.linear(a, b.t(), bias)
 
