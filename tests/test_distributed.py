@@ -338,7 +338,7 @@ main()
 
 @pytest.mark.parametrize("argv", [[], ["ddp"], ["ddp", "exits"]])
 def test_a_process_that_ends_has_ended_its_groups_threads(tmp_path, argv):
-    """One that still wanted the interpreter's lock aborted the process: 6 of 60."""
+    """One that still wanted the interpreter's lock aborted the process: 6 of 30."""
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
     code, out, err = finished(torchrun(*argv, script=script))
