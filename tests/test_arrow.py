@@ -30,9 +30,10 @@ def datasets(monkeypatch, tmp_path):
     """The library, without bars, network or a cache outside."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    library = pytest.importorskip("datasets")
-    library.disable_progress_bars()
-    return library
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
 
 
 def arrow(kind="stream", rows=ROWS, batch=4):

@@ -99,7 +99,6 @@ def test_a_tensor_that_came_out_wrong_is_seen(folder, tmp_path, monkeypatch, cap
 
 @pytest.mark.slow
 def test_ctranslate2_reads_the_folder(folder, model, tmp_path, capsys):
-    pytest.importorskip("ctranslate2")
     exported(capsys, tmp_path / "hf", "hf", model=folder / "wide")
     prompts = [byte_tokenizer().encode(text)[:32] for text in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
@@ -143,7 +142,6 @@ def read_gguf(path):
 
 @pytest.mark.parametrize("dtype", TARGETS["gguf"].dtypes)
 def test_a_gguf_file(folder, model, tmp_path, capsys, dtype):
-    pytest.importorskip("gguf")
     found = exported(capsys, tmp_path / "o", "gguf", "--dtype", dtype, model=folder / "wide")
     fields, tensors = read_gguf(tmp_path / "o/model.gguf")
     expected = {
@@ -190,8 +188,6 @@ def test_a_gguf_file(folder, model, tmp_path, capsys, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
 def test_llama_cpp_continues_ten_prompts_alike(tmp_path, capsys, dtype):
     """The demo model, whose likeliest tokens are seldom close; 32 tokens each."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("xllamacpp")
     found = exported(capsys, tmp_path / "o", "gguf", "--dtype", dtype, model="demo")
     assert found["llama.cpp"].startswith("xllamacpp 20")
     assert found["prompts"] == 10
@@ -202,8 +198,6 @@ def test_llama_cpp_continues_ten_prompts_alike(tmp_path, capsys, dtype):
 
 def test_llama_cpp_sees_exchanged_tensors(folder, tmp_path, monkeypatch, capsys):
     """Reading the file again by the same names would not."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("xllamacpp")
     norms = {"ln_1": "ffn_norm", "ln_2": "attn_norm"}
     monkeypatch.setattr(gguf_file, "NAMES", gguf_file.NAMES | norms)
     with pytest.raises(SystemExit, match="1"):
@@ -214,8 +208,6 @@ def test_llama_cpp_sees_exchanged_tensors(folder, tmp_path, monkeypatch, capsys)
 
 def test_a_vocabulary_of_bytes_in_llama_cpp(folder, tmp_path, capsys):
     """llama.cpp wants a merge; the one it gets must never apply."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("xllamacpp")
     found = exported(capsys, tmp_path / "o", "gguf", model=folder / "wide")
     assert found["prompts_equal"] == 10
     fields, _ = read_gguf(tmp_path / "o/model.gguf")
@@ -224,7 +216,8 @@ def test_a_vocabulary_of_bytes_in_llama_cpp(folder, tmp_path, capsys):
 
 def test_rows_without_a_token_are_unused(folder, tmp_path):
     """A vocabulary padded to a rounder size."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     from nanogpt2.export.source import Source
 
     padded = GPT(replace(SHAPE, vocab_size=264)).eval()
@@ -241,7 +234,8 @@ def test_rows_without_a_token_are_unused(folder, tmp_path):
 
 @pytest.mark.slow
 def test_onnxruntime_runs_padded_batches_with_a_cache(folder, model, tmp_path, capsys):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     found = exported(capsys, tmp_path / "o", "onnx", model=folder / "wide")
     assert found["prompts_equal"] == found["prompts"] == 10 and found["cached_steps"] == 80
     assert found["logits_difference"] < 1e-4
@@ -523,7 +517,6 @@ def test_a_vocabulary_without_an_end_is_one_line(folder, tmp_path, capsys, to):
 
 
 def test_what_llama_cpp_and_onnx_hold(others, tmp_path, capsys):
-    pytest.importorskip("gguf")
     exported(capsys, tmp_path / "g", "gguf", model=others / "eps")
     fields, _ = read_gguf(tmp_path / "g/model.gguf")
     assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-6)

@@ -251,15 +251,20 @@ def test_text_is_saved_as_a_file(page):
     assert Path(download.value.path()).read_text(encoding="utf-8") == text
 
 
-def test_stop_ends_the_text_and_frees_the_model(page):
+def stopped(page, after):
+    """Write up to 2000 tokens, stop after some; return the text and its command's words."""
     panel = page.get_by_role("tabpanel", name="Write")
     panel.get_by_label("Length", exact=True).fill("2000")
     panel.get_by_label("Seed").fill("5")
     panel.get_by_role("button", name="Write").click()
-    page.locator("#tokens .token").nth(4).wait_for(state="attached")
+    page.locator("#tokens .token").nth(after).wait_for(state="attached")
     page.keyboard.press("Escape")
     idle(page)
-    text, words = output(page), command(page)
+    return output(page), command(page)
+
+
+def test_stop_ends_the_text_and_frees_the_model(page):
+    text, words = stopped(page, 4)
     assert "stopped by you" in page.locator("#write-status").text_content()
     length = int(words[words.index("--max_new_tokens") + 1])
     assert 4 < length <= 2000
@@ -269,14 +274,7 @@ def test_stop_ends_the_text_and_frees_the_model(page):
 
 
 def test_a_text_stopped_past_the_context_begins_its_command_s(page):
-    panel = page.get_by_role("tabpanel", name="Write")
-    panel.get_by_label("Length", exact=True).fill("2000")
-    panel.get_by_label("Seed").fill("5")
-    panel.get_by_role("button", name="Write").click()
-    page.locator("#tokens .token").nth(300).wait_for(state="attached")
-    page.keyboard.press("Escape")
-    idle(page)
-    text, words = output(page), command(page)
+    text, words = stopped(page, 300)
     assert words[words.index("--max_new_tokens") + 1] == "2000"
     assert "goes on past" in page.locator("#command-hint").text_content()
     assert run(words).startswith(text)

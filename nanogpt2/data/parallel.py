@@ -33,7 +33,7 @@ from nanogpt2.data.worker import receive, send
 from nanogpt2.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # characters
-# up to the last blank or line end behind a character that is none; linear in the text
+# a text up to its last word that a blank or a line end follows; found in linear time
 BEHIND_WORD = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 WAITING = 2  # batches for each worker, beside the one that it encodes
 
@@ -48,7 +48,7 @@ def batches(parts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, b
     """
     end, at_blanks = tokenizer.end_text, not _may_span_blanks(tokenizer)
     held = ""
-    # a record may be one long part: what is held stays short
+    # a record may be one long part: in pieces, so that `held` stays short
     for part in (one[i : i + BATCH] for one in parts for i in range(0, len(one), BATCH)):
         held += part
         while len(held) >= BATCH:
