@@ -86,7 +86,6 @@ def test_what_export_writes_is_read_here(tmp_path, capsys, to):
 @pytest.mark.parametrize("to", ["nanogpt", "llmc", "gguf"])
 def test_shapes_that_a_target_cannot_hold_are_one_line(tmp_path, capsys, to, name):
     if name in HOLDS[to]:
-        pytest.importorskip("gguf")
         assert exported(capsys, saved(tmp_path, **SHAPES[name]), tmp_path / "out", to)
         return
     with pytest.raises(SystemExit, match="2"):
@@ -103,7 +102,6 @@ HELD = [(to, name) for to in ("hf", "onnx", "gguf") for name in SHAPES if name i
 @pytest.mark.slow
 @pytest.mark.parametrize(("to", "name"), HELD)
 def test_the_other_program_agrees_on_every_shape(tmp_path, capsys, to, name):
-    pytest.importorskip({"hf": "transformers", "onnx": "onnxruntime", "gguf": "xllamacpp"}[to])
     found = exported(capsys, saved(tmp_path, **SHAPES[name]), tmp_path / "out", to)
     assert_agree(found, to)
 
@@ -115,7 +113,8 @@ def assert_agree(found, to):
 
 
 def test_several_ends_and_flags_of_added_tokens_in_gguf(tmp_path, capsys):
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     grown = byte_tokenizer().with_added(["<user>"])
     grown._take([*grown.added[:1], replace(grown.added[1], rstrip=True)])
     folder = saved(tmp_path, grown)
@@ -146,7 +145,8 @@ def test_options_of_generation_go_along(tmp_path, capsys):
 
 def test_a_vocabulary_without_white_space(tmp_path, capsys):
     """WordPiece gives no id for a blank text, and its template adds some."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     library = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     library.decoder = tokenizers.decoders.WordPiece()
